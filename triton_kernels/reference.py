@@ -1,0 +1,118 @@
+"""The four operations in plain PyTorch: fallback, test oracle and benchmark baseline, in one place.
+
+triton_kernels.<name> has the same names and signatures; gpt2.ops chooses between the two. Everything here is
+differentiable, compiles with torch.compile(fullgraph=True), and keeps statistics in fp32.
+
+B batch, T time, C channels, H heads, D head dimension, V vocabulary, N rows (B*T).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def doc_mask(doc_start: Tensor, n_keys: int) -> Tensor:
+    """Which keys each query may see: causal, and not before its document's first token.
+
+    doc_start (B, T) int32: first visible key of each query; the T queries are the last T of n_keys positions.
+    Returns (B, 1, T, n_keys) bool, True = visible.
+    """
+    n_queries = doc_start.shape[1]
+    key = torch.arange(n_keys, device=doc_start.device)
+    query = key[n_keys - n_queries :, None]  # (T, 1)
+    return ((key <= query) & (key >= doc_start[..., None]))[:, None]
+
+
+def attention(qkv: Tensor, *, doc_start: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """Causal self-attention on packed projections.
+
+    qkv (B, T, 3, H, D): queries, keys and values as c_attn writes them.
+    doc_start (B, T) int32, optional: first key that a query may see (packed documents, left padding).
+    scale: multiplies q.k, default 1/sqrt(D).
+    Returns (B, T, H, D).  Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).
+    """
+    q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D) each
+    if doc_start is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+    else:
+        mask = doc_mask(doc_start, qkv.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.transpose(1, 2)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, residual: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Layer normalisation over the last dimension, with the residual addition that comes before it.
+
+    x (..., C); weight (C,); bias (C,) or None; residual (..., C) or None.
+    Returns y, or (y, x + residual) where y normalises the sum.  Source: torch.nn.functional.layer_norm.
+    """
+    if residual is None:
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    summed = x + residual
+    return F.layer_norm(summed, weight.shape, weight, bias, eps), summed
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Cross entropy of logits against class indices, in fp32.
+
+    logits (N, V), any row stride; targets (N,) int64, ignore_index marks rows that do not count.
+    z_loss: weight of logsumexp(logits)^2, added per counted row (PaLM, arXiv 2204.02311, section 5).
+    inplace_backward: lets a kernel overwrite logits with their gradient; no effect here.
+    Returns a scalar fp32, or (N,) for reduction "none".  Source: torch.nn.functional.cross_entropy.
+    """
+    del inplace_backward
+    logits = logits.float()
+    kwargs = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    if z_loss == 0.0:
+        return F.cross_entropy(logits, targets, reduction=reduction, **kwargs)
+    counted = targets != ignore_index
+    loss = F.cross_entropy(logits, targets, reduction="none", **kwargs)
+    loss = loss + torch.where(counted, z_loss * logits.logsumexp(-1).square(), 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / counted.sum()
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+    chunk_rows: int | None = None,
+) -> Tensor:
+    """Cross entropy of x @ weight.T against class indices: the head and the loss of a language model as one.
+
+    x (N, C); weight (V, C); targets (N,) int64.
+    vocab_size: classes beyond it are padding of the weight and take no part; default V.
+    chunk_rows: compute this many rows at a time and recompute them in backward; saves memory, costs one more GEMM.
+    Returns a scalar fp32, or (N,) for reduction "none".
+    """
+
+    def rows(x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        logits = F.linear(x, weight)[:, :vocab_size]  # (rows, V)
+        return cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+
+    if chunk_rows is None or chunk_rows >= x.shape[0]:
+        return rows(x, targets, reduction)
+    part = "none" if reduction == "none" else "sum"
+    pairs = zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True)
+    losses = [checkpoint(rows, xc, tc, part, use_reentrant=False) for xc, tc in pairs]
+    if reduction == "none":
+        return torch.cat(losses)
+    total = torch.stack(losses).sum()
+    return total if reduction == "sum" else total / (targets != ignore_index).sum()
