@@ -1,11 +1,10 @@
-"""Checkpoints: one format, one way out (save_checkpoint), one way in (load_model,
-load_training_state).
+"""Checkpoints: one format, one way out (save_checkpoint), one way in (load_model).
 
 RUN/checkpoints/step_00001000/
-    checkpoint.json         format, step, model shape, tokenizer, training options, size and
-    xxh3-128 hash of each file model.safetensors       float32 weights under Hugging Face's names,
-    without the vocabulary's padding optimizer.safetensors   AdamW's moments and step, as
-    <parameter>/<state>
+    checkpoint.json         format, step, model shape, tokenizer, training options, and the size and
+                            xxh3-128 hash of each file
+    model.safetensors       float32 weights under Hugging Face's names, without padding
+    optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
 
 A folder is written beside its final name, synced, then renamed: one that exists is complete. It
 holds no random state and no data position, because both are functions of (seed, step); so `step` is
@@ -52,11 +51,9 @@ def save_checkpoint(
     train: dict,
     keep_last: int = 0,
 ) -> Path:
-    """Writes RUN/checkpoints/step_<step> and deletes all but the newest keep_last; returns its
-    path.
+    """Writes RUN/checkpoints/step_<step>, deletes all but the newest keep_last, returns its path.
 
-    Raises OSError where there is no room or it cannot be written; what was there before stays as it
-    was.
+    Raises OSError where there is no room or it cannot be written; what was there before stays.
     """
     folder = Path(run) / "checkpoints" / f"step_{step:08d}"
     tensors = {MODEL: dict(_model_tensors(model))}
@@ -144,7 +141,7 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     without huggingface_hub).
     """
     path = Path(path_or_name)
-    if (path / "config.json").exists():
+    if _is_hf_folder(path):
         return hf.load_hf(path, device, kernels)
     if path.exists():
         checkpoint = read_checkpoint(path)
@@ -164,7 +161,7 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     """The tokenizer that a model was trained with; of Hugging Face models, GPT-2's."""
     path = Path(path_or_name)
-    if path.exists() and not (path / "config.json").exists():
+    if path.exists() and not _is_hf_folder(path):
         return tokenizer.from_dict(read_checkpoint(path).tokenizer)
     return tokenizer.GPT2Tokenizer()
 
@@ -263,6 +260,10 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _is_hf_folder(path: Path) -> bool:
+    return (path / "config.json").exists() and not (path / META).exists()
 
 
 def _may_be_hub_name(name: str) -> bool:

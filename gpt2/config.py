@@ -8,6 +8,7 @@ same words.
 
 import dataclasses
 import difflib
+import os
 import sys
 import types
 import typing
@@ -259,6 +260,13 @@ def read_yaml(cls, path: str | Path) -> dict:
     return coerce(cls, values, str(path))
 
 
+def write_yaml(config, path: str | Path) -> None:
+    """Writes a config as a file that read_yaml takes."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
 def coerce(cls, values: dict, source: str) -> dict:
     """values with each one as the type of its field; source names them in errors."""
     hints = typing.get_type_hints(cls)
@@ -309,13 +317,11 @@ def run_script(main) -> None:
 
     `python -X dev script.py` shows where such an error came from.
     """
-    import os
-
     rank = os.environ.get("RANK")
     try:
         main()
     except (ValueError, OSError, ImportError) as error:
-        if sys.flags.dev_mode:
+        if _dev_mode():
             raise
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
@@ -325,3 +331,7 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _dev_mode() -> bool:
+    return sys.flags.dev_mode

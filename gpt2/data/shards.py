@@ -1,9 +1,8 @@
 """Token shards on disk: three layouts of little-endian uint16 tokens, one way to open them.
 
-    llm.c          .bin with a header of 256 int32: magic 20240520, version 1, token count (our
-    native format). Counts of
-                   2^31 and more continue in the header's next word, which is zero in every file
-                   llm.c itself writes.
+    llm.c          .bin with a header of 256 int32: magic 20240520, version 1, token count. Our
+                   native format. A count of 2^31 or more continues in the header's next word, which
+                   is zero in every file that llm.c writes.
     nanoGPT        .bin without a header
     build-nanogpt  .npy, one dimension, uint16
 
@@ -142,7 +141,7 @@ def _open_bin(path: Path) -> Shard:
                 f"the file has {size} bytes: cut short or damaged, prepare or download it again"
             )
         return Shard(str(path), HEADER_BYTES, n_tokens)
-    if size >= HEADER_BYTES and not words[4:].any():
+    if size >= HEADER_BYTES and 1 <= words[1] <= 16 and not words[4:].any():
         raise ValueError(
             f"{path}: looks like a shard with a header, but its magic number is {words[0]} "
             f"and should be {MAGIC}: damaged, or another program's file"

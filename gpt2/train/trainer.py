@@ -10,7 +10,6 @@ nothing but the order of additions.
 """
 
 import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
-from gpt2.config import TrainConfig
+from gpt2.config import TrainConfig, write_yaml
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.distributed import Distributed, peak_flops
@@ -83,7 +82,7 @@ class Trainer:
         if group.is_main:
             self.folder.mkdir(parents=True, exist_ok=True)
             description = dataclasses.asdict(config)
-            (self.folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+            write_yaml(config, self.folder / "config.yaml")
             for name, value in self.derived():
                 print(f"{name:<22}{value}")
             self.metrics = Metrics(self.folder, config, description, self.first_step)
