@@ -134,8 +134,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
-    """A model from one of our checkpoints or run folders, a Hugging Face folder, or a Hugging Face
-    name.
+    """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
 
     Raises OSError (nothing there), ValueError (damaged, or not a GPT-2), ImportError (a name
     without huggingface_hub).

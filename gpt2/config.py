@@ -148,8 +148,7 @@ class TrainConfig:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
     def model_config(self, vocab_size: int | None = None) -> GPTConfig:
-        """The preset's shape with this run's departures; vocab_size is that of the data's
-        tokenizer."""
+        """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""
         preset = PRESETS[self.preset]
         changes = {
             field.name: getattr(self, field.name)
@@ -223,8 +222,7 @@ class ExportConfig:
 
 
 def parse(cls, description: str, argv: list[str] | None = None):
-    """An instance of a config dataclass from a command line: [FILE.yaml | FIRST] [--option value
-    ...].
+    """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
 
     A first word that is no option is a YAML file, or else the value of cls's first field.
     Raises ValueError for a bad file or value; exits with status 2 and a message for a bad option.

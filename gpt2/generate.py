@@ -1,5 +1,4 @@
-"""Generation: one implementation for sampling scripts, chat, evaluation and samples during
-training.
+"""Generation: one implementation for scripts, chat, evaluation and samples during training.
 
 It knows nothing about text: prompts and results are token ids. Prompts of different lengths share a
 batch: they are padded on the left, and doc_start hides the padding, as it hides other documents in
@@ -40,8 +39,7 @@ def generate(
     stream: called with (row, token) for every new token as soon as it is known.
     Returns the new tokens of each row, without the prompt and without the stop token.
     Raises ValueError for empty prompts, ids beyond the vocabulary, options out of range, and where
-    a prompt and
-    max_new_tokens together do not fit block_size.
+    a prompt and max_new_tokens together do not fit block_size.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
     device = model.lm_head.weight.device
@@ -104,10 +102,12 @@ def filter_logits(
     """Logits with the unwanted tokens at -inf; logits (B, V) float32, seen (B, V) bool.
 
     repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL, arXiv
-    1909.05858). temperature: divides the logits; 0 leaves them.  top_k: keeps the k largest (and
-    their equals). top_p: keeps the smallest set of most likely tokens whose probability reaches p
-    (arXiv 1904.09751). min_p: keeps tokens at least min_p times as likely as the most likely one
-    (arXiv 2407.01082).
+    1909.05858).
+    temperature: divides the logits; 0 leaves them.
+    top_k: keeps the k largest (and their equals).
+    top_p: keeps the smallest set of most likely tokens whose probability reaches p (arXiv
+    1904.09751).
+    min_p: keeps tokens at least min_p times as likely as the likeliest one (arXiv 2407.01082).
     """
     if repetition_penalty != 1.0:
         penalised = torch.where(
@@ -133,8 +133,7 @@ def filter_logits(
 
 
 def sample_token(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row: the most likely one at temperature 0, else drawn from softmax(logits); (B,)
-    int64."""
+    """One token a row, (B,) int64: the likeliest at temperature 0, else drawn from the softmax."""
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -36,8 +36,7 @@ def is_transposed(name: str) -> bool:
 
 
 def download(name: str) -> Path:
-    """The local folder of a model of the hub: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or
-    owner/name.
+    """The local folder of a model of the hub: gpt2[-medium|-large|-xl], or owner/name.
 
     Raises ImportError where huggingface_hub is missing, OSError where the model cannot be had.
     """
@@ -91,8 +90,7 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
 
 
 def read_hf_config(folder: Path) -> GPTConfig:
-    """The shape that config.json describes. Raises ValueError where it is not a GPT-2 that we
-    compute exactly."""
+    """The shape in config.json. Raises ValueError for what we would not compute exactly."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -1,12 +1,11 @@
 """GPT-2, as OpenAI built it, with the names Hugging Face gave its parts.
 
 Sources: Radford et al., Language Models are Unsupervised Multitask Learners (2019);
-https://github.com/openai/gpt-2. Left out: dropout on attention probabilities (the fused kernels
-have none; GPT-2's pretraining used none that anyone could reproduce, and the residual and embedding
-dropouts are here).
+https://github.com/openai/gpt-2. Left out: dropout on attention probabilities, which the fused
+kernels do not have; dropout on embeddings and on what each sublayer adds is here.
 
-B batch, T time (new tokens), S time with the cached tokens, C channels = n_embd, H heads, D = C /
-H, V vocabulary.
+B batch, T time (new tokens), S time with the cached tokens, C channels = n_embd, H heads,
+D = C / H, V vocabulary.
 """
 
 import math
@@ -21,8 +20,7 @@ from gpt2.ops import Ops, doc_mask, select_ops
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for all layers; `length` of at most `capacity` are
-    filled."""
+    """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most."""
 
     def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device, dtype):
         shape = (
@@ -221,8 +219,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding
 
     def flops_per_token(self) -> int:
-        """Of one training step, forward and backward: 6 N + 12 L C T, N without position
-        embeddings.
+        """Of a training step: 6 N + 12 L C T, where N leaves out the position embeddings.
 
         The attention term counts the whole T x T square. Source: PaLM (arXiv 2204.02311), appendix
         B.

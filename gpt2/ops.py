@@ -1,7 +1,6 @@
 """Which implementation of the four kernels a model uses. The only importer of triton_kernels.
 
-The choice belongs to the run, not to the model: a checkpoint trained with one samples with the
-other.
+The choice belongs to the run, not to the model: what was trained with one samples with the other.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,4 @@
-"""How each kernel is launched: tiles, warps and stages per (architecture, shape), from fixed
-tables.
+"""How each kernel is launched: tiles, warps and stages per (architecture, shape), as tables.
 
 Nothing is tuned at run time, so ranks cannot disagree and the first step is as fast as the last. A
 table's comment says how its figures were found: "ahead of time" (registers, spills, shared memory)

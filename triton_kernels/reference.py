@@ -32,8 +32,7 @@ def attention(
     """Causal self-attention on packed projections.
 
     qkv (B, T, 3, H, D): queries, keys and values as c_attn writes them.
-    doc_start (B, T) int32, optional: first key that a query may see (packed documents, left
-    padding).
+    doc_start (B, T) int32: first key that a query may see (packed documents, left padding).
     scale: multiplies q.k, default 1/sqrt(D).
     Returns (B, T, H, D).  Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).
     """
@@ -57,8 +56,8 @@ def layer_norm(
     """Layer normalisation over the last dimension, with the residual addition that comes before it.
 
     x (..., C); weight (C,); bias (C,) or None; residual (..., C) or None.
-    Returns y, or (y, x + residual) where y normalises the sum.  Source:
-    torch.nn.functional.layer_norm.
+    Returns y, or (y, x + residual) where y normalises the sum.
+    Source: torch.nn.functional.layer_norm.
     """
     if residual is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -79,9 +78,10 @@ def cross_entropy(
     """Cross entropy of logits against class indices, in fp32.
 
     logits (N, V), any row stride; targets (N,) int64, ignore_index marks rows that do not count.
-    z_loss: weight of logsumexp(logits)^2, added per counted row (PaLM, arXiv 2204.02311, section
-    5). inplace_backward: lets a kernel overwrite logits with their gradient; no effect here.
-    Returns a scalar fp32, or (N,) for reduction "none".  Source: torch.nn.functional.cross_entropy.
+    z_loss: weight of logsumexp(logits)^2, added per counted row (PaLM, arXiv 2204.02311, sec. 5).
+    inplace_backward: lets a kernel overwrite logits with their gradient; no effect here.
+    Returns a scalar fp32, or (N,) for reduction "none".
+    Source: torch.nn.functional.cross_entropy.
     """
     del inplace_backward
     logits = logits.float()
@@ -106,13 +106,11 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Cross entropy of x @ weight.T against class indices: the head and the loss of a language
-    model as one.
+    """Cross entropy of x @ weight.T against class indices: a language model's head and loss.
 
     x (N, C); weight (V, C); targets (N,) int64.
     vocab_size: classes beyond it are padding of the weight and take no part; default V.
-    chunk_rows: compute this many rows at a time and recompute them in backward; saves memory, costs
-    one more GEMM.
+    chunk_rows: compute this many rows at a time, and again in backward; saves memory, costs a GEMM.
     Returns a scalar fp32, or (N,) for reduction "none".
     """
 

@@ -42,8 +42,7 @@ DATASETS = {
 
 
 def prepare(config: PrepareConfig) -> Path:
-    """Tokenises what config names into its folder, unless that was done already; returns the
-    folder.
+    """Tokenises what config names into its folder, unless it is there; returns the folder.
 
     Raises ValueError (unknown data set, text that is not UTF-8, too little text) and OSError
     (missing file, a folder that
@@ -124,8 +123,7 @@ def _split(documents: list[str], val_fraction: float) -> dict[str, list[str]]:
 def _write_split(
     folder: Path, split: str, texts: Iterable[str], tokenizer: tok.Tokenizer, shard_tokens: int
 ) -> int:
-    """Writes shards of at most shard_tokens tokens; an end of text follows each document of
-    several."""
+    """Writes shards of shard_tokens tokens; if there are several texts, each ends with eot."""
     texts = list(texts)
     parts = []
     for text in texts:

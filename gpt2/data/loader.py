@@ -17,13 +17,12 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class TokenLoader:
-    """Windows of block_size tokens from shards, each exactly once an epoch, in a new order each
-    epoch.
+    """Windows of block_size tokens, each exactly once an epoch, in a new order each epoch.
 
-    paths: shard files (gpt2.data.shards lists the formats); together they form one stream of
-    tokens. shuffle: False reads the windows in order and without shifting them, for evaluation.
-    vocab_size: a larger token is an error when it is read; None accepts any uint16. backend: "cpp",
-    "numpy", or "auto": C++ where it was built.
+    paths: shard files (gpt2.data.shards lists the formats); together they are one stream of tokens.
+    shuffle: False reads the windows in order and without shifting them, for evaluation.
+    vocab_size: a larger token is an error when it is read; None accepts any uint16.
+    backend: "cpp", "numpy", or "auto": C++ where it was built.
 
     Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use).
     Raises ValueError (damaged shard, too few tokens, unknown backend), OSError, ImportError ("cpp"

@@ -58,8 +58,7 @@ def stop(group: Distributed) -> None:
 
 
 def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:1". Raises ValueError for one that is not
-    there."""
+    """The device for "auto", "cpu", "cuda", "cuda:1". Raises ValueError where it is not there."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -103,8 +102,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's published peak in FLOP/s for MFU, or None where it is not known (CPUs, float32,
-    other GPUs)."""
+    """The device's published peak in FLOP/s, or None: CPUs, float32, GPUs not in the table."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     name = torch.cuda.get_device_name(device)

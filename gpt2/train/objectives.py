@@ -16,8 +16,7 @@ Batch = dict[str, Tensor]
 class LanguageModeling(nn.Module):
     """Next-token prediction.
 
-    batch: idx (B, T) int64, targets (B, T) int64 with -100 where a position does not count, and
-    optionally
+    batch: idx (B, T) int64; targets (B, T) int64, -100 where a position does not count; optionally
     doc_start (B, T) int32.
     """
 

@@ -14,8 +14,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     Rises linearly to lr over warmup_steps, then by schedule:
         cosine, linear   fall from lr to min_lr at max_steps
         constant         stays at lr
-        wsd              stays at lr and falls linearly to min_lr over the last decay_fraction of
-        max_steps
+        wsd              stays at lr, then falls linearly over the last decay_fraction of max_steps
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

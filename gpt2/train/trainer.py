@@ -32,8 +32,8 @@ class Trainer:
     """Trains objective.model as config says; call run().
 
     objective: see gpt2.train.objectives; its model lies on group.device.
-    train_data, val_data: sources of rows of block_size tokens; val_data may be None where
-    eval_every is 0. Raises ValueError where config does not fit the data or the number of ranks.
+    train_data, val_data: sources of rows of block_size tokens; val_data None: no validation.
+    Raises ValueError where config does not fit the data or the number of ranks.
     """
 
     def __init__(
@@ -75,8 +75,7 @@ class Trainer:
         self.first_step = from_checkpoint.step
 
     def run(self) -> None:
-        """Trains to max_steps. Writes config, metrics, checkpoints and the loss curve into the run
-        folder."""
+        """Trains to max_steps; everything it writes lies in the run folder."""
         config, group = self.config, self.group
         self.metrics = None
         if group.is_main:
@@ -91,8 +90,8 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"out of memory on {group.device}: lower micro_batch_size "
-                f"{config.micro_batch_size} "
-                f"(the result stays the same); checkpoints so far lie in {self.folder}"
+                f"{config.micro_batch_size} (the result stays the same); checkpoints so far lie in "
+                f"{self.folder}"
             ) from error
         finally:
             if self.metrics is not None:
@@ -106,8 +105,8 @@ class Trainer:
         loss_sum, since, started = torch.zeros((), device=self.group.device), self.first_step, None
         for step in range(self.first_step, config.max_steps + 1):
             last, paused = step == config.max_steps, time.perf_counter()
-            resumed = step == self.first_step
-            if _due(step, config.save_every, last) and not resumed:
+            # A resumed run starts from the checkpoint of its first step.
+            if _due(step, config.save_every, last) and step > self.first_step:
                 self._save(step)
             if _due(step, config.eval_every, last) and self.val_data is not None:
                 self._validate(step)
@@ -122,7 +121,7 @@ class Trainer:
             loss, grad_norm = self.train_step(step, params)
             loss_sum += loss
             done = step + 1
-            if done % config.log_every == 0 or resumed or done == config.max_steps:
+            if done % config.log_every == 0 or done in (1, config.max_steps):
                 # Reading the loss waits for the device, so it happens only here.
                 mean_loss = self.group.sum(loss_sum).item() / (done - since)
                 seconds = (time.perf_counter() - started) / (done - since)
