@@ -18,7 +18,7 @@ train: .venv/.train
 	@echo "== Training a character-level GPT; an interrupted run continues where it stopped"
 	@$(BIN)/python scripts/train_gpt2.py configs/shakespeare_char.yaml --resume auto
 	@echo "== A sample"
-	@$(BIN)/python scripts/sample.py $(RUN) --prompt "ROMEO:" --max_new_tokens 58 --seed 1
+	@$(BIN)/python scripts/sample.py $(RUN) --prompt "ROMEO:" --max_new_tokens 300 --seed 1
 	@echo
 	@echo "The loss curve is $(RUN)/loss.png. Next, for instance:"
 	@echo "  $(BIN)/python scripts/sample.py $(RUN) --prompt 'KING:' 'To be, or' --temperature 0.6"

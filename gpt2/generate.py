@@ -7,7 +7,7 @@ packed training rows.
 B rows (prompts), T time, V vocabulary.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Collection[int] = (),
+    window: bool = False,
     seed: int | None = None,
     stream: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
@@ -35,50 +36,53 @@ def generate(
     prompts: B lists of at least one token id each, of any lengths.
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
     stop_tokens: a row ends before the first of these.
+    window: where the context is full, go on from its later half instead of refusing beforehand.
     seed: makes the result repeatable; None draws from torch's global generator.
     stream: called with (row, token) for every new token as soon as it is known.
     Returns the new tokens of each row, without the prompt and without the stop token.
     Raises ValueError for empty prompts, ids beyond the vocabulary, options out of range, and where
-    a prompt and max_new_tokens together do not fit block_size.
+    a prompt, or without window a prompt and max_new_tokens, do not fit block_size.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty)
-    device = model.lm_head.weight.device
+    _check(model, prompts, max_new_tokens, window, temperature, top_k, top_p, min_p)
+    if repetition_penalty <= 0:
+        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
+    config, device = model.config, model.lm_head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    stops = set(stop_tokens)
-
-    n_rows, longest = len(prompts), max(map(len, prompts))
-    padding = torch.tensor([longest - len(p) for p in prompts], dtype=torch.int32, device=device)
-    idx = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (B, T)
-    # A padding position sees itself only; nothing else sees it.
-    doc_start = torch.minimum(torch.arange(longest, device=device), padding[:, None]).int()
-    padded = any(len(p) != longest for p in prompts)
-
-    was_training = model.training
-    model.eval()
     use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if use_bf16 else model.lm_head.weight.dtype
+    keep = max(config.block_size // 2, 1)  # of a full context, with window
+    capacity = min(max(map(len, prompts)) + max_new_tokens, config.block_size)
+
+    seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    rows = [list(prompt) for prompt in prompts]  # all that the model has seen, or would have
     results: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * n_rows
-    seen = torch.zeros(n_rows, model.config.vocab_size, dtype=torch.bool, device=device)
-    if repetition_penalty != 1.0:
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
+    finished = [False] * len(prompts)
+    was_training = model.training
+    model.eval()
     try:
         with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-            cache = KVCache(model.config, n_rows, longest + max_new_tokens, device, dtype)
+            idx, padding, doc_start = _left_pad(rows, device)
+            cache = KVCache(config, len(rows), capacity, device, dtype)
             for _ in range(max_new_tokens):
-                h = model.hidden(idx, cache=cache, doc_start=doc_start if padded else None)
+                if cache.length == config.block_size:
+                    # The context is full: go on from the later half of it.
+                    tails = [row[-keep:] for row in rows]
+                    idx, padding, doc_start = _left_pad(tails, device)
+                    cache.length = 0
+                h = model.hidden(idx, cache=cache, doc_start=doc_start)
                 logits = model.logits(h[:, -1]).float()  # (B, V)
                 logits = filter_logits(
                     logits, seen, temperature, top_k, top_p, min_p, repetition_penalty
                 )
                 token = sample_token(logits, temperature, generator)  # (B,)
-                if repetition_penalty != 1.0:
-                    seen.scatter_(1, token[:, None], True)
-                idx, doc_start = token[:, None], padding[:, None]
+                seen.scatter_(1, token[:, None], True)
+                idx, doc_start = token[:, None], None if padding is None else padding[:, None]
                 # Reading the tokens waits for the device; stopping and streaming need them.
                 for row, value in enumerate(token.tolist()):
-                    finished[row] = finished[row] or value in stops
+                    rows[row].append(value)
+                    finished[row] = finished[row] or value in stop_tokens
                     if not finished[row]:
                         results[row].append(value)
                         if stream is not None:
@@ -88,6 +92,21 @@ def generate(
     finally:
         model.train(was_training)
     return results
+
+
+def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Rows as a batch idx (B, T), the padding before each (B,), doc_start (B, T).
+
+    The latter two are None where all rows have one length: then nothing needs hiding.
+    """
+    longest = max(map(len, rows))
+    idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    if all(len(row) == longest for row in rows):
+        return idx, None, None
+    padding = torch.tensor([longest - len(row) for row in rows], dtype=torch.int32, device=device)
+    # A padding position sees itself only; nothing else sees it.
+    position = torch.arange(longest, dtype=torch.int32, device=device)
+    return idx, padding, torch.minimum(position, padding[:, None])
 
 
 def filter_logits(
@@ -139,9 +158,7 @@ def sample_token(logits: Tensor, temperature: float, generator: torch.Generator 
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check(
-    model: GPT, prompts, max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty
-) -> None:
+def _check(model: GPT, prompts, max_new_tokens, window, temperature, top_k, top_p, min_p) -> None:
     config = model.config
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
@@ -154,13 +171,17 @@ def _check(
                 f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary of "
                 f"{config.vocab_size}"
             )
-    longest = max(map(len, prompts))
-    if longest + max_new_tokens > config.block_size:
+    longest, room = max(map(len, prompts)), config.block_size - max(map(len, prompts))
+    if room < 1:
         raise ValueError(
-            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} need "
-            f"{longest + max_new_tokens} positions, but the model's context (block_size) has "
-            f"{config.block_size}: shorten the prompt or use max_new_tokens of at most "
-            f"{max(config.block_size - longest, 0)}"
+            f"a prompt of {longest} tokens leaves no room in the model's context (block_size) of "
+            f"{config.block_size}: shorten it to at most {config.block_size - 1}"
+        )
+    if max_new_tokens > room and not window:
+        raise ValueError(
+            f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} do not fit the "
+            f"model's context (block_size) of {config.block_size}: ask for at most {room} new "
+            "tokens, or let it go on from the later half of a full context (window)"
         )
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
@@ -169,5 +190,3 @@ def _check(
     for name, value in (("top_p", top_p), ("min_p", min_p)):
         if value is not None and not 0.0 < value <= 1.0:
             raise ValueError(f"{name} must lie in (0, 1], got {value}")
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")

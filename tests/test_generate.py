@@ -53,6 +53,21 @@ def test_stream_sees_every_token_in_order(model):
     assert seen == rows
 
 
+def test_window_goes_on_from_the_later_half(model):
+    new = generate(model, PROMPTS, max_new_tokens=60, temperature=0, window=True)
+    for prompt, row in zip(PROMPTS, new, strict=True):
+        assert len(row) == 60
+        whole, longest = prompt + row, max(map(len, PROMPTS))
+        # The context fills up when the longest row has 32 tokens; then 16 are kept, and so on.
+        start, filled = 0, longest
+        for i, token in enumerate(row):
+            if filled == 33:
+                start, filled = len(prompt) + i - 16, 16
+            context = torch.tensor([whole[start : len(prompt) + i]])
+            assert token == int(model(context)[0, -1].argmax()), i
+            filled += 1
+
+
 def test_leaves_the_model_in_its_mode(model):
     generate(model.train(), [[1]], max_new_tokens=1)
     assert model.training
@@ -100,8 +115,9 @@ def test_sampling_follows_the_distribution(model):
         ([[1], []], {}, "at least one token"),
         ([[1], [65]], {}, "prompt 1: token id 65 lies outside the model's vocabulary of 65"),
         ([[-1]], {}, "token id -1"),
-        ([[1] * 30], {}, "at most 2"),
-        ([[1] * 40], {}, r"context \(block_size\) has 32"),
+        ([[1] * 30], {}, "at most 2 new tokens"),
+        ([[1] * 32], {"window": True}, "leaves no room .* of 32"),
+        ([[1] * 40], {}, r"leaves no room in the model's context \(block_size\) of 32"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": -1}, "temperature"),
         ([[1]], {"top_k": 0}, "top_k"),

@@ -1,8 +1,7 @@
 """The data sets that prepare_data knows, and how text becomes shards and a manifest.
 
 A prepared folder holds train_000000.bin, val_000000.bin, ... and manifest.json, which says how it
-was made and holds the
-tokenizer that training and sampling then use.
+was made and holds the tokenizer that training and sampling then use.
 """
 
 import errno
