@@ -167,7 +167,8 @@ def _attention_fwd_kernel(
     )  # fmt: skip
 
     sees_none = den == 0.0
-    out = acc / tl.where(sees_none, 1.0, den)[:, None]
+    den = tl.where(sees_none, 1.0, den)
+    out = acc / den[:, None]
     lse = tl.where(sees_none, float("inf"), m + tl.log2(den))
     tl.store(lse_ptr + (b * H + h) * T + query, lse, mask=query < T)
     out_ptr += ((b * T + start_m) * H + h) * D
@@ -188,9 +189,10 @@ def _dq_keys(
         v = _load_rows(v_ptr + base, key, T, D, offs, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        p = tl.exp2(s * scale_log2 - lse[:, None])
         if MASKED:
-            p = tl.where(_visible(query[:, None], key[None, :], first[:, None], HAS_DOC), p, 0.0)
+            seen = _visible(query[:, None], key[None, :], first[:, None], HAS_DOC)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * scale_log2 - lse[:, None])
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
     return dq
@@ -286,12 +288,13 @@ def _dkv_queries(
             lse = tl.load(lse_ptr + query)
             delta = tl.load(delta_ptr + query)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-        p = tl.exp2(s * scale_log2 - lse[None, :])
         if MASKED:
             first = query
             if HAS_DOC:
                 first = tl.load(doc_ptr + tl.minimum(query, T - 1) * stride_doc_t)
-            p = tl.where(_visible(query[None, :], key[:, None], first[None, :], HAS_DOC), p, 0.0)
+            seen = _visible(query[None, :], key[:, None], first[None, :], HAS_DOC)
+            s = tl.where(seen, s, float("-inf"))
+        p = tl.exp2(s * scale_log2 - lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # (BLOCK_N, BLOCK_D)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
