@@ -130,7 +130,7 @@ def test_scale(scale):
 
 def test_large_scores_do_not_overflow():
     """Scores near 1e4: exp of them overflows, their differences lose eps * 1e4, and no more than that."""
-    qkv, dout = make_qkv(1, 80, 1, 16) * 50, torch.ones(1, 80, 1, 16)
+    qkv, dout = make_qkv(1, 80, 1, 16) * 70, torch.ones(1, 80, 1, 16)
     largest = (qkv[:, :, 0] @ qkv[:, :, 1].mT).abs().max().item() / 4
     assert largest > 1e4
     ours = gradients(attention, qkv, dout)
@@ -218,9 +218,9 @@ def test_equal_values_come_back(T, seed):
 
 @pytest.mark.filterwarnings("ignore:.*not a double precision:UserWarning")
 def test_gradient_by_finite_differences():
-    qkv = make_qkv(1, 9, 1, 4).requires_grad_()
+    qkv = make_qkv(1, 6, 1, 2).requires_grad_()
     torch.autograd.gradcheck(
-        lambda x: attention(x, doc_start=packed_documents(1, 9)),
+        lambda x: attention(x, doc_start=packed_documents(1, 6)),
         qkv, eps=1e-2, atol=2e-3, rtol=1e-2, nondet_tol=0.0,
     )  # fmt: skip
 
