@@ -1,4 +1,7 @@
-"""Kernels run through Triton's interpreter where there is no GPU; Triton reads this when it is imported."""
+"""Kernels run through Triton's interpreter; Triton reads this when it is imported.
+
+Tests marked gpu need compiled kernels: TRITON_INTERPRET=0 pytest -m gpu.
+"""
 
 import os
 

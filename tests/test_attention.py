@@ -1,7 +1,7 @@
 """triton_kernels.attention against the fp64 reference, through Triton's interpreter on a CPU.
 
-The rule for every number: the kernel's error is at most twice that of PyTorch's own operation at the
-same dtype, plus a floor of a few ulps of the largest element.
+The rule for every number: the kernel's error is at most twice that of PyTorch's own operation at
+the same dtype, plus a floor of a few ulps of the largest element.
 """
 
 import pytest
@@ -129,7 +129,7 @@ def test_scale(scale):
 
 
 def test_large_scores_do_not_overflow():
-    """Scores near 1e4: exp of them overflows, their differences lose eps * 1e4, and no more than that."""
+    """Scores near 1e4: exp of them overflows; differences lose eps * 1e4, and no more."""
     qkv, dout = make_qkv(1, 80, 1, 16) * 70, torch.ones(1, 80, 1, 16)
     largest = (qkv[:, :, 0] @ qkv[:, :, 1].mT).abs().max().item() / 4
     assert largest > 1e4
@@ -358,7 +358,7 @@ def test_bad_qkv(qkv, says):
         (torch.zeros(2, 4, dtype=torch.int32), r"doc_start is \(2, 4\), it must be .* \(2, 5\)"),
         (torch.zeros(5, dtype=torch.int32), r"doc_start is \(5,\)"),
         (torch.zeros(2, 5, dtype=torch.int64), "doc_start is torch.int64"),
-        (torch.zeros(2, 5, dtype=torch.int32, device="meta"), "doc_start is on meta and qkv on cpu"),
+        (torch.zeros(2, 5, dtype=torch.int32, device="meta"), "on meta and qkv on cpu"),
         (torch.full((2, 5), 5, dtype=torch.int32), "holds 5, the limit is 0 to T - 1 = 4"),
         (torch.full((2, 5), -1, dtype=torch.int32), "holds -1, the limit"),
     ],

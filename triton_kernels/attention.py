@@ -9,9 +9,10 @@ Backward, from p_j = exp(s_j - lse) and delta = sum_d out_d dout_d = sum_j p_j d
     dq_i = scale * sum_j ds_ij k_j,   dk_j = scale * sum_i ds_ij q_i
 All exponentials are base 2, with log2(e) folded into the scale; m and lse are kept in those units.
 
-The backward is split: the dq kernel owns a tile of queries (and writes delta, which it needs first),
-then the dk/dv kernel owns a tile of keys. That is seven matrix products where five would do, but no
-atomics, so the result is the same bits each time, and no fp32 workspace beyond lse and delta.
+The backward is split: the dq kernel owns a tile of queries (and writes delta, which it
+needs first), then the dk/dv kernel owns a tile of keys. That is seven matrix products where five
+would do, but no atomics, so the result is the same bits each time, and no fp32 workspace beyond
+lse and delta.
 
 Which keys a query sees: doc_start[query] <= key <= query. Tiles that nobody may see are not
 visited, tiles that everybody sees take a loop without masks, the rest take a masked one. The loop
@@ -35,6 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from triton_kernels.launch import (
     AttentionTiles,
+    StaticConfig,
     architecture,
     attention_tiles,
 )
@@ -70,7 +72,7 @@ def _store_rows(ptr, x, row, last, D: tl.constexpr, offs):
 
 @triton.jit
 def _offsets(stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(BLOCK, BLOCK_D) element offsets from a tile's first row; int64, since a row stride may be anything."""
+    """(BLOCK, BLOCK_D) element offsets from a tile's first row; int64, for any row stride."""
     return tl.arange(0, BLOCK)[:, None] * tl.cast(stride, tl.int64) + tl.arange(0, BLOCK_D)[None, :]
 
 
@@ -84,7 +86,7 @@ def _visible(query, key, first, HAS_DOC: tl.constexpr):
 
 @triton.jit
 def _first_keys(doc_ptr, stride_doc_t, query, start_m, T, BLOCK_N: tl.constexpr):
-    """doc_start of a tile of queries, and where its loops over keys begin: masked, then unmasked."""
+    """doc_start of a tile of queries, and where its masked and unmasked loops over keys begin."""
     first = tl.load(doc_ptr + tl.minimum(query, T - 1) * stride_doc_t)
     lo = tl.maximum(tl.min(first, 0), 0) // BLOCK_N * BLOCK_N
     lo = tl.minimum(lo, start_m)
@@ -251,8 +253,8 @@ def _attention_bwd_dq_kernel(
             D, BLOCK_N, True, HAS_DOC,
         )  # fmt: skip
     dq = _dq_keys(
-        dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, full_lo, start_m, query, first, T, scale_log2,
-        D, BLOCK_N, False, HAS_DOC,
+        dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, full_lo, start_m,
+        query, first, T, scale_log2, D, BLOCK_N, False, HAS_DOC,
     )  # fmt: skip
     dq = _dq_keys(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, start_m, tl.minimum(start_m + BLOCK_M, T),
@@ -304,7 +306,7 @@ def _dkv_queries(
 
 @triton.jit
 def _last_queries(doc_ptr, stride_doc_t, start_n, T, BLOCK_N: tl.constexpr, SCAN: tl.constexpr):
-    """For a tile of keys: the first query that does not see all of it, and the end of those that see any."""
+    """For a tile of keys: the first query not to see it all, and the end of those that see any."""
     full_end = T
     end = start_n
     for start in tl.range(start_n, T, SCAN):
@@ -382,7 +384,7 @@ def _attention_bwd_dkv_kernel(
     _store_rows(dk_ptr + H * D, dv, key, T, D, out_offs)
 
 
-# Triton decides at decoration time whether kernels are compiled or interpreted (TRITON_INTERPRET=1).
+# Triton decides when it decorates: kernels are compiled, or interpreted under TRITON_INTERPRET=1.
 INTERPRETED = not isinstance(_attention_fwd_kernel, triton.JITFunction)
 
 
@@ -426,7 +428,8 @@ def _forward(qkv: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tenso
     tiles, options = _launch_options("fwd", qkv, doc_start)
     with _on_device(qkv):
         _attention_fwd_kernel[(tiles * B * H,)](
-            qkv, out, lse, doc_start, *qkv.stride()[:4], *doc_strides, T, H, scale * LOG2_E, **options
+            qkv, out, lse, doc_start, *qkv.stride()[:4], *doc_strides, T, H, scale * LOG2_E,
+            **options,
         )
     return out, lse
 
@@ -460,8 +463,8 @@ def _backward(
     return dqkv
 
 
-# Opaque to torch.compile, which then neither copies around the kernels nor needs a GPU to trace; autograd
-# stays outside the operators, the cheapest arrangement per call.
+# Opaque to torch.compile, which then neither copies around the kernels nor needs a GPU to trace;
+# autograd stays outside the operators, the cheapest arrangement per call.
 _LIBRARY = torch.library.Library("gpt2_triton", "FRAGMENT")
 _LIBRARY.define("attention_fwd(Tensor qkv, Tensor? doc_start, float scale) -> (Tensor, Tensor)")
 _LIBRARY.define(
@@ -516,8 +519,8 @@ def _check(qkv: Tensor, doc_start: Tensor | None, scale: float | None) -> None:
         )
     if D > 1 and qkv.stride(4) != 1:
         raise ValueError(
-            f"attention: qkv has stride {qkv.stride(4)} along D, it must be 1 (other strides are free);"
-            " pass qkv.contiguous()"
+            f"attention: qkv has stride {qkv.stride(4)} along D, it must be 1 (other strides are"
+            " free); pass qkv.contiguous()"
         )
     if qkv.device.type not in ("cpu", "cuda") or (qkv.device.type == "cpu" and not INTERPRETED):
         raise ValueError(
@@ -544,7 +547,7 @@ def _check(qkv: Tensor, doc_start: Tensor | None, scale: float | None) -> None:
 
 
 def _check_documents(doc_start: Tensor | None) -> None:
-    """Raise where doc_start leaves its row: always on a CPU; on a GPU, where this waits for it, in anomaly mode."""
+    """Raise where doc_start leaves its row. On a GPU that waits for it: only in anomaly mode."""
     if doc_start is None or doc_start.numel() == 0:
         return
     if doc_start.is_cuda and not torch.is_anomaly_enabled():
@@ -552,8 +555,8 @@ def _check_documents(doc_start: Tensor | None) -> None:
     least, most, T = int(doc_start.min()), int(doc_start.max()), doc_start.shape[1]
     if least < 0 or most >= T:
         raise ValueError(
-            f"attention: doc_start holds {least if least < 0 else most}, the limit is 0 to T - 1 = {T - 1};"
-            " give each query the position, in its row, of its document's first token"
+            f"attention: doc_start holds {least if least < 0 else most}, the limit is 0 to"
+            f" T - 1 = {T - 1}; give each query the position in its row of its document's first token"
         )
 
 
@@ -564,15 +567,72 @@ def attention(
 
     qkv (B, T, 3, H, D) fp16, bf16 or fp32: queries, keys and values as c_attn writes them, with any
         strides but 1 along D; D at most 128. Under autocast it is cast to autocast's dtype.
-    doc_start (B, T) int32, 0 to T - 1: first key that a query may see (packed documents, left padding).
-        A query before its own doc_start sees nothing: its output and gradients are 0.
+    doc_start (B, T) int32, 0 to T - 1: first key that a query may see (packed documents, left
+        padding). A query before its own doc_start sees nothing: its output and gradient are 0.
     scale: multiplies q.k, positive; default 1/sqrt(D).
-    Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous too, and the same bits each time.
-    Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start on a
-        CPU, or on a GPU under torch.autograd.set_detect_anomaly(True), since reading them costs a sync.
+    Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous, and the same bits each time.
+    Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start
+        on a CPU, or on a GPU under torch.autograd.set_detect_anomaly(True): reading them syncs.
     Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).
     """
     _check(qkv, doc_start, scale)
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
     return _Attention.apply(qkv, doc_start, qkv.shape[4] ** -0.5 if scale is None else scale)
+
+
+def _static_config(
+    name: str, arch: str, dtype: torch.dtype, B: int, T: int, H: int, D: int, has_doc: bool
+) -> StaticConfig:
+    """One kernel as it is launched on contiguous tensors of this shape."""
+    kernel, products = {
+        "fwd": (_attention_fwd_kernel, 2),
+        "dq": (_attention_bwd_dq_kernel, 3),
+        "dkv": (_attention_bwd_dkv_kernel, 4),
+    }[name]
+    tiles = attention_tiles(name, arch, dtype.itemsize, D, T)
+    text = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    constexprs = _constexprs(D, tiles, has_doc)
+    constexprs |= {"stride_doc_t": 1} if has_doc else {"doc_ptr": None, "stride_doc_t": 0}
+    signature, divisible = {}, []
+    for argument in kernel.arg_names:
+        if argument in constexprs:
+            signature[argument] = "constexpr"
+            continue
+        if argument.endswith("_ptr"):
+            special = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "doc_ptr": "*i32"}
+            signature[argument] = special.get(argument, f"*{text}")
+        else:
+            signature[argument] = "fp32" if argument.startswith("scale") else "i32"
+        if signature[argument] != "fp32" and argument != "H":
+            divisible.append(argument)
+    rows = B * H * T
+    head = rows * D * dtype.itemsize  # bytes of one of q, k, v, out, dout, dq, dk, dv
+    heads, statistics = {"fwd": (4, 1), "dq": (6, 2), "dkv": (6, 2)}[name]
+    documents = B * T * 4 if has_doc else 0
+    return StaticConfig(
+        op=f"attention {name}",
+        shape=f"B{B} H{H} T{T} D{D} {text}" + (" docs" if has_doc else ""),
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible_by_16=tuple(divisible),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+        bytes=heads * head + statistics * rows * 4 + documents,
+        flops=products * rows * T * D,  # half of 2 * T * T * D a head and product: causal
+    )
+
+
+def static_configs(arch: str) -> list[StaticConfig]:
+    """Every shipped configuration for one architecture, at the size of GPT-2 124M."""
+    half, full = torch.bfloat16, torch.float32
+    shapes = [(half, 32, 1024, 12, 64), (half, 128, 256, 12, 64), (torch.float16, 32, 1024, 12, 64)]
+    shapes += [(half, 32, 1024, 24, 32), (half, 32, 1024, 10, 80), (half, 32, 1024, 6, 128)]
+    shapes += [(full, 32, 1024, 12, 64), (full, 32, 1024, 6, 128)]
+    return [
+        _static_config(name, arch, *shape, has_doc)
+        for shape in shapes
+        for has_doc in (False, True)
+        for name in ("fwd", "dq", "dkv")
+    ]
