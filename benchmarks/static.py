@@ -7,10 +7,11 @@ No GPU is used and nothing is timed: Triton's own compiler and the cuobjdump in 
 registers, spills, shared memory and instructions. This rules out bad configurations; it does not
 rank good ones (latency, L2 and bank conflicts are not in it).
 
-Columns. tiles: the kernel's BLOCK_ values, in its order (attention: D, M queries, N keys). reg: registers a thread. spill: bytes of stack a thread. smem: bytes a program. occ:
-programs and warps a multiprocessor. load, store: widest global access in bytes. mma: tensor-core
-instruction. MB, GFLOP: least traffic and matrix work of the operation at that shape. floor: the
-larger of the two on an H200, in microseconds, which no kernel can beat.
+Columns. tiles: the kernel's BLOCK_ values in its order (attention: D, then M queries, N keys). reg:
+registers a thread. spill: bytes of stack a thread. smem: bytes a program. occ: programs and warps a
+multiprocessor. load, store: widest global access in bytes. mma: tensor-core instruction. MB, GFLOP:
+least traffic and matrix work of the operation at that shape. floor: the larger of the two on an
+H200, in microseconds, which no kernel can beat.
 """
 
 import argparse

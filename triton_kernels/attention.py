@@ -555,8 +555,8 @@ def _check_documents(doc_start: Tensor | None) -> None:
     least, most, T = int(doc_start.min()), int(doc_start.max()), doc_start.shape[1]
     if least < 0 or most >= T:
         raise ValueError(
-            f"attention: doc_start holds {least if least < 0 else most}, the limit is 0 to"
-            f" T - 1 = {T - 1}; give each query the position in its row of its document's first token"
+            f"attention: doc_start holds {least if least < 0 else most}, the limit is 0 to T - 1 ="
+            f" {T - 1}; give each query the position in its row of its document's first token"
         )
 
 
@@ -568,7 +568,7 @@ def attention(
     qkv (B, T, 3, H, D) fp16, bf16 or fp32: queries, keys and values as c_attn writes them, with any
         strides but 1 along D; D at most 128. Under autocast it is cast to autocast's dtype.
     doc_start (B, T) int32, 0 to T - 1: first key that a query may see (packed documents, left
-        padding). A query before its own doc_start sees nothing: its output and gradient are 0.
+        padding). A query before its own doc_start sees nothing: output and gradient are 0.
     scale: multiplies q.k, positive; default 1/sqrt(D).
     Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous, and the same bits each time.
     Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start
