@@ -91,6 +91,13 @@ def test_many_full_tiles_after_a_document_boundary():
     assert_as_good_as_torch(make_qkv(1, 400, 1, 16), doc_start=doc_start)
 
 
+def test_documents_that_end_one_row_into_a_tile():
+    """The last query that sees a tile of keys stands alone in its own tile."""
+    position = torch.arange(129)[None]
+    doc_start = torch.where(position < 33, 0, torch.where(position < 97, 33, 97)).int()
+    assert_as_good_as_torch(make_qkv(1, 129, 1, 16), doc_start=doc_start)
+
+
 def test_left_padding_sees_nothing_and_gives_no_gradient():
     padding, T = 70, 100
     qkv = make_qkv(2, T, 2, 16)
@@ -232,8 +239,6 @@ def test_same_bits_twice():
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-
-
 # How it plugs in
 
 
@@ -241,9 +246,7 @@ def test_operators_are_registered_properly():
     qkv, doc_start = make_qkv(1, 20, 2, 16), packed_documents(1, 20)
     for documents in (None, doc_start):
         out, lse = torch.ops.gpt2_triton.attention_fwd(qkv, documents, 0.25)
-        torch.library.opcheck(
-            torch.ops.gpt2_triton.attention_fwd.default, (qkv, documents, 0.25)
-        )
+        torch.library.opcheck(torch.ops.gpt2_triton.attention_fwd.default, (qkv, documents, 0.25))
         torch.library.opcheck(
             torch.ops.gpt2_triton.attention_bwd.default,
             (torch.ones_like(out), qkv, out, lse, documents, 0.25),

@@ -570,7 +570,7 @@ def attention(
     doc_start (B, T) int32, 0 to T - 1: first key that a query may see (packed documents, left
         padding). A query before its own doc_start sees nothing: output and gradient are 0.
     scale: multiplies q.k, positive; default 1/sqrt(D).
-    Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous, and the same bits each time.
+    Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous too, and deterministic.
     Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start
         on a CPU, or on a GPU under torch.autograd.set_detect_anomaly(True): reading them syncs.
     Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).

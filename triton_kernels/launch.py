@@ -118,7 +118,7 @@ ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
 ATTENTION_FP32: dict[str, dict[int, dict[int, AttentionTiles]]] = {
     "fwd": {128: {_ANY: _t(32, 16, 4, 2)}},
     "dq": {128: {_ANY: _t(32, 16, 4, 2)}},
-    "dkv": {64: {_ANY: _t(16, 32, 4, 2)}, 128: {_ANY: _t(16, 16, 4, 2)}},
+    "dkv": {128: {_ANY: _t(16, 16, 4, 2)}},
 }
 
 

@@ -93,8 +93,13 @@ def test_left_padding():
 
 @pytest.mark.parametrize(
     "B, T, H, D",
-    [(32, 1024, 12, 64), (8, 1024, 25, 64), (4, 4096, 12, 64), (1, 16384, 4, 64),
-     (2, 2048, 6, 128)],  # fmt: skip
+    [
+        (32, 1024, 12, 64),
+        (8, 1024, 25, 64),
+        (4, 4096, 12, 64),
+        (1, 16384, 4, 64),
+        (2, 2048, 6, 128),
+    ],
 )
 def test_full_size(B, T, H, D):
     assert_as_good_as_torch(*make(B, T, H, D, torch.bfloat16), rows=[0, B - 1])
