@@ -1,0 +1,19 @@
+"""Trains a GPT-2 on a folder of token shards.
+
+python scripts/train_gpt2.py configs/shakespeare_char.yaml                  # one device, or a CPU
+torchrun --nproc-per-node 8 scripts/train_gpt2.py configs/gpt2_124m.yaml    # 8 GPUs
+python scripts/train_gpt2.py configs/shakespeare_char.yaml --lr 3e-3        # any option overrides
+the file python scripts/train_gpt2.py configs/shakespeare_char.yaml --resume auto    # continues an
+interrupted run
+"""
+
+from gpt2.config import TrainConfig, parse, run_script
+from gpt2.train.pretrain import pretrain
+
+
+def main() -> None:
+    pretrain(parse(TrainConfig, __doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)
