@@ -73,8 +73,8 @@ def _t(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Attention
 
 
 # architecture -> kernel -> head dimension up to -> length up to -> tiles, for fp16 and bf16.
-# All of it chosen ahead of time, none measured: compiled with Triton 3.6 and 3.7 by
-# benchmarks/static.py, with and without documents, D = 64, 80 and 128. The rules, in this order:
+# All of it chosen ahead of time, none measured: compiled by benchmarks/static.py with Triton 3.7.1
+# (sm_90 with 3.6.0 too), with and without documents, D = 32 to 128. The rules, in this order:
 # 1. no spills; 2. two programs a multiprocessor or more where registers and shared memory allow it,
 # since a program waits for its own matrix products before each exponential, and only another
 # program's products can fill that time; 3. the largest tile left. sm_80's fit in 99 KB of shared
