@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from triton_kernels.launch import CROSS_ENTROPY, StaticConfig, architecture, device_guard, for_architecture
 
@@ -425,6 +426,7 @@ class _CrossEntropy(torch.autograd.Function):
         return reduce_loss(loss, n_valid, reduction)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dlogits = torch.ops.gpt2_triton.cross_entropy_bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         return dlogits, None, None, None, None, None
@@ -451,6 +453,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
         return reduce_loss(loss, n_valid, reduction)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         logits, targets, lse = ctx.saved_tensors
         dlogits = logits.detach()

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from triton_kernels.launch import StaticConfig, architecture, device_guard, layer_norm_tile
 
@@ -322,28 +323,42 @@ torch.library.register_fake("gpt2_triton::layer_norm_bwd", _fake_backward, lib=_
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, residual, eps, dtype):  # x, residual (M, C)
-        y, s, mean, rstd = torch.ops.gpt2_triton.layer_norm_fwd(x, weight, bias, residual, eps, dtype)
+    def forward(ctx, x, weight, bias, residual, eps, dtype):  # x, residual (..., C)
+        C = x.shape[-1]
+        rows = None if residual is None else residual.reshape(-1, C)
+        y, s, mean, rstd = torch.ops.gpt2_triton.layer_norm_fwd(x.reshape(-1, C), weight, bias, rows, eps, dtype)
         ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.shape, ctx.x_dtype, ctx.has_residual = x.shape, x.dtype, residual is not None
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, s)
+        return (y.view(x.shape), s.view(x.shape)) if ctx.has_residual else y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, ds=None):
         s, weight, mean, rstd = ctx.saved_tensors
         if dy is None:  # only the sum was used
-            return ds, None, None, None if ctx.residual_dtype is None else ds, None, None
+            return ds, None, None, ds if ctx.has_residual else None, None, None
+        C = ctx.shape[-1]
         has_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         dsum, dx, dw, db = torch.ops.gpt2_triton.layer_norm_bwd(
-            dy, ds, s, weight, mean, rstd, ctx.x_dtype, has_dw, ctx.bias_dtype
+            dy.reshape(-1, C),
+            None if ds is None else ds.reshape(-1, C),
+            s.reshape(-1, C),
+            weight,
+            mean,
+            rstd,
+            ctx.x_dtype,
+            has_dw,
+            ctx.bias_dtype,
         )
+        # One view for both x and residual: autograd sees that it is shared and does not let two .grad alias it.
+        dsum = dsum.view(ctx.shape)
         return (
-            dx if ctx.x_dtype != s.dtype else dsum,
+            dsum if ctx.x_dtype == s.dtype else dx.view(ctx.shape),
             dw if has_dw else None,
             db if has_dw and ctx.bias_dtype is not None else None,
-            None if ctx.residual_dtype is None else dsum,
+            dsum if ctx.has_residual else None,
             None,
             None,
         )
@@ -384,8 +399,4 @@ def layer_norm(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    C = x.shape[-1]
-    if residual is None:
-        return _LayerNorm.apply(x.reshape(-1, C), weight, bias, None, eps, dtype).view(x.shape)
-    y, summed = _LayerNorm.apply(x.reshape(-1, C), weight, bias, residual.reshape(-1, C), eps, dtype)
-    return y.view(x.shape), summed.view(x.shape)
+    return _LayerNorm.apply(x, weight, bias, residual, eps, dtype)

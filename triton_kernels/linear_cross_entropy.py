@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from triton_kernels.cross_entropy import check_rows, count_valid, gradient_rows, loss_rows, reduce_loss
 from triton_kernels.launch import StaticConfig, device_guard
@@ -231,6 +232,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return reduce_loss(loss, n_valid, "sum" if n_valid is None else "mean")
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         dx, dw, n_valid = ctx.saved_tensors
         # Where no row counts the gradient is 0, and 0 / 0 would make it NaN.
@@ -254,6 +256,7 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dloss):
         x, weight, _, _ = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
