@@ -76,6 +76,8 @@ class LayerNormTile:
     bwd_rows: int  # rows that a backward program holds at a time
     bwd_warps: int
     bwd_programs: int  # backward programs per multiprocessor; each leaves one partial row of dw and db
+    dw_parts: int = 128  # partial rows and columns that a program of the second stage adds up at a time:
+    dw_cols: int = 16  # 16 columns give 96 programs at width 768
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,10 @@ _NORM = {
     16384: LayerNormTile(1, 16, 1, 16, 1),
 }
 LAYER_NORM = {  # architecture -> width up to -> tile
-    "interpret": {1024: LayerNormTile(8, 1, 4, 1, 3), 16384: LayerNormTile(2, 1, 2, 1, 3)},
+    "interpret": {
+        1024: LayerNormTile(8, 1, 4, 1, 3, dw_parts=2, dw_cols=512),
+        16384: LayerNormTile(2, 1, 2, 1, 3, dw_parts=2, dw_cols=512),
+    },
     "sm_80": _NORM,
     "sm_90": _NORM,
     "sm_100": _NORM,

@@ -24,7 +24,6 @@ from torch.autograd.function import once_differentiable
 from triton_kernels.launch import StaticConfig, architecture, device_guard, layer_norm_tile
 
 MAX_WIDTH = 16384  # a row, its gradient and two partial rows must fit in a program's registers
-DW_PARTS, DW_COLS = 128, 16  # tile of the second stage: 16 columns fill 48 programs at C = 768
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -272,15 +271,15 @@ def _backward(
             num_warps=tile.bwd_warps,
         )
         if has_dw:
-            _layer_norm_dw_kernel[(triton.cdiv(C, DW_COLS), 1 + has_db)](
+            _layer_norm_dw_kernel[(triton.cdiv(C, tile.dw_cols), 1 + has_db)](
                 partial,
                 dw,
                 db if has_db else None,
                 P,
                 C=C,
                 HAS_DB=has_db,
-                BLOCK_P=DW_PARTS,
-                BLOCK_C=DW_COLS,
+                BLOCK_P=tile.dw_parts,
+                BLOCK_C=tile.dw_cols,
                 num_warps=4,
             )
     return outputs
