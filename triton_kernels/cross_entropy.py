@@ -30,6 +30,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOWEST = tl.constexpr(-2.3e38)  # times LOG2E it is still finite; a row with no logit above it counts as all -inf
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
+SCALE_WARPS = 8
 VOCABULARY_LIMIT = 2**31 - 2**16  # columns are int32
 
 
@@ -58,6 +59,7 @@ def _write_gradient(
     target,
     scale,
     V,
+    READABLE,  # columns of x_row that may be read: V or more
     WIDTH,
     SMOOTHING: tl.constexpr,
     Z_LOSS: tl.constexpr,
@@ -82,7 +84,8 @@ def _write_gradient(
     for start in range(whole, WIDTH, TAIL):
         tail_cols = start + tl.arange(0, TAIL)
         in_vocabulary = tail_cols < V
-        x = tl.load(x_row + tail_cols, mask=in_vocabulary, other=0.0).to(tl.float32)
+        x = tl.load(x_row + tail_cols, mask=tail_cols < READABLE, other=0.0).to(tl.float32)
+        x = tl.where(in_vocabulary, x, 0.0)  # the padding may hold anything
         g = _gradient(x, lse, tail_cols, target, p_scale, target_part, smooth_part)
         tl.store(dx_row + tail_cols, tl.where(in_vocabulary, g, 0.0), mask=tail_cols < WIDTH, cache_modifier=".cs")
 
@@ -90,12 +93,14 @@ def _write_gradient(
 @triton.jit
 def _write_zeros(dx_row, WIDTH, BLOCK: tl.constexpr):
     """Zeros in columns 0 to WIDTH of one row."""
-    for start in range(0, WIDTH, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        tl.store(dx_row + cols, tl.zeros((BLOCK,), tl.float32), mask=cols < WIDTH, cache_modifier=".cs")
+    whole = WIDTH // BLOCK * BLOCK
+    cols = tl.arange(0, BLOCK)
+    for start in range(0, whole, BLOCK):
+        tl.store(dx_row + start + cols, tl.zeros((BLOCK,), tl.float32), cache_modifier=".cs")
+    tl.store(dx_row + whole + cols, tl.zeros((BLOCK,), tl.float32), mask=whole + cols < WIDTH)
 
 
-@triton.jit(do_not_specialize=("V", "WIDTH", "ignore_index"))
+@triton.jit(do_not_specialize=("V", "ignore_index"))
 def _cross_entropy_fwd_kernel(
     logits_ptr,  # (N, WIDTH), row stride stride_n; with WRITE_GRADIENT overwritten by the gradient
     targets_ptr,  # (N,) integer
@@ -147,10 +152,11 @@ def _cross_entropy_fwd_kernel(
         for start in range(whole, V, TAIL):
             tail_cols = start + tl.arange(0, TAIL)
             in_vocabulary = tail_cols < V
-            x = tl.load(x_row + tail_cols, mask=in_vocabulary, other=0.0).to(tl.float32)
+            # Masked by the padded width, which divides by 16 where the row stride does, the loads stay wide.
+            x = tl.load(x_row + tail_cols, mask=tail_cols < WIDTH, other=0.0).to(tl.float32)
             m_tail, s_tail = _online(m_tail, s_tail, tl.where(in_vocabulary, x, float("-inf")))
             if SMOOTHING > 0.0:
-                x_sum_tail += x
+                x_sum_tail += tl.where(in_vocabulary, x, 0.0)
 
         top = tl.maximum(tl.max(m, axis=0), tl.max(m_tail, axis=0))
         total = tl.sum(s * tl.exp2((m - top) * LOG2E), axis=0)
@@ -171,10 +177,10 @@ def _cross_entropy_fwd_kernel(
             if MEAN:
                 scale = scale / tl.load(n_valid_ptr)
             tl.debug_barrier()  # every lane has read x_target and its columns before one is overwritten
-            _write_gradient(x_row, x_row, lse, target, scale, V, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
+            _write_gradient(x_row, x_row, lse, target, scale, V, WIDTH, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
 
 
-@triton.jit(do_not_specialize=("V", "WIDTH", "ignore_index"))
+@triton.jit(do_not_specialize=("V", "ignore_index"))
 def _cross_entropy_bwd_kernel(
     logits_ptr,  # (N, V), row stride stride_n
     targets_ptr,  # (N,) integer
@@ -207,7 +213,7 @@ def _cross_entropy_bwd_kernel(
         if MEAN:
             scale = scale / tl.load(n_valid_ptr)
         x_row = logits_ptr + row * stride_n
-        _write_gradient(x_row, dx_row, lse, target, scale, V, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
+        _write_gradient(x_row, dx_row, lse, target, scale, V, V, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
 
 
 @triton.jit(do_not_specialize=("V",))
@@ -222,10 +228,14 @@ def _scale_kernel(
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         x_row = x_ptr + tl.program_id(0).to(tl.int64) * stride_n
-        for start in range(0, V, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            x = tl.load(x_row + cols, mask=cols < V, other=0.0).to(tl.float32)
-            tl.store(x_row + cols, x * scale, mask=cols < V)
+        whole = V // BLOCK * BLOCK
+        cols = tl.arange(0, BLOCK)
+        for start in range(0, whole, BLOCK):
+            x = tl.load(x_row + start + cols).to(tl.float32)
+            tl.store(x_row + start + cols, x * scale)
+        in_tail = whole + cols < V
+        x = tl.load(x_row + whole + cols, mask=in_tail, other=0.0).to(tl.float32)
+        tl.store(x_row + whole + cols, x * scale, mask=in_tail)
 
 
 def _tile(device: torch.device) -> tuple[dict[str, int], int]:
@@ -463,7 +473,12 @@ class _CrossEntropyInPlace(torch.autograd.Function):
             block = _tile(dlogits.device)[0]["BLOCK"]
             with device_guard(_scale_kernel, "logits", dlogits):
                 _scale_kernel[(dlogits.shape[0],)](
-                    dlogits, dloss, dlogits.stride(0), dlogits.shape[1], BLOCK=block, num_warps=8
+                    dlogits,
+                    dloss,
+                    dlogits.stride(0),
+                    dlogits.shape[1],
+                    BLOCK=block,
+                    num_warps=SCALE_WARPS,
                 )
         torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None, None
@@ -538,3 +553,93 @@ def cross_entropy(
         logits = logits.contiguous()
     function = _CrossEntropyInPlace if in_place else _CrossEntropy
     return function.apply(logits, targets.contiguous(), ignore_index, label_smoothing, z_loss, reduction)
+
+
+def static_configs(arch: str) -> list[StaticConfig]:
+    """Every configuration that GPT-2's padded vocabulary uses on arch, bf16."""
+    N, V, width = 32768, 50257, 50304
+    tile = for_architecture(CROSS_ENTROPY, arch)
+    blocks = {"BLOCK": tile.block, "TAIL": tile.tail}
+    plain = {"SMOOTHING": 0.0, "Z_LOSS": 0.0}
+    numbers = dict.fromkeys(("V", "ignore_index"), "i32")  # never specialised
+    fwd = dict(logits_ptr="*bf16", targets_ptr="*i64", loss_ptr="*fp32", lse_ptr="*fp32", stride_n="i32", WIDTH="i32")
+    bwd = dict(
+        logits_ptr="*bf16",
+        targets_ptr="*i64",
+        lse_ptr="*fp32",
+        dloss_ptr="*fp32",
+        dlogits_ptr="*bf16",
+        stride_n="i32",
+        stride_d="i32",
+        stride_dn="i32",
+        WIDTH="i32",
+    )
+    scale = dict(x_ptr="*bf16", scale_ptr="*fp32", stride_n="i32")
+    row = N * V * 2  # bytes of one reading or writing of the logits
+
+    def config(op, kernel, arguments, numbers, constants, warps, n_bytes):
+        return StaticConfig(
+            op=op,
+            shape=f"{N} x {V} in rows of {width}",
+            kernel=kernel,
+            signature=arguments | numbers | dict.fromkeys(constants, "constexpr"),
+            constexprs=constants,
+            divisible_by_16=tuple(arguments),
+            num_warps=warps,
+            num_stages=3,
+            bytes=n_bytes,
+        )
+
+    configs = []
+    for is_mean in (True, False):
+        n_valid = {"n_valid_ptr": "*fp32"} if is_mean else {}
+        constants = plain | blocks | {"MEAN": is_mean} | ({} if is_mean else {"n_valid_ptr": None})
+        suffix = " mean" if is_mean else " sum"
+        configs += [
+            config(
+                "cross_entropy fwd+bwd in place" + suffix,
+                _cross_entropy_fwd_kernel,
+                fwd | n_valid,
+                numbers,
+                constants | {"WRITE_GRADIENT": True},
+                tile.warps,
+                2 * row,
+            ),
+            config(
+                "cross_entropy bwd" + suffix,
+                _cross_entropy_bwd_kernel,
+                bwd | n_valid,
+                numbers,
+                constants,
+                tile.warps,
+                2 * row,
+            ),
+        ]
+    constants = plain | blocks | {"MEAN": False, "n_valid_ptr": None, "WRITE_GRADIENT": False}
+    configs.append(
+        config("cross_entropy fwd", _cross_entropy_fwd_kernel, fwd, numbers, constants, tile.warps, row)
+    )
+    extras = {"SMOOTHING": 0.1, "Z_LOSS": 1e-4, "WRITE_GRADIENT": True}
+    configs.append(
+        config(
+            "cross_entropy fwd+bwd in place, smoothing, z-loss",
+            _cross_entropy_fwd_kernel,
+            fwd,
+            numbers,
+            constants | extras,
+            tile.warps,
+            2 * row,
+        )
+    )
+    configs.append(
+        config(
+            "cross_entropy scale",
+            _scale_kernel,
+            scale,
+            {"V": "i32"},
+            {"BLOCK": tile.block},
+            SCALE_WARPS,
+            2 * row,
+        )
+    )
+    return configs

@@ -95,6 +95,7 @@ def _layer_norm_bwd_kernel(
     HAS_DX: tl.constexpr,
     HAS_DW: tl.constexpr,
     HAS_DB: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -106,7 +107,7 @@ def _layer_norm_bwd_kernel(
     dw = tl.zeros((BLOCK_C,), tl.float32)
     db = tl.zeros((BLOCK_C,), tl.float32)
 
-    for block in range(program, tl.cdiv(M, BLOCK_M), P):
+    for block in tl.range(program, tl.cdiv(M, BLOCK_M), P, num_stages=STAGES):
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
         in_rows = rows < M
         in_tile = in_rows[:, None] & in_cols[None, :]
@@ -266,6 +267,7 @@ def _backward(
             HAS_DX=x_dtype != s.dtype,
             HAS_DW=has_dw,
             HAS_DB=has_db,
+            STAGES=tile.bwd_stages,
             BLOCK_M=tile.bwd_rows,
             BLOCK_C=triton.next_power_of_2(C),
             num_warps=tile.bwd_warps,
@@ -399,3 +401,105 @@ def layer_norm(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     return _LayerNorm.apply(x, weight, bias, residual, eps, dtype)
+
+
+def static_configs(arch: str) -> list[StaticConfig]:
+    """Every configuration that GPT-2's widths use on arch: bf16 branches, an fp32 weight, a bf16 or fp32 stream."""
+    M = 32768
+    configs = []
+    for C in (768, 1024, 1280, 1600):
+        tile = layer_norm_tile(arch, C)
+        for stream in ("bf16", "fp32"):
+            stream_bytes = {"bf16": 2, "fp32": 4}[stream]
+            is_mixed = stream == "fp32"
+            shape = f"{M} x {C}, {stream} stream"
+            fwd = dict(
+                x_ptr="*bf16",
+                residual_ptr=f"*{stream}",
+                weight_ptr="*fp32",
+                bias_ptr="*fp32",
+                y_ptr="*bf16",
+                sum_ptr=f"*{stream}",
+                mean_ptr="*fp32",
+                rstd_ptr="*fp32",
+                M="i32",
+                stride_xm="i32",
+                stride_rm="i32",
+            )
+            constants = dict(
+                C=C,
+                EPS=1e-5,
+                HAS_RESIDUAL=True,
+                HAS_BIAS=True,
+                BLOCK_M=tile.fwd_rows,
+                BLOCK_C=triton.next_power_of_2(C),
+            )
+            configs.append(
+                StaticConfig(
+                    op="layer_norm fwd",
+                    shape=shape,
+                    kernel=_layer_norm_fwd_kernel,
+                    signature=fwd | dict.fromkeys(constants, "constexpr"),
+                    constexprs=constants,
+                    divisible_by_16=tuple(fwd),
+                    num_warps=tile.fwd_warps,
+                    num_stages=1,
+                    bytes=M * C * (2 + stream_bytes + 2 + stream_bytes),
+                )
+            )
+            bwd = dict(
+                s_ptr=f"*{stream}",
+                dy_ptr="*bf16",
+                ds_ptr=f"*{stream}",
+                weight_ptr="*fp32",
+                mean_ptr="*fp32",
+                rstd_ptr="*fp32",
+                dsum_ptr=f"*{stream}",
+                dx_ptr="*bf16" if is_mixed else "constexpr",
+                partial_ptr="*fp32",
+                M="i32",
+                P="i32",
+                stride_sm="i32",
+                stride_ym="i32",
+                stride_dm="i32",
+            )
+            constants = dict(
+                C=C,
+                HAS_DS=True,
+                HAS_DX=is_mixed,
+                HAS_DW=True,
+                HAS_DB=True,
+                STAGES=tile.bwd_stages,
+                BLOCK_M=tile.bwd_rows,
+                BLOCK_C=triton.next_power_of_2(C),
+            )
+            configs.append(
+                StaticConfig(
+                    op="layer_norm bwd",
+                    shape=shape,
+                    kernel=_layer_norm_bwd_kernel,
+                    signature=bwd | dict.fromkeys(constants, "constexpr"),
+                    constexprs=constants | ({} if is_mixed else {"dx_ptr": None}),
+                    divisible_by_16=tuple(name for name, kind in bwd.items() if kind != "constexpr"),
+                    num_warps=tile.bwd_warps,
+                    num_stages=3,
+                    bytes=M * C * (2 + 3 * stream_bytes + 2 * is_mixed),
+                )
+            )
+        P = 132 * tile.bwd_programs
+        constants = dict(C=C, HAS_DB=True, BLOCK_P=tile.dw_parts, BLOCK_C=tile.dw_cols)
+        dw = dict(partial_ptr="*fp32", dw_ptr="*fp32", db_ptr="*fp32", P="i32")
+        configs.append(
+            StaticConfig(
+                op="layer_norm dw",
+                shape=f"{P} partial rows x {C}",
+                kernel=_layer_norm_dw_kernel,
+                signature=dw | dict.fromkeys(constants, "constexpr"),
+                constexprs=constants,
+                divisible_by_16=tuple(dw),
+                num_warps=4,
+                num_stages=3,
+                bytes=2 * P * C * 4,
+            )
+        )
+    return configs

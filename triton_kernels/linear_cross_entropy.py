@@ -317,3 +317,29 @@ def _check(x: Tensor, weight: Tensor, vocab_size: int, chunk_rows: int) -> torch
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype} and x {x.dtype}: cast one, or call under torch.autocast")
     return x.dtype
+
+
+def static_configs(arch: str) -> list[StaticConfig]:
+    """The scaling of dx and dw in the backward; the same everywhere. The matmuls are torch's."""
+    del arch
+    configs = []
+    for name, rows, given, made, n_bytes in (
+        ("dx", 32768, "bf16", "bf16", 4),
+        ("dw", 50304, "fp32", "fp32", 8),
+        ("dw", 50304, "fp32", "bf16", 6),
+    ):
+        arguments = dict(x_ptr=f"*{given}", scale_ptr="*fp32", out_ptr=f"*{made}", n="i32")
+        configs.append(
+            StaticConfig(
+                op=f"linear_cross_entropy scale {name}",
+                shape=f"{rows} x 768, {given} to {made}",
+                kernel=_scaled_kernel,
+                signature=arguments | {"BLOCK": "constexpr"},
+                constexprs={"BLOCK": SCALE_BLOCK},
+                divisible_by_16=tuple(arguments),
+                num_warps=SCALE_WARPS,
+                num_stages=3,
+                bytes=rows * 768 * n_bytes,
+            )
+        )
+    return configs
