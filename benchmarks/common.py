@@ -1,9 +1,11 @@
 """How everything here is timed and written down, in one place. See benchmarks/kernels.py for a use.
 
-A time is the median of repeated calls, with the 20th and 80th percentile beside it. Each call starts with a cold L2 (a
-buffer larger than it is overwritten first) and is timed on the device by two events around the call alone. Rates are
-compared with ceilings that are measured in the same run: the bandwidth of a large copy and the rate of a large bf16 matmul.
-A result file holds the command, the commit, the hardware and the versions, and appears at once or not at all.
+A time is the median of repeated calls, with the 20th and 80th percentile beside it. Each call
+starts with a cold L2 (a buffer larger than it is overwritten first) and is timed on the device by
+two events around the call alone. Rates are compared with ceilings that are measured in the same
+run: the bandwidth of a large copy and the rate of a large bf16 matmul.
+A result file holds the command, the commit, the hardware and the versions, and appears at once or
+not at all.
 """
 
 import json
@@ -37,46 +39,59 @@ class Timing:
     peak_bytes: int
 
 
-def measure(call: Callable[[], object], *, warmup_ms: float = WARMUP_MS, repeat_ms: float = REPEAT_MS) -> Timing:
-    """Time call() on the current CUDA device. Waits for the device, as a measurement must."""
-    call()  # compiles
+def measure(
+    call: Callable[..., object],
+    *,
+    prepare: Callable[[], tuple] = tuple,
+    warmup_ms: float = WARMUP_MS,
+    repeat_ms: float = REPEAT_MS,
+) -> Timing:
+    """Time call(*prepare()) on the current CUDA device, prepare left out. Waits for the device, as
+    it must.
+    """
+    call(*prepare())  # compiles
+    given = prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    call()
+    call(*given)
     torch.cuda.synchronize()
     peak_bytes = torch.cuda.max_memory_allocated() - before
+    del given
 
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    estimate = sum(_timed(call, flush) for _ in range(3)) / 3
+    estimate = sum(_timed(call, prepare, flush) for _ in range(3)) / 3
     for _ in range(max(1, int(warmup_ms / estimate))):
-        call()
-    times = sorted(_timed(call, flush) for _ in range(min(max(10, int(repeat_ms / estimate)), 1000)))
-    at = [times[int(q * (len(times) - 1))] for q in (0.5, 0.2, 0.8)]
-    return Timing(*at, calls=len(times), peak_bytes=peak_bytes)
+        call(*prepare())
+    n = min(max(10, int(repeat_ms / estimate)), 1000)
+    times = sorted(_timed(call, prepare, flush) for _ in range(n))
+    median, p20, p80 = (times[int(q * (n - 1))] for q in (0.5, 0.2, 0.8))
+    return Timing(median, p20, p80, n, peak_bytes)
 
 
-def _timed(call: Callable[[], object], flush: torch.Tensor) -> float:
+def _timed(call: Callable[..., object], prepare: Callable[[], tuple], flush: torch.Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    given = prepare()
+    # also gives the host time to queue the call, so that launches are not part of the time
     flush.zero_()
     start.record()
-    call()
+    call(*given)
     end.record()
     end.synchronize()
     return start.elapsed_time(end)
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes/s of a 1 GiB copy (read and written) and FLOP/s of an 8192-cubed bf16 matmul on this device, now."""
-    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
-    target = torch.empty_like(source)
+    """Bytes/s of a 1 GiB copy (read and written) and FLOP/s of an 8192-cubed bf16 matmul on this
+    device, now.
+    """
+    n, n_copied = 8192, 2**30
+    source, target = (torch.empty(n_copied, dtype=torch.int8, device="cuda") for _ in range(2))
     copy = measure(lambda: target.copy_(source))
-    del source, target
-    n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     matmul = measure(lambda: a @ b)
     return {
-        "copy_bytes_per_s": 2 * 2**30 / (copy.median * 1e-3),
+        "copy_bytes_per_s": 2 * n_copied / (copy.median * 1e-3),
         "bf16_flops_per_s": 2 * n**3 / (matmul.median * 1e-3),
     }
 
@@ -86,7 +101,9 @@ def provenance() -> dict[str, object]:
 
     def git(*arguments: str) -> str:
         try:
-            result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+            result = subprocess.run(
+                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+            )
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
         return result.stdout.strip()
@@ -97,7 +114,9 @@ def provenance() -> dict[str, object]:
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    hardware = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    )
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": git("rev-parse", "HEAD"),
@@ -131,6 +150,10 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+        return (
+            "| "
+            + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+            + " |"
+        )
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])

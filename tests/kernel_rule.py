@@ -7,14 +7,19 @@ from torch import Tensor
 def assert_as_exact_as_torch(
     ours: Tensor, theirs: Tensor, exact: Tensor, name: str, *, ulps: float = 4.0, terms: float = 0.0
 ) -> None:
-    """The error of ours against exact (fp64) is at most twice theirs, torch's own at the same dtype, plus some ulps.
+    """The error of ours against exact (fp64) is at most twice theirs, torch's own at the same
+    dtype, plus some ulps.
 
-    Errors are the largest over the tensor; the ulp is that of the largest exact entry in ours' dtype, or fp32's of terms,
-    the size of what is subtracted on the way, where that is larger.
+    Errors are the largest over the tensor; the ulp is that of the largest exact entry in ours'
+    dtype, or fp32's of terms, the size of what is subtracted on the way, where that is larger.
     """
-    assert ours.shape == exact.shape, f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    assert ours.shape == exact.shape, (
+        f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
+    )
     assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: NaN in other places than torch's"
-    assert torch.equal(ours.isinf(), theirs.isinf()), f"{name}: infinity in other places than torch's"
+    assert torch.equal(ours.isinf(), theirs.isinf()), (
+        f"{name}: infinity in other places than torch's"
+    )
     finite = ours.isfinite()
     if not finite.any():
         return

@@ -1,6 +1,7 @@
 """Cross entropy kernels through the interpreter, against the fp64 reference.
 
-The interpreter's tiles are 4096 and 1024 columns, so V = 50257 walks over 12 whole tiles and 2 tail tiles.
+The interpreter's tiles are 4096 and 1024 columns, so V = 50257 walks over 12 whole tiles and 2 tail
+tiles.
 """
 
 import warnings
@@ -31,9 +32,13 @@ def make(N, V, dtype=torch.float32, *, stride=None, ignored=(), seed=0):
 
 
 def loss_and_gradient(function, buffer, targets, V, dloss=1.0, dtype=None, **options):
-    """The loss of buffer[:, :V] and the gradient of the whole buffer; dloss is a number or a tensor like the loss."""
+    """The loss of buffer[:, :V] and the gradient of the whole buffer; dloss is a number or a tensor
+    like the loss.
+    """
     buffer = leaf(buffer, dtype)
-    loss = function((buffer * 1)[:, :V], targets, **options)  # an intermediate, which may be overwritten
+    loss = function(
+        (buffer * 1)[:, :V], targets, **options
+    )  # an intermediate, which may be overwritten
     loss.backward(torch.as_tensor(dloss, dtype=loss.dtype).expand(loss.shape))
     return loss.detach(), buffer.grad
 
@@ -41,7 +46,9 @@ def loss_and_gradient(function, buffer, targets, V, dloss=1.0, dtype=None, **opt
 def check(buffer, targets, V, dloss=1.0, **options):
     ours = loss_and_gradient(cross_entropy, buffer, targets, V, dloss, **options)
     theirs = loss_and_gradient(reference.cross_entropy, buffer, targets, V, dloss, **options)
-    exact = loss_and_gradient(exact_cross_entropy, buffer, targets, V, dloss, dtype=torch.float64, **options)
+    exact = loss_and_gradient(
+        exact_cross_entropy, buffer, targets, V, dloss, dtype=torch.float64, **options
+    )
     assert ours[0].dtype == torch.float32
     assert_as_exact_as_torch(ours[0], theirs[0], exact[0], "loss")
     # p - 1 and the like: where a row is nearly certain, what is left is far below the terms.
@@ -52,7 +59,9 @@ def check(buffer, targets, V, dloss=1.0, **options):
     assert torch.equal(ours[1][:, V:], torch.zeros_like(ours[1][:, V:]))
 
 
-def exact_cross_entropy(logits, targets, *, z_loss=0.0, reduction="mean", ignore_index=-100, **options):
+def exact_cross_entropy(
+    logits, targets, *, z_loss=0.0, reduction="mean", ignore_index=-100, **options
+):
     """The reference, which computes in fp32, in fp64."""
     options.pop("inplace_backward", None)
     options |= {"ignore_index": ignore_index}
@@ -98,7 +107,12 @@ def test_label_smoothing_and_z_loss(V, stride, in_place, reduction):
 def test_any_shape(N, V, padding, dtype, reduction, label_smoothing, z_loss, in_place, seed):
     buffer, targets = make(N, V, dtype, stride=V + padding, seed=seed)
     targets[1::3] = -100
-    options = dict(reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss, inplace_backward=in_place)
+    options = dict(
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        inplace_backward=in_place,
+    )
     check(buffer, targets, V, 0.25, **options)
 
 
@@ -117,15 +131,21 @@ def test_padding_is_neither_read_nor_written_but_zero_in_the_gradient(in_place):
         assert dlogits.data_ptr() == storage.data_ptr()
     else:
         assert dlogits.stride() == (stride, 1)
-        assert torch.equal(torch.as_strided(dlogits, (3, stride - V), (stride, 1), V), torch.zeros(3, stride - V))
+        assert torch.equal(
+            torch.as_strided(dlogits, (3, stride - V), (stride, 1), V), torch.zeros(3, stride - V)
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_all_targets_ignored(in_place, reduction):
     buffer, targets = make(3, 100, ignored=[0, 1, 2])
-    loss, dlogits = loss_and_gradient(cross_entropy, buffer, targets, 100, reduction=reduction, inplace_backward=in_place)
-    expected, _ = loss_and_gradient(reference.cross_entropy, buffer, targets, 100, reduction=reduction)
+    loss, dlogits = loss_and_gradient(
+        cross_entropy, buffer, targets, 100, reduction=reduction, inplace_backward=in_place
+    )
+    expected, _ = loss_and_gradient(
+        reference.cross_entropy, buffer, targets, 100, reduction=reduction
+    )
     assert torch.equal(dlogits, torch.zeros(3, 100))
     torch.testing.assert_close(loss, expected, equal_nan=True)
     assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
@@ -135,14 +155,21 @@ def test_all_targets_ignored(in_place, reduction):
 @pytest.mark.parametrize("in_place", [False, True])
 def test_empty_batch(in_place, reduction, expected):
     logits = torch.empty(0, 10, requires_grad=True)
-    loss = cross_entropy(logits * 1, torch.empty(0, dtype=torch.int64), reduction=reduction, inplace_backward=in_place)
+    loss = cross_entropy(
+        logits * 1,
+        torch.empty(0, dtype=torch.int64),
+        reduction=reduction,
+        inplace_backward=in_place,
+    )
     loss.sum().backward()
     assert logits.grad.shape == (0, 10)
     expected = torch.empty(0) if expected is None else torch.tensor(expected)
     torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
 
 
-@pytest.mark.filterwarnings("ignore:divide by zero|invalid value:RuntimeWarning")  # numpy's, of log(0) and inf - inf
+@pytest.mark.filterwarnings(
+    "ignore:divide by zero|invalid value:RuntimeWarning"
+)  # numpy's, of log(0) and inf - inf
 @pytest.mark.parametrize("V", [40, 5000])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("case", ["first tile", "all but target", "target", "everything"])
@@ -205,11 +232,15 @@ def test_targets_of_any_layout(dtype):
     shifted = torch.randint(33, (7,), dtype=dtype)[1:]
     for targets in (shifted, matrix[:, 1], matrix[:1, 0].expand(6)):
         ours = cross_entropy(logits, targets, ignore_index=5)
-        torch.testing.assert_close(ours, reference.cross_entropy(logits, targets.long(), ignore_index=5))
+        torch.testing.assert_close(
+            ours, reference.cross_entropy(logits, targets.long(), ignore_index=5)
+        )
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("layout", ["transposed", "expanded", "every other column", "every other row"])
+@pytest.mark.parametrize(
+    "layout", ["transposed", "expanded", "every other column", "every other row"]
+)
 def test_logits_of_any_layout(layout, in_place):
     base = torch.randn(40, 40)
     view = {
@@ -226,7 +257,9 @@ def test_logits_of_any_layout(layout, in_place):
         loss.backward()
         return loss.detach(), x.grad
 
-    torch.testing.assert_close(run(cross_entropy), run(reference.cross_entropy), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        run(cross_entropy), run(reference.cross_entropy), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_expanded_dloss():
@@ -241,7 +274,9 @@ def test_expanded_dloss():
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_offsets_beyond_int32(in_place, reduction):
-    """Row 2 of this view starts 2^31 elements into its buffer; only the pages that are touched take memory."""
+    """Row 2 of this view starts 2^31 elements into its buffer; only the pages that are touched take
+    memory.
+    """
     logits = torch.empty(3, 2**30, dtype=torch.float16)[:, :48]
     logits.copy_(torch.randn(3, 48))
     small = leaf(logits)
@@ -261,10 +296,14 @@ def test_gradcheck():
     def function(logits, reduction):
         return cross_entropy(logits, targets, label_smoothing=0.2, z_loss=0.01, reduction=reduction)
 
-    with warnings.catch_warnings():  # gradcheck would rather have fp64, which the kernels do not take
+    with (
+        warnings.catch_warnings()
+    ):  # gradcheck would rather have fp64, which the kernels do not take
         warnings.filterwarnings("ignore", message="Input #", category=UserWarning)
         for reduction in ("mean", "none"):
-            assert torch.autograd.gradcheck(function, (leaf(buffer), reduction), eps=1e-2, atol=1e-2, rtol=1e-2)
+            assert torch.autograd.gradcheck(
+                function, (leaf(buffer), reduction), eps=1e-2, atol=1e-2, rtol=1e-2
+            )
 
 
 def test_deterministic():
@@ -291,7 +330,9 @@ def test_backward_twice(reduction):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_backward_twice_in_place_is_refused(reduction):
     buffer, targets = make(4, 90)
-    loss = cross_entropy(leaf(buffer) * 1, targets, reduction=reduction, inplace_backward=True).sum()
+    loss = cross_entropy(
+        leaf(buffer) * 1, targets, reduction=reduction, inplace_backward=True
+    ).sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -322,7 +363,9 @@ def test_leaf_in_place():
     torch.testing.assert_close(x.grad, y.grad)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch.compile's own
 @pytest.mark.parametrize("in_place", [False, True])
 def test_compiled_equals_eager(in_place):
     buffer, targets = make(4, 96)
@@ -392,7 +435,12 @@ LOGITS, TARGETS = torch.zeros(4, 9), torch.zeros(4, dtype=torch.int64)
         (LOGITS, TARGETS[:3], {}, r"targets has shape \(3,\), but logits has 4 rows"),
         (LOGITS, LOGITS[:, 0], {}, "targets is torch.float32: class indices"),
         (LOGITS, TARGETS.to("meta"), {}, "targets is on meta and logits on cpu"),
-        (LOGITS, TARGETS, {"reduction": "avg"}, "reduction is 'avg': it must be one of mean, sum, none"),
+        (
+            LOGITS,
+            TARGETS,
+            {"reduction": "avg"},
+            "reduction is 'avg': it must be one of mean, sum, none",
+        ),
         (LOGITS, TARGETS, {"label_smoothing": 1.5}, "label_smoothing is 1.5: it must be in 0..1"),
         (LOGITS, TARGETS, {"z_loss": -1.0}, "z_loss is -1.0: it must be 0 or more"),
     ],

@@ -13,7 +13,16 @@ from triton_kernels import reference
 from triton_kernels.layer_norm import MAX_WIDTH, layer_norm
 
 
-def make(shape, dtype=torch.float32, *, residual=False, bias=True, seed=0, weight_dtype=None, residual_dtype=None):
+def make(
+    shape,
+    dtype=torch.float32,
+    *,
+    residual=False,
+    bias=True,
+    seed=0,
+    weight_dtype=None,
+    residual_dtype=None,
+):
     """x, weight, bias and residual with entries of different scale and a mean away from 0."""
     g = torch.Generator().manual_seed(seed)
     C = shape[-1]
@@ -25,7 +34,9 @@ def make(shape, dtype=torch.float32, *, residual=False, bias=True, seed=0, weigh
 
 
 def outputs_and_gradients(function, tensors, upstream, dtype=None):
-    """Outputs of function and the gradients of sum(output * upstream), by name, in one dictionary."""
+    """Outputs of function and the gradients of sum(output * upstream), by name, in one
+    dictionary.
+    """
     t = {name: None if v is None else leaf(v, dtype) for name, v in tensors.items()}
     out = function(t["x"], t["weight"], t["bias"], residual=t["residual"])
     out = out if isinstance(out, tuple) else (out,)
@@ -65,7 +76,9 @@ def test_without_bias(residual):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_branch_on_fp32_stream(dtype):
-    tensors = make((7, 80), dtype, residual=True, weight_dtype=torch.float32, residual_dtype=torch.float32)
+    tensors = make(
+        (7, 80), dtype, residual=True, weight_dtype=torch.float32, residual_dtype=torch.float32
+    )
     upstream = [torch.randn(7, 80, dtype=torch.float64) for _ in range(2)]
     ours = outputs_and_gradients(layer_norm, tensors, upstream)
     exact = outputs_and_gradients(reference.layer_norm, tensors, upstream, torch.float64)
@@ -104,7 +117,9 @@ def test_any_shape(rows, C, dtype, residual, bias, seed):
     check(make((rows, C), dtype, residual=residual, bias=bias, seed=seed), seed)
 
 
-@pytest.mark.parametrize("layout", ["row stride", "column stride", "transposed batch", "expanded rows"])
+@pytest.mark.parametrize(
+    "layout", ["row stride", "column stride", "transposed batch", "expanded rows"]
+)
 def test_strided_inputs_and_gradients(layout):
     g = torch.Generator().manual_seed(0)
     base = torch.randn(6, 4, 96, generator=g)
@@ -157,7 +172,9 @@ def test_frozen_weight_gets_no_gradient():
     y, summed = layer_norm(x, tensors["weight"], tensors["bias"], residual=tensors["residual"])
     (y + summed).square().sum().backward()
     ours, x.grad = x.grad, None
-    y, summed = reference.layer_norm(x, tensors["weight"], tensors["bias"], residual=tensors["residual"])
+    y, summed = reference.layer_norm(
+        x, tensors["weight"], tensors["bias"], residual=tensors["residual"]
+    )
     (y + summed).square().sum().backward()
     torch.testing.assert_close(ours, x.grad, rtol=1e-5, atol=1e-5)
     assert tensors["weight"].grad is None
@@ -172,10 +189,14 @@ def test_no_rows():
 
 
 def test_offsets_beyond_int32():
-    """Row 2 of this view starts 2^31 elements into its buffer; only the pages that are touched take memory."""
+    """Row 2 of this view starts 2^31 elements into its buffer; only the pages that are touched take
+    memory.
+    """
     x = torch.empty(3, 2**30, dtype=torch.float16)[:, :32]
     x.copy_(torch.randn(3, 32))
-    torch.testing.assert_close(layer_norm(x, torch.ones(32)), layer_norm(x.clone(), torch.ones(32)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer_norm(x, torch.ones(32)), layer_norm(x.clone(), torch.ones(32)), rtol=0, atol=0
+    )
 
 
 def test_gradcheck():
@@ -185,7 +206,9 @@ def test_gradcheck():
     def function(x, weight, bias, residual):
         return layer_norm(x, weight, bias, residual=residual, eps=0.1)
 
-    with warnings.catch_warnings():  # gradcheck would rather have fp64, which the kernels do not take
+    with (
+        warnings.catch_warnings()
+    ):  # gradcheck would rather have fp64, which the kernels do not take
         warnings.filterwarnings("ignore", message="Input #", category=UserWarning)
         assert torch.autograd.gradcheck(function, inputs, eps=1e-2, atol=2e-2, rtol=1e-2)
 
@@ -231,7 +254,9 @@ def loss_and_gradients(function, tensors):
     return [loss.detach(), *(v.grad for v in t.values())]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch.compile's own
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_equals_eager(autocast):
     tensors = make((2, 5, 48), residual=True)
@@ -246,7 +271,9 @@ def test_compiled_equals_eager(autocast):
 def test_checkpointed_equals_plain():
     tensors = make((2, 5, 48), residual=True)
     plain = loss_and_gradients(block, tensors)
-    again = loss_and_gradients(lambda **t: checkpoint(block, *t.values(), use_reentrant=False), tensors)
+    again = loss_and_gradients(
+        lambda **t: checkpoint(block, *t.values(), use_reentrant=False), tensors
+    )
     for a, b in zip(plain, again, strict=True):
         assert torch.equal(a, b)
 
@@ -258,7 +285,9 @@ def test_autocast_dtypes():
         alone = layer_norm(x, torch.ones(32))
     assert (y.dtype, summed.dtype, alone.dtype) == (torch.bfloat16, torch.float32, torch.bfloat16)
     torch.testing.assert_close(summed, x.bfloat16() + x, rtol=0, atol=0)
-    torch.testing.assert_close(alone, reference.layer_norm(x, torch.ones(32)), rtol=1e-2, atol=1e-2, check_dtype=False)
+    torch.testing.assert_close(
+        alone, reference.layer_norm(x, torch.ones(32)), rtol=1e-2, atol=1e-2, check_dtype=False
+    )
 
 
 def test_operators_pass_opcheck():
@@ -271,7 +300,8 @@ def test_operators_pass_opcheck():
     s, mean, rstd = t["residual"], torch.randn(5), torch.rand(5) + 0.5
     for ds, has_dw, bias_dtype in ((s, True, torch.float16), (None, False, None)):
         torch.library.opcheck(
-            ops.layer_norm_bwd.default, (t["x"], ds, s, t["weight"], mean, rstd, torch.float16, has_dw, bias_dtype)
+            ops.layer_norm_bwd.default,
+            (t["x"], ds, s, t["weight"], mean, rstd, torch.float16, has_dw, bias_dtype),
         )
 
 
@@ -289,7 +319,12 @@ def test_operators_pass_opcheck():
     ],
 )
 def test_bad_input(change, message):
-    arguments = {"x": torch.ones(2, 32), "weight": torch.ones(32), "bias": None, "residual": None} | change
+    arguments = {
+        "x": torch.ones(2, 32),
+        "weight": torch.ones(32),
+        "bias": None,
+        "residual": None,
+    } | change
     x, weight = arguments.pop("x"), arguments.pop("weight")
     with pytest.raises(ValueError, match=message):
         layer_norm(x, weight, **arguments)

@@ -1,4 +1,6 @@
-"""Linear + cross entropy: its kernels through the interpreter and torch's matmuls, against the fp64 reference."""
+"""Linear + cross entropy: its kernels through the interpreter and torch's matmuls, against the fp64
+reference.
+"""
 
 import warnings
 
@@ -77,7 +79,9 @@ def test_gpt2_vocabulary(W, vocab_size):
 def test_any_shape(N, C, V, padding, chunk_rows, reduction, ignore_index, seed):
     x, weight, targets = make(N, C, V, W=V + padding, seed=seed)
     targets[0] = 1  # one that counts
-    options = dict(vocab_size=V, chunk_rows=chunk_rows, reduction=reduction, ignore_index=ignore_index)
+    options = dict(
+        vocab_size=V, chunk_rows=chunk_rows, reduction=reduction, ignore_index=ignore_index
+    )
     check(x, weight, targets, 0.25, **options)
 
 
@@ -118,7 +122,9 @@ def count_matmuls(monkeypatch):
     calls = []
     for name in ("mm", "addmm"):
         original = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *a, _f=original, **k: calls.append(_f) or _f(*a, **k))
+        monkeypatch.setattr(
+            torch, name, lambda *a, _f=original, **k: calls.append(_f) or _f(*a, **k)
+        )
     return calls
 
 
@@ -154,8 +160,13 @@ def test_mean_in_fp16_survives_a_loss_scaler():
     N, V, scale = 128, 8, 65536.0
     x = torch.ones(N, 1, dtype=torch.float16)
     weight = torch.zeros(V, 1, dtype=torch.float16)
-    weight[0] = 12.5  # p of the other classes is exp(-12.5) = 3.7e-6; over 128 half of fp16's smallest number
-    dweight = run(linear_cross_entropy, x, weight, torch.zeros(N, dtype=torch.int64), scale)["dweight"]
+    weight[0] = (
+        # p of the other classes is exp(-12.5) = 3.7e-6; over 128 half of fp16's smallest number
+        12.5
+    )
+    dweight = run(linear_cross_entropy, x, weight, torch.zeros(N, dtype=torch.int64), scale)[
+        "dweight"
+    ]
     p = torch.softmax(weight[:, 0].double(), 0)[1:, None]
     torch.testing.assert_close(dweight[1:].double(), p * scale, rtol=2e-2, atol=0)
 
@@ -174,7 +185,9 @@ def test_gradcheck():
     def function(x, weight, reduction):
         return linear_cross_entropy(x, weight, targets, vocab_size=5, reduction=reduction)
 
-    with warnings.catch_warnings():  # gradcheck would rather have fp64, which the kernels do not take
+    with (
+        warnings.catch_warnings()
+    ):  # gradcheck would rather have fp64, which the kernels do not take
         warnings.filterwarnings("ignore", message="Input #", category=UserWarning)
         for reduction in ("mean", "none"):
             inputs = leaf(x), leaf(weight), reduction
@@ -188,7 +201,9 @@ def test_autocast(reduction):
     with torch.autocast("cpu", torch.bfloat16):
         ours = run(linear_cross_entropy, x, weight, targets, reduction=reduction)
         theirs = run(reference.linear_cross_entropy, x, weight, targets, reduction=reduction)
-    exact = run(exact_linear_cross_entropy, x, weight, targets, dtype=torch.float64, reduction=reduction)
+    exact = run(
+        exact_linear_cross_entropy, x, weight, targets, dtype=torch.float64, reduction=reduction
+    )
     for name in ours:
         assert ours[name].dtype == torch.float32
         # The interpreter truncates the gradient of the logits to bf16 where a GPU rounds it.
@@ -199,12 +214,19 @@ def head(x, weight, targets, **options):
     return linear_cross_entropy(x.tanh(), weight, targets, **options) * 2
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch.compile's own
-@pytest.mark.parametrize("options", [{}, {"chunk_rows": 3, "vocab_size": 90}, {"reduction": "none"}], ids=str)
+@pytest.mark.filterwarnings(
+    "ignore:.*should not be instantiated:DeprecationWarning"
+)  # torch.compile's own
+@pytest.mark.parametrize(
+    "options", [{}, {"chunk_rows": 3, "vocab_size": 90}, {"reduction": "none"}], ids=str
+)
 def test_compiled_equals_eager(options):
     x, weight, targets = make(7, 16, 90, W=96)
     compiled = torch.compile(head, fullgraph=True, backend="aot_eager")
-    ours, eager = run(compiled, x, weight, targets, **options), run(head, x, weight, targets, **options)
+    ours, eager = (
+        run(compiled, x, weight, targets, **options),
+        run(head, x, weight, targets, **options),
+    )
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
 
@@ -224,7 +246,19 @@ def test_operators_pass_opcheck():
     for needs in ((True, True), (False, True), (False, False)):
         numbers = (-100, 60, 2, torch.float16, *needs)
         torch.library.opcheck(ops.linear_cross_entropy_fwd.default, (x, weight, targets, *numbers))
-    arguments = (torch.rand(5), x, weight, targets, torch.zeros(5), -100, 60, 2, torch.float16, True, True)
+    arguments = (
+        torch.rand(5),
+        x,
+        weight,
+        targets,
+        torch.zeros(5),
+        -100,
+        60,
+        2,
+        torch.float16,
+        True,
+        True,
+    )
     torch.library.opcheck(ops.linear_cross_entropy_bwd.default, arguments)
     torch.library.opcheck(ops.scaled.default, (x, torch.tensor(0.5), torch.float32))
 

@@ -1,20 +1,25 @@
-"""Cross entropy over a large vocabulary, forward and backward, with the gradient written over logits that may go.
+"""Cross entropy over a large vocabulary, with the gradient written over logits that may go.
 
 N rows, V classes. For a row x with target t, label smoothing a and z-loss weight z:
     lse  = log(sum(exp(x)))
-    loss = lse - (1 - a) x_t - (a / V) sum(x) + z lse^2                                  0 where t is ignore_index
+    loss = lse - (1 - a) x_t - (a / V) sum(x) + z lse^2
     dx_j = dloss (exp(x_j - lse) (1 + 2 z lse) - (1 - a) [j = t] - a / V)
-"mean" divides by the number of rows that count, which stays on the device.
+and both are 0 where t is ignore_index. "mean" divides by the number of rows that count, which
+stays on the device.
 
-One program walks over one row. Each lane keeps a running maximum m and s = sum(exp(x - m)) of its own columns, so the
-walk needs no reduction across lanes until its end. There are two ways to the gradient:
-  - inplace_backward: the forward walks over the row a second time and writes the gradient over the logits. A row is
-    100 kB, so the second read is served by the caches, and HBM sees one read and one write for forward and backward.
-  - otherwise the forward only reads, and the backward computes the gradient from the logits and lse into a new buffer:
-    one more read, but nothing is allocated in the forward and any dloss costs the same.
-Columns come in whole tiles, unmasked, and then in masked tail tiles. Where the row stride divides by 16 bytes (a padded
-vocabulary, 50257 in 50304) whole tiles move 16 bytes a lane; a row of 50257 that follows the last without a gap moves 2.
-Rounding happens once, when the gradient, with the 1 of the target already subtracted in fp32, is stored.
+One program walks over one row. Each lane keeps a running maximum m and s = sum(exp(x - m)) of its
+own columns, so the walk needs no reduction across lanes until its end. There are two ways to the
+gradient:
+  - inplace_backward: the forward walks over the row a second time and writes the gradient over the
+    logits. A row is 100 kB, so the second read is served by the caches, and HBM sees one read and
+    one write for forward and backward.
+  - otherwise the forward only reads, and the backward computes the gradient from the logits and
+    lse into a new buffer: one more read, but nothing is allocated in the forward and any dloss
+    costs the same.
+Columns come in whole tiles, unmasked, and then in masked tail tiles. Where the row stride divides
+by 16 bytes (a padded vocabulary, 50257 in 50304) whole tiles move 16 bytes a lane; rows of 50257
+without a gap move 2. Rounding happens once, when the gradient, with the 1 of the target already
+subtracted in fp32, is stored.
 """
 
 import torch
@@ -23,11 +28,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.launch import CROSS_ENTROPY, StaticConfig, architecture, device_guard, for_architecture
+from triton_kernels.launch import (
+    CROSS_ENTROPY,
+    StaticConfig,
+    architecture,
+    device_guard,
+    for_architecture,
+)
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-2.3e38)  # times LOG2E it is still finite; a row with no logit above it counts as all -inf
+# Times LOG2E it is still finite; a row with no logit above it counts as all -inf.
+LOWEST = tl.constexpr(-2.3e38)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "none")
 SCALE_WARPS = 8
@@ -75,9 +87,13 @@ def _write_gradient(
     ahead = tl.load(x_row + cols, mask=whole > 0, other=0.0, eviction_policy="evict_first")
     for start in range(0, whole, BLOCK):
         x = ahead.to(tl.float32)
-        # The next tile is asked for before this one is used: the stores below keep the compiler from doing so.
+        # The next tile is asked for before this one is used: the stores below keep the compiler
+        # from doing so.
         ahead = tl.load(
-            x_row + start + BLOCK + cols, mask=start + BLOCK < whole, other=0.0, eviction_policy="evict_first"
+            x_row + start + BLOCK + cols,
+            mask=start + BLOCK < whole,
+            other=0.0,
+            eviction_policy="evict_first",
         )
         g = _gradient(x, lse, start + cols, target, p_scale, target_part, smooth_part)
         tl.store(dx_row + start + cols, g, cache_modifier=".cs")
@@ -87,7 +103,12 @@ def _write_gradient(
         x = tl.load(x_row + tail_cols, mask=tail_cols < READABLE, other=0.0).to(tl.float32)
         x = tl.where(in_vocabulary, x, 0.0)  # the padding may hold anything
         g = _gradient(x, lse, tail_cols, target, p_scale, target_part, smooth_part)
-        tl.store(dx_row + tail_cols, tl.where(in_vocabulary, g, 0.0), mask=tail_cols < WIDTH, cache_modifier=".cs")
+        tl.store(
+            dx_row + tail_cols,
+            tl.where(in_vocabulary, g, 0.0),
+            mask=tail_cols < WIDTH,
+            cache_modifier=".cs",
+        )
 
 
 @triton.jit
@@ -128,7 +149,8 @@ def _cross_entropy_fwd_kernel(
         if WRITE_GRADIENT:
             _write_zeros(x_row, WIDTH, BLOCK)
     else:
-        # A target outside the vocabulary reads nothing and turns its row's loss and gradient into NaN.
+        # A target outside the vocabulary reads nothing and turns its row's loss and gradient into
+        # NaN.
         in_range = (target >= 0) & (target < V)
         x_target = tl.load(x_row + target, mask=in_range, other=float("nan")).to(tl.float32)
 
@@ -141,7 +163,10 @@ def _cross_entropy_fwd_kernel(
         for start in range(0, whole, BLOCK):
             x = ahead.to(tl.float32)
             ahead = tl.load(
-                x_row + start + BLOCK + cols, mask=start + BLOCK < whole, other=0.0, eviction_policy="evict_last"
+                x_row + start + BLOCK + cols,
+                mask=start + BLOCK < whole,
+                other=0.0,
+                eviction_policy="evict_last",
             )
             m, s = _online(m, s, x)
             if SMOOTHING > 0.0:
@@ -152,7 +177,8 @@ def _cross_entropy_fwd_kernel(
         for start in range(whole, V, TAIL):
             tail_cols = start + tl.arange(0, TAIL)
             in_vocabulary = tail_cols < V
-            # Masked by the padded width, which divides by 16 where the row stride does, the loads stay wide.
+            # Masked by the padded width, which divides by 16 where the row stride does, the loads
+            # stay wide.
             x = tl.load(x_row + tail_cols, mask=tail_cols < WIDTH, other=0.0).to(tl.float32)
             m_tail, s_tail = _online(m_tail, s_tail, tl.where(in_vocabulary, x, float("-inf")))
             if SMOOTHING > 0.0:
@@ -163,7 +189,8 @@ def _cross_entropy_fwd_kernel(
         total += tl.sum(s_tail * tl.exp2((m_tail - top) * LOG2E), axis=0)
         log_total = tl.log2(total) * LN2
         lse = top + log_total
-        loss = log_total + (top - x_target)  # not lse - x_target, which loses log_total's digits to a large top
+        # Not lse - x_target, which loses log_total's digits to a large top.
+        loss = log_total + (top - x_target)
         if SMOOTHING > 0.0:
             x_mean = (tl.sum(x_sum, axis=0) + tl.sum(x_sum_tail, axis=0)) / V
             loss = (1.0 - SMOOTHING) * loss + SMOOTHING * (log_total + (top - x_mean))
@@ -176,8 +203,11 @@ def _cross_entropy_fwd_kernel(
             scale = tl.where(in_range, 1.0, float("nan"))
             if MEAN:
                 scale = scale / tl.load(n_valid_ptr)
-            tl.debug_barrier()  # every lane has read x_target and its columns before one is overwritten
-            _write_gradient(x_row, x_row, lse, target, scale, V, WIDTH, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
+            # every lane has read x_target and its columns before one is overwritten
+            tl.debug_barrier()
+            _write_gradient(
+                x_row, x_row, lse, target, scale, V, WIDTH, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL
+            )
 
 
 @triton.jit(do_not_specialize=("V", "ignore_index"))
@@ -213,7 +243,9 @@ def _cross_entropy_bwd_kernel(
         if MEAN:
             scale = scale / tl.load(n_valid_ptr)
         x_row = logits_ptr + row * stride_n
-        _write_gradient(x_row, dx_row, lse, target, scale, V, V, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL)
+        _write_gradient(
+            x_row, dx_row, lse, target, scale, V, V, WIDTH, SMOOTHING, Z_LOSS, BLOCK, TAIL
+        )
 
 
 @triton.jit(do_not_specialize=("V",))
@@ -224,7 +256,9 @@ def _scale_kernel(
     V,
     BLOCK: tl.constexpr,
 ):
-    """x *= scale in place, or nothing at all where scale is 1, which the host need not know; grid (N,)."""
+    """x *= scale in place, or nothing at all where scale is 1, which the host need not know; grid
+    (N,).
+    """
     scale = tl.load(scale_ptr).to(tl.float32)
     if scale != 1.0:
         x_row = x_ptr + tl.program_id(0).to(tl.int64) * stride_n
@@ -262,7 +296,8 @@ def loss_rows(
 ) -> tuple[Tensor, Tensor]:
     """Launch the forward on logits (N, WIDTH >= vocab_size): loss (N,) and lse (N,).
 
-    write_gradient: overwrite logits by their gradient, divided by n_valid where given, 0 beyond vocab_size.
+    write_gradient: overwrite logits by their gradient, divided by n_valid where given, 0 beyond
+    vocab_size.
     """
     N, width = logits.shape
     loss, lse = (logits.new_empty((N,), dtype=torch.float32) for _ in range(2))
@@ -355,7 +390,9 @@ def _fake_forward(
 
 
 def _gradient_buffer(logits: Tensor) -> Tensor:
-    """(N, >= V) uninitialised, with the padding of logits' rows, so that their 16-byte alignment is kept."""
+    """(N, >= V) uninitialised, with the padding of logits' rows, so that their 16-byte alignment is
+    kept.
+    """
     (N, V), stride = logits.shape, logits.stride(0)
     return logits.new_empty((N, stride if V <= stride <= 2 * V else V))
 
@@ -403,11 +440,13 @@ def _fake_backward(
 # Opaque operators, so that torch.compile keeps the kernels whole and a CPU can trace and test them.
 _lib = torch.library.Library("gpt2_triton", "FRAGMENT")
 _lib.define(
-    "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing, float z_loss)"
+    "cross_entropy_fwd(Tensor logits, Tensor targets, int ignore_index, float label_smoothing, "
+    "float z_loss)"
     " -> (Tensor, Tensor)"
 )
 _lib.define(
-    "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, Tensor? n_valid, int ignore_index,"
+    "cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor targets, Tensor lse, Tensor? n_valid, "
+    "int ignore_index,"
     " float label_smoothing, float z_loss) -> Tensor"
 )
 for _key in ("CPU", "CUDA"):
@@ -438,25 +477,33 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        dlogits = torch.ops.gpt2_triton.cross_entropy_bwd(dloss.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+        dlogits = torch.ops.gpt2_triton.cross_entropy_bwd(
+            dloss.contiguous(), *ctx.saved_tensors, *ctx.numbers
+        )
         return dlogits, None, None, None, None, None
 
 
 class _CrossEntropyInPlace(torch.autograd.Function):
-    """Overwrites logits with their gradient, in the forward ("mean", "sum") or in the backward ("none"). Eager only.
+    """Overwrites logits with their gradient, in the forward ("mean", "sum") or in the backward
+    ("none"). Eager only.
 
-    Each overwriting is told to autograd's version counter, so whoever else saved the logits, and a second backward,
-    get torch's error about a modified tensor instead of wrong numbers.
+    Each overwriting is told to autograd's version counter, so whoever else saved the logits, and a
+    second backward, get torch's error about a modified tensor instead of wrong numbers.
     """
 
     @staticmethod
     def forward(ctx, logits, targets, ignore_index, label_smoothing, z_loss, reduction):
         ctx.numbers = dict(
-            vocab_size=logits.shape[1], ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss
+            vocab_size=logits.shape[1],
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
         ctx.written = reduction != "none"
         n_valid = count_valid(targets, ignore_index) if reduction == "mean" else None
-        loss, lse = loss_rows(logits, targets, **ctx.numbers, write_gradient=ctx.written, n_valid=n_valid)
+        loss, lse = loss_rows(
+            logits, targets, **ctx.numbers, write_gradient=ctx.written, n_valid=n_valid
+        )
         if ctx.written:
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, targets, lse)
@@ -487,15 +534,23 @@ class _CrossEntropyInPlace(torch.autograd.Function):
 def check_rows(name: str, rows: Tensor, targets: Tensor, reduction: str) -> None:
     """Raise ValueError unless rows (N, .) and targets (N,) can go into a cross entropy."""
     if rows.dim() != 2 or rows.shape[1] < 1:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}: it must be (N, {'V' if name == 'logits' else 'C'})")
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}: it must be (N, "
+            f"{'V' if name == 'logits' else 'C'})"
+        )
     if rows.dtype not in DTYPES:
         raise ValueError(f"{name} is {rows.dtype}: cast it to float32, float16 or bfloat16")
     if targets.shape != rows.shape[:1]:
-        raise ValueError(f"targets has shape {tuple(targets.shape)}, but {name} has {rows.shape[0]} rows: flatten both")
+        raise ValueError(
+            f"targets has shape {tuple(targets.shape)}, but {name} has {rows.shape[0]} rows: "
+            f"flatten both"
+        )
     if targets.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"targets is {targets.dtype}: class indices must be int64 or int32")
     if targets.device != rows.device:
-        raise ValueError(f"targets is on {targets.device} and {name} on {rows.device}: move them to one device")
+        raise ValueError(
+            f"targets is on {targets.device} and {name} on {rows.device}: move them to one device"
+        )
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}: it must be one of {', '.join(REDUCTIONS)}")
 
@@ -503,14 +558,15 @@ def check_rows(name: str, rows: Tensor, targets: Tensor, reduction: str) -> None
 def check_targets(targets: Tensor, vocab_size: int, *, ignore_index: int = -100) -> None:
     """Raise ValueError unless every target is ignore_index or a class from 0 to vocab_size - 1.
 
-    For debugging: it waits for the device, which the operations themselves never do. Without it a target out of range
-    reads nothing out of bounds and makes the loss NaN.
+    For debugging: it waits for the device, which the operations themselves never do. Without it a
+    target out of range reads nothing out of bounds and makes the loss NaN.
     """
     outside = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
     if outside.any():  # waits for the device
         row = int(outside.flatten().nonzero()[0])
         raise ValueError(
-            f"targets[{row}] is {int(targets.flatten()[row])}: it must be in 0..{vocab_size - 1} or be ignore_index "
+            f"targets[{row}] is {int(targets.flatten()[row])}: it must be in 0..{vocab_size - 1} "
+            f"or be ignore_index "
             f"{ignore_index}; {int(outside.sum())} of {targets.numel()} targets are out of range"
         )
 
@@ -527,17 +583,23 @@ def cross_entropy(
 ) -> Tensor:
     """Cross entropy of logits against class indices, in fp32.
 
-    logits (N, V) fp32 | fp16 | bf16, any row stride; rows that start 16 bytes apart or a multiple of it are read widest.
-    targets (N,) int64 | int32; ignore_index marks rows that do not count. One out of range makes its loss NaN; check_targets finds it.
+    logits (N, V) fp32 | fp16 | bf16, any row stride; rows that start 16 bytes apart or a multiple
+    of it are read widest.
+    targets (N,) int64 | int32; ignore_index marks rows that do not count. One out of range makes
+    its loss NaN; check_targets finds it.
     label_smoothing 0 to 1; z_loss >= 0: weight of logsumexp(logits)^2, added per counted row.
-    inplace_backward: let the gradient take the logits' memory: the caller does not read logits after this call, and
-        calls backward once. "mean" and "sum" compute it in the forward and read and write the logits once in all, if the loss
-        itself is what backward starts from; otherwise the backward multiplies it in place. With fp16, "mean" and a
-        loss scaler leave it off: the gradient is rounded before the scale arrives. No effect without a gradient to
-        compute, nor under torch.compile, where only buffers that an operator allocated may be overwritten safely.
-    Returns a scalar fp32, or (N,) for reduction "none". With no row that counts the mean is NaN and the gradient 0.
+    inplace_backward: let the gradient take the logits' memory: the caller does not read logits
+    after this call, and
+        calls backward once. "mean" and "sum" compute it in the forward and read and write the
+        logits once in all, if the loss itself is what backward starts from; otherwise the backward
+        multiplies it in place. With fp16, "mean" and a loss scaler leave it off: the gradient is
+        rounded before the scale arrives. No effect without a gradient to compute, nor under
+        torch.compile, where only buffers that an operator allocated may be overwritten safely.
+    Returns a scalar fp32, or (N,) for reduction "none". With no row that counts the mean is NaN and
+    the gradient 0.
 
-    Raises ValueError where shapes, dtypes, devices or numbers do not fit.  Source: torch.nn.functional.cross_entropy.
+    Raises ValueError where shapes, dtypes, devices or numbers do not fit.
+    Source: torch.nn.functional.cross_entropy.
     """
     check_rows("logits", logits, targets, reduction)
     V = logits.shape[1]
@@ -549,10 +611,14 @@ def cross_entropy(
         raise ValueError(f"z_loss is {z_loss}: it must be 0 or more")
     has_gradient = torch.is_grad_enabled() and logits.requires_grad
     in_place = inplace_backward and has_gradient and not torch.compiler.is_compiling()
-    if logits.stride(1) != 1 or (in_place and logits.stride(0) < V):  # rows that overlap cannot be written
+    if logits.stride(1) != 1 or (
+        in_place and logits.stride(0) < V
+    ):  # rows that overlap cannot be written
         logits = logits.contiguous()
     function = _CrossEntropyInPlace if in_place else _CrossEntropy
-    return function.apply(logits, targets.contiguous(), ignore_index, label_smoothing, z_loss, reduction)
+    return function.apply(
+        logits, targets.contiguous(), ignore_index, label_smoothing, z_loss, reduction
+    )
 
 
 def static_configs(arch: str) -> list[StaticConfig]:
@@ -562,7 +628,14 @@ def static_configs(arch: str) -> list[StaticConfig]:
     blocks = {"BLOCK": tile.block, "TAIL": tile.tail}
     plain = {"SMOOTHING": 0.0, "Z_LOSS": 0.0}
     numbers = dict.fromkeys(("V", "ignore_index"), "i32")  # never specialised
-    fwd = dict(logits_ptr="*bf16", targets_ptr="*i64", loss_ptr="*fp32", lse_ptr="*fp32", stride_n="i32", WIDTH="i32")
+    fwd = dict(
+        logits_ptr="*bf16",
+        targets_ptr="*i64",
+        loss_ptr="*fp32",
+        lse_ptr="*fp32",
+        stride_n="i32",
+        WIDTH="i32",
+    )
     bwd = dict(
         logits_ptr="*bf16",
         targets_ptr="*i64",
@@ -617,7 +690,9 @@ def static_configs(arch: str) -> list[StaticConfig]:
         ]
     constants = plain | blocks | {"MEAN": False, "n_valid_ptr": None, "WRITE_GRADIENT": False}
     configs.append(
-        config("cross_entropy fwd", _cross_entropy_fwd_kernel, fwd, numbers, constants, tile.warps, row)
+        config(
+            "cross_entropy fwd", _cross_entropy_fwd_kernel, fwd, numbers, constants, tile.warps, row
+        )
     )
     extras = {"SMOOTHING": 0.1, "Z_LOSS": 1e-4, "WRITE_GRADIENT": True}
     configs.append(

@@ -1,7 +1,8 @@
-"""How each kernel is launched: tiles, warps and stages per (architecture, shape), from fixed tables.
+"""How each kernel is launched: tiles, warps and stages per (architecture, shape), by table.
 
-Nothing is tuned at run time, so ranks cannot disagree and the first step is as fast as the last. A table's comment says
-how its figures were found: "ahead of time" (registers, spills, shared memory) or "measured" (where and when).
+Nothing is tuned at run time, so ranks cannot disagree and the first step is as fast as the last. A
+table's comment says how its figures were found: "ahead of time" (registers, spills, shared memory)
+or "measured" (where and when).
 """
 
 import contextlib
@@ -16,14 +17,14 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """One shipped kernel configuration, described so that it compiles without a GPU (benchmarks/static.py)."""
+    """One shipped configuration, described so that it compiles without a GPU (see static.py)."""
 
     op: str  # "attention fwd", "layer_norm bwd", ...
     shape: str  # the GPT-2 shape that the figures below are for, as text
     kernel: Any  # the @triton.jit function
     signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
     constexprs: dict[str, Any]
-    divisible_by_16: tuple[str, ...]  # arguments whose value or address the launcher knows to divide by 16
+    divisible_by_16: tuple[str, ...]  # arguments whose value or address divides by 16
     num_warps: int
     num_stages: int
     bytes: int = 0  # least memory traffic of the operation at that shape
@@ -41,11 +42,14 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-# --- layer norm and cross entropy -------------------------------------------------------------------------------------
+# --- layer norm and cross entropy
+# -------------------------------------------------------------------------------------
 
 
 def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
-    """The table's entry for arch, or for the nearest lower known one of its family (sm_86 takes sm_80's)."""
+    """The table's entry for arch, or for the nearest lower known one of its family (sm_86 takes
+    sm_80's).
+    """
     if arch in table:
         return table[arch]
     if arch.startswith("gfx"):
@@ -62,8 +66,10 @@ def device_guard(kernel: Any, name: str, tensor: torch.Tensor) -> contextlib.Abs
     if tensor.device.type == "cpu" and not isinstance(kernel, triton.JITFunction):
         return contextlib.nullcontext()  # decorated under TRITON_INTERPRET=1
     raise ValueError(
-        f"{name} is on {tensor.device}, where Triton kernels do not run: move it to a CUDA device, call "
-        "triton_kernels.reference instead, or set TRITON_INTERPRET=1 before the first import (CPU, for tests)"
+        f"{name} is on {tensor.device}, where Triton kernels do not run: move it to a CUDA device, "
+        f"call "
+        "triton_kernels.reference instead, or set TRITON_INTERPRET=1 before the first import (CPU, "
+        "for tests)"
     )
 
 
@@ -75,9 +81,9 @@ class LayerNormTile:
     fwd_warps: int
     bwd_rows: int  # rows that a backward program holds at a time
     bwd_warps: int
-    bwd_programs: int  # backward programs per multiprocessor; each leaves one partial row of dw and db
-    bwd_stages: int = 1  # row blocks in flight: more than 1 fetches the next ones through shared memory
-    dw_parts: int = 128  # partial rows and columns that a program of the second stage adds up at a time:
+    bwd_programs: int  # backward programs per multiprocessor; each leaves a partial dw and db
+    bwd_stages: int = 1  # more than 1: the next rows are fetched through shared memory meanwhile
+    dw_parts: int = 128  # partial rows and columns that a second-stage program adds at a time;
     dw_cols: int = 16  # 16 columns give 96 programs at width 768
 
 
@@ -90,9 +96,10 @@ class CrossEntropyTile:
     warps: int
 
 
-# Ahead of time (sm_90, bf16 rows, fp32 weight; registers a thread, none spills, every load and store of a row is 16 bytes
-# wide): width 768 forward 72, backward 96 and 12 KiB of shared memory; width 1600 forward 80, backward 99 and 24 KiB.
-# Four backward rows a program instead of two need 159 registers, and one row leaves each warp too little to wait for.
+# Ahead of time (sm_90, bf16 rows, fp32 weight): registers a thread, none spills, rows move 16 bytes
+# at a time. Width 768: forward 72, backward 96 and 12 KiB of shared memory; width 1600: forward 80,
+# backward 99 and 24 KiB. Four backward rows a program instead of two need 159 registers; one row
+# halves the bytes in flight. The other architectures differ by a few registers and do not spill.
 _NORM = {
     256: LayerNormTile(8, 4, 8, 4, 4),
     1024: LayerNormTile(4, 4, 2, 4, 4, bwd_stages=2),
@@ -112,9 +119,10 @@ LAYER_NORM = {  # architecture -> width up to -> tile
     "gfx942": _NORM,
 }
 
-# Ahead of time (sm_90, bf16): 45 registers with 16 warps, so that two rows are at home on a multiprocessor. Their 2 x 100 kB
-# fit in its L1, and all rows at home in half of its L2, for the second reading. Blocks of 8192 with 16 warps need 72
-# registers and with 32 warps leave room for one row, whose reductions nothing would hide.
+# Ahead of time (sm_90, bf16): 49 registers with 16 warps, so that two rows are at home on a
+# multiprocessor. Their 2 x 100 kB fit in its L1, and all rows at home in half of the L2, for the
+# second reading. Blocks of 8192 with 16 warps need 72 registers, and with 32 warps leave room for
+# one row only, whose reductions nothing would hide.
 CROSS_ENTROPY = {
     "interpret": CrossEntropyTile(block=4096, tail=1024, warps=1),
     "sm_80": CrossEntropyTile(block=4096, tail=2048, warps=16),

@@ -2,17 +2,19 @@
 
 M rows, C channels, P programs of the backward's first stage.
 
-Forward, for each row, with s = x + residual (s = x where there is none), rounded to s's dtype first, so that what the
-backward reads is what the forward normalised:
-    mean = sum(s) / C        rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)        h = (s - mean) rstd
-    y = h w + b
+Forward, for each row, with s = x + residual (s = x where there is none), rounded to s's dtype
+first, so that what the backward reads is what the forward normalised:
+    mean = sum(s) / C        rstd = 1 / sqrt(sum((s - mean)^2) / C + eps)
+    h = (s - mean) rstd      y = h w + b
 Backward, with g = w dy and the incoming gradient ds of the sum itself:
-    ds_total = ds + rstd (g - mean_C(g) - h mean_C(g h))          which is both dx and dresidual
-    dw = sum_M(dy h)          db = sum_M(dy)
-The forward reads x and residual once and writes s and y once; the backward reads s, dy and ds once and writes dx once.
-A row never leaves registers between its load and its store, and mean and rstd stay in fp32. dw and db come in two stages
-without atomics, so they are the same bits on every run: each of P programs walks over every P-th block of rows and
-leaves one fp32 partial row, and a second kernel adds up the P partial rows.
+    ds_total = ds + rstd (g - mean_C(g) - h mean_C(g h))       both dx and dresidual
+    dw = sum_M(dy h)         db = sum_M(dy)
+
+The forward reads x and residual once and writes s and y once; the backward reads s, dy and ds
+once and writes dx once. A row stays in registers between its load and its store, and mean and
+rstd stay in fp32. dw and db come in two stages without atomics, so they are the same bits on
+every run: each of P programs walks over every P-th block of rows and leaves one fp32 partial row,
+and a second kernel adds up the P partial rows.
 """
 
 import torch
@@ -55,9 +57,13 @@ def _layer_norm_fwd_kernel(
     in_tile = in_rows[:, None] & in_cols[None, :]
     out = rows[:, None] * C + cols[None, :]  # (BLOCK_M, BLOCK_C)
 
-    s = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=in_tile, other=0.0).to(tl.float32)
+    s = tl.load(x_ptr + rows[:, None] * stride_xm + cols[None, :], mask=in_tile, other=0.0).to(
+        tl.float32
+    )
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=in_tile, other=0.0)
+        residual = tl.load(
+            residual_ptr + rows[:, None] * stride_rm + cols[None, :], mask=in_tile, other=0.0
+        )
         rounded = (s + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + out, rounded, mask=in_tile)
         s = rounded.to(tl.float32)
@@ -68,7 +74,11 @@ def _layer_norm_fwd_kernel(
     tl.store(mean_ptr + rows, mean, mask=in_rows)
     tl.store(rstd_ptr + rows, rstd, mask=in_rows)
 
-    y = centred * rstd[:, None] * tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    y = (
+        centred
+        * rstd[:, None]
+        * tl.load(weight_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
+    )
     if HAS_BIAS:
         y += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     tl.store(y_ptr + out, y, mask=in_tile)
@@ -114,7 +124,9 @@ def _layer_norm_bwd_kernel(
         s = tl.load(s_ptr + rows[:, None] * stride_sm + cols[None, :], mask=in_tile, other=0.0)
         dy = tl.load(dy_ptr + rows[:, None] * stride_ym + cols[None, :], mask=in_tile, other=0.0)
         if HAS_DS:
-            ds = tl.load(ds_ptr + rows[:, None] * stride_dm + cols[None, :], mask=in_tile, other=0.0)
+            ds = tl.load(
+                ds_ptr + rows[:, None] * stride_dm + cols[None, :], mask=in_tile, other=0.0
+            )
         mean = tl.load(mean_ptr + rows, mask=in_rows, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + rows, mask=in_rows, other=0.0)[:, None]
 
@@ -160,7 +172,9 @@ def _layer_norm_dw_kernel(
     for start in range(0, P, BLOCK_P):
         parts = start + tl.arange(0, BLOCK_P)
         in_tile = (parts < P)[:, None] & in_cols[None, :]
-        acc += tl.load(partial_ptr + (which * P + parts)[:, None] * C + cols[None, :], mask=in_tile, other=0.0)
+        acc += tl.load(
+            partial_ptr + (which * P + parts)[:, None] * C + cols[None, :], mask=in_tile, other=0.0
+        )
     total = tl.sum(acc, axis=0)
     if which == 0:
         tl.store(dw_ptr + cols, total, mask=in_cols)
@@ -175,9 +189,16 @@ def _rows(t: Tensor | None) -> Tensor | None:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, sum, mean and rstd of x (M, C); the sum is empty without a residual (an operator may not return its input)."""
+    """y, sum, mean and rstd of x (M, C); the sum is empty without a residual (an operator may not
+    return its input).
+    """
     M, C = x.shape
     x, residual = _rows(x), _rows(residual)
     tile = layer_norm_tile(architecture(x.device), C)
@@ -209,7 +230,12 @@ def _forward(
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, C = x.shape
     if residual is None:
@@ -231,7 +257,9 @@ def _backward(
     has_dw: bool,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dsum, dx, dw and db; dx is empty where x has the sum's dtype, dw and db where they are not asked for."""
+    """dsum, dx, dw and db; dx is empty where x has the sum's dtype, dw and db where they are not
+    asked for.
+    """
     M, C = s.shape
     s, dy, ds = _rows(s), _rows(dy), _rows(ds)
     outputs = _fake_backward(dy, ds, s, weight, mean, rstd, x_dtype, has_dw, bias_dtype)
@@ -242,7 +270,11 @@ def _backward(
         return outputs
     arch = architecture(s.device)
     tile = layer_norm_tile(arch, C)
-    n_sm = 1 if arch == "interpret" else torch.cuda.get_device_properties(s.device).multi_processor_count
+    n_sm = (
+        1
+        if arch == "interpret"
+        else torch.cuda.get_device_properties(s.device).multi_processor_count
+    )
     P = min(triton.cdiv(M, tile.bwd_rows), n_sm * tile.bwd_programs)
     has_db = bias_dtype is not None
     partial = s.new_empty((1 + has_db, P, C), dtype=torch.float32) if has_dw else None
@@ -308,11 +340,13 @@ def _fake_backward(
 # Opaque operators, so that torch.compile keeps the kernels whole and a CPU can trace and test them.
 _lib = torch.library.Library("gpt2_triton", "FRAGMENT")
 _lib.define(
-    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, ScalarType dtype)"
+    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, ScalarType "
+    "dtype)"
     " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, ScalarType x_dtype,"
+    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, "
+    "ScalarType x_dtype,"
     " bool has_dw, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 for _key in ("CPU", "CUDA"):
@@ -327,7 +361,9 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, eps, dtype):  # x, residual (..., C)
         C = x.shape[-1]
         rows = None if residual is None else residual.reshape(-1, C)
-        y, s, mean, rstd = torch.ops.gpt2_triton.layer_norm_fwd(x.reshape(-1, C), weight, bias, rows, eps, dtype)
+        y, s, mean, rstd = torch.ops.gpt2_triton.layer_norm_fwd(
+            x.reshape(-1, C), weight, bias, rows, eps, dtype
+        )
         ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
         ctx.shape, ctx.x_dtype, ctx.has_residual = x.shape, x.dtype, residual is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -353,7 +389,8 @@ class _LayerNorm(torch.autograd.Function):
             has_dw,
             ctx.bias_dtype,
         )
-        # One view for both x and residual: autograd sees that it is shared and does not let two .grad alias it.
+        # One view for both x and residual: autograd sees that it is shared and does not let two
+        # .grad alias it.
         dsum = dsum.view(ctx.shape)
         return (
             dsum if ctx.x_dtype == s.dtype else dx.view(ctx.shape),
@@ -367,34 +404,51 @@ class _LayerNorm(torch.autograd.Function):
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"x has shape {tuple(x.shape)}: its last dimension must be 1 to {MAX_WIDTH} channels wide")
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}: its last dimension must be 1 to {MAX_WIDTH} channels "
+            f"wide"
+        )
     named = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     for name, t in named.items():
         if t is None:
             continue
         shape = x.shape if name in ("x", "residual") else x.shape[-1:]
         if t.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(t.shape)}, but x of shape {tuple(x.shape)} needs {tuple(shape)}")
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}, but x of shape {tuple(x.shape)} needs "
+                f"{tuple(shape)}"
+            )
         if t.dtype not in DTYPES:
             raise ValueError(f"{name} is {t.dtype}: cast it to float32, float16 or bfloat16")
         if t.device != x.device:
-            raise ValueError(f"{name} is on {t.device} and x on {x.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {t.device} and x on {x.device}: move them to one device"
+            )
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer normalisation over the last dimension, with the residual addition that comes before it.
 
-    x (..., C) fp32 | fp16 | bf16, C <= 16384; weight (C,) and bias (C,) or None, any of those dtypes, used in fp32;
-    residual (..., C) or None. Rows need not be contiguous; a tensor whose last dimension is strided is copied.
+    x (..., C) fp32 | fp16 | bf16, C <= 16384; weight (C,) and bias (C,) or None, any of those
+    dtypes, used in fp32; residual (..., C) or None. Rows need not be contiguous; a tensor whose
+    last dimension is strided is copied.
     Returns y, or (y, x + residual) where y normalises the sum.
-    The sum has the dtype that torch promotes x and residual to, so a bf16 branch on an fp32 stream keeps the stream fp32.
-    y has the autocast dtype under autocast (which saves the cast before the next matmul; F.layer_norm returns fp32
-    there), and otherwise the dtype of what was normalised. Statistics, gradients in flight, dw and db are fp32 until
-    they are stored in the dtype of their tensor. Deterministic.
+    The sum has the dtype that torch promotes x and residual to, so a bf16 branch on an fp32 stream
+    keeps the stream fp32.
+    y has the autocast dtype under autocast (which saves the cast before the next matmul;
+    F.layer_norm returns fp32 there), and otherwise the dtype of what was normalised. Statistics,
+    gradients in flight, dw and db are fp32 until they are stored in the dtype of their tensor.
+    Deterministic.
 
-    Raises ValueError where shapes, dtypes or devices do not fit.  Source: torch.nn.functional.layer_norm.
+    Raises ValueError where shapes, dtypes or devices do not fit.  Source:
+    torch.nn.functional.layer_norm.
     """
     _check(x, weight, bias, residual)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -404,7 +458,9 @@ def layer_norm(
 
 
 def static_configs(arch: str) -> list[StaticConfig]:
-    """Every configuration that GPT-2's widths use on arch: bf16 branches, an fp32 weight, a bf16 or fp32 stream."""
+    """Every configuration that GPT-2's widths use on arch: bf16 branches, an fp32 weight, a bf16 or
+    fp32 stream.
+    """
     M = 32768
     configs = []
     for C in (768, 1024, 1280, 1600):
@@ -480,7 +536,9 @@ def static_configs(arch: str) -> list[StaticConfig]:
                     kernel=_layer_norm_bwd_kernel,
                     signature=bwd | dict.fromkeys(constants, "constexpr"),
                     constexprs=constants | ({} if is_mixed else {"dx_ptr": None}),
-                    divisible_by_16=tuple(name for name, kind in bwd.items() if kind != "constexpr"),
+                    divisible_by_16=tuple(
+                        name for name, kind in bwd.items() if kind != "constexpr"
+                    ),
                     num_warps=tile.bwd_warps,
                     num_stages=3,
                     bytes=M * C * (2 + 3 * stream_bytes + 2 * is_mixed),

@@ -1,20 +1,24 @@
-"""The head and the loss of a language model as one operation: cross entropy of x @ weight.T, forward and backward.
+"""The head and the loss of a language model as one: cross entropy of x @ weight.T.
 
-N rows, C channels, V classes, W = rows of the weight (V and padding), S = W rounded up to 64: the logits' row stride.
+N rows, C channels, V classes, W rows of the weight (V and padding), S = W rounded up to 64, which
+is the logits' row stride.
 
-    logits = x weight^T                           (N, W), matmul
-    loss, g = cross_entropy(logits)               g = d sum(loss) / d logits takes the place of logits
-    dx = g weight          dw = g^T x             matmuls; dw is accumulated in fp32, over chunks too
-For "mean" and "sum" the forward computes dx and dw as well, while the logits are at hand, so that nothing of size (N, V)
-outlives it; the backward multiplies both by dloss, and by 1 / n_valid for "mean", out of place and on the device. g itself
-is never scaled: its entries are within [-1, 1] and lose nothing in fp16 to a division by N.
-With "none" every row has its own dloss, which dw needs before the sum: there the forward keeps only lse, and the backward
-computes the logits again, one more matmul.
+    logits = x weight^T                   (N, W), matmul
+    loss, g = cross_entropy(logits)       g = d sum(loss) / d logits takes the place of logits
+    dx = g weight, dw = g^T x             matmuls; dw is accumulated in fp32, over chunks too
 
-The matmuls are cuBLAS's. They run on whole rows of the padded buffer where the weight is padded too, since the gradient's
-padding is exactly 0. chunk_rows bounds the logits buffer to (chunk_rows, S); few large chunks, as each one reads the weight
-and reads and writes dw once more. Left out: recomputing tiles of logits inside the loss kernel (cut cross-entropy), which
-costs a fourth GEMM to save memory that GPT-2's head does not need.
+For "mean" and "sum" the forward computes dx and dw as well, while the logits are at hand, so that
+nothing of size (N, V) outlives it; the backward multiplies both by dloss, and by 1 / n_valid for
+"mean", out of place and on the device. g itself is never scaled: its entries are within [-1, 1]
+and lose nothing in fp16 to a division by N. With "none" every row has its own dloss, which dw
+needs before its sum: there the forward keeps only lse, and the backward computes the logits
+again, one more matmul.
+
+The matmuls are cuBLAS's. They run on whole rows of the padded buffer where the weight is padded
+too, since the gradient's padding is exactly 0. chunk_rows bounds the logits buffer to
+(chunk_rows, S); few large chunks, as each one reads the weight and reads and writes dw once more.
+Left out: recomputing tiles of logits inside the loss kernel (cut cross-entropy), which costs a
+fourth GEMM to save memory that GPT-2's head does not need.
 """
 
 from collections.abc import Callable
@@ -25,7 +29,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.cross_entropy import check_rows, count_valid, gradient_rows, loss_rows, reduce_loss
+from triton_kernels.cross_entropy import (
+    check_rows,
+    count_valid,
+    gradient_rows,
+    loss_rows,
+    reduce_loss,
+)
 from triton_kernels.launch import StaticConfig, device_guard
 
 ALIGN = 64  # elements: rows of logits start 128 bytes apart or a multiple of it (bf16)
@@ -47,7 +57,9 @@ def _scaled_kernel(
 
 
 def _scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * scale () in dtype; torch's own product would round scale to x's dtype first, or make an fp32 copy of x."""
+    """x * scale () in dtype; torch's own product would round scale to x's dtype first, or make an
+    fp32 copy of x.
+    """
     out = _fake_scaled(x, scale, dtype)
     if x.numel() > 0:
         with device_guard(_scaled_kernel, "x", x):
@@ -69,7 +81,9 @@ def _chunks(
     dx: Tensor | None,  # (N, C)
     dw: Tensor | None,  # (W, C) fp32
 ) -> None:
-    """For each chunk of rows: its logits (rows, S), overwrite(rows, logits) by their gradient, and from that dx and dw."""
+    """For each chunk of rows: its logits (rows, S), overwrite(rows, logits) by their gradient, and
+    from that dx and dw.
+    """
     N, W = x.shape[0], weight.shape[0]
     buffer = x.new_empty((min(chunk_rows, N), triton.cdiv(W, ALIGN) * ALIGN))
     for start in range(0, N, chunk_rows):
@@ -89,7 +103,9 @@ def _accumulate(dw: Tensor, g: Tensor, x: Tensor, first: bool) -> None:
     if g.dtype == torch.float32 or g.device.type == "cpu" or torch.version.hip:
         torch.addmm(dw, g.t().float(), x.float(), beta=0 if first else 1, out=dw)
     elif first:
-        torch.ops.aten.mm.dtype_out(g.t(), x, torch.float32, out=dw)  # half precision in, fp32 to the last store
+        torch.ops.aten.mm.dtype_out(
+            g.t(), x, torch.float32, out=dw
+        )  # half precision in, fp32 to the last store
     else:
         torch.ops.aten.addmm.dtype_out(dw, g.t(), x, torch.float32, out=dw)
 
@@ -105,7 +121,9 @@ def _forward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss and lse (N,), and of the sum of loss dx (N, C) in dtype and dw (W, C) in fp32, empty unless needed."""
+    """loss and lse (N,), and of the sum of loss dx (N, C) in dtype and dw (W, C) in fp32, empty
+    unless needed.
+    """
     loss, lse, dx, dw = outputs = _fake_forward(
         x, weight, targets, ignore_index, vocab_size, chunk_rows, dtype, need_dx, need_dw
     )
@@ -124,7 +142,12 @@ def _forward(
         return outputs
     with torch.autocast(x.device.type, enabled=False):
         _chunks(
-            x.to(dtype), weight.to(dtype), chunk_rows, overwrite, dx if need_dx else None, dw if need_dw else None
+            x.to(dtype),
+            weight.to(dtype),
+            chunk_rows,
+            overwrite,
+            dx if need_dx else None,
+            dw if need_dw else None,
         )
     return outputs
 
@@ -159,9 +182,21 @@ def _backward(
     need_dx: bool,
     need_dw: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx (N, C) in dtype and dw (W, C) in fp32 of the sum of dloss (N,) loss, from logits that are computed again."""
+    """dx (N, C) in dtype and dw (W, C) in fp32 of the sum of dloss (N,) loss, from logits that are
+    computed again.
+    """
     dx, dw = outputs = _fake_backward(
-        dloss, x, weight, targets, lse, ignore_index, vocab_size, chunk_rows, dtype, need_dx, need_dw
+        dloss,
+        x,
+        weight,
+        targets,
+        lse,
+        ignore_index,
+        vocab_size,
+        chunk_rows,
+        dtype,
+        need_dx,
+        need_dw,
     )
 
     def overwrite(rows: slice, logits: Tensor) -> None:
@@ -180,7 +215,12 @@ def _backward(
         return outputs
     with torch.autocast(x.device.type, enabled=False):
         _chunks(
-            x.to(dtype), weight.to(dtype), chunk_rows, overwrite, dx if need_dx else None, dw if need_dw else None
+            x.to(dtype),
+            weight.to(dtype),
+            chunk_rows,
+            overwrite,
+            dx if need_dx else None,
+            dw if need_dw else None,
         )
     return outputs
 
@@ -205,11 +245,17 @@ def _fake_backward(
 # Opaque operators, so that torch.compile keeps the kernels whole and a CPU can trace and test them.
 _lib = torch.library.Library("gpt2_triton", "FRAGMENT")
 _ARGUMENTS = (
-    "Tensor x, Tensor weight, Tensor targets{lse}, int ignore_index, SymInt vocab_size, SymInt chunk_rows,"
+    "Tensor x, Tensor weight, Tensor targets{lse}, int ignore_index, SymInt vocab_size, SymInt "
+    "chunk_rows,"
     " ScalarType dtype, bool need_dx, bool need_dw"
 )
-_lib.define(f"linear_cross_entropy_fwd({_ARGUMENTS.format(lse='')}) -> (Tensor, Tensor, Tensor, Tensor)")
-_lib.define(f"linear_cross_entropy_bwd(Tensor dloss, {_ARGUMENTS.format(lse=', Tensor lse')}) -> (Tensor, Tensor)")
+_lib.define(
+    f"linear_cross_entropy_fwd({_ARGUMENTS.format(lse='')}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    f"linear_cross_entropy_bwd(Tensor dloss, {_ARGUMENTS.format(lse=', Tensor lse')}) -> (Tensor, "
+    f"Tensor)"
+)
 _lib.define("scaled(Tensor x, Tensor scale, ScalarType dtype) -> Tensor")
 for _key in ("CPU", "CUDA"):
     _lib.impl("linear_cross_entropy_fwd", _forward, _key)
@@ -226,7 +272,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, n_valid, has_gradient, *numbers):
         needs = (has_gradient and needed for needed in ctx.needs_input_grad[:2])
-        loss, _, dx, dw = torch.ops.gpt2_triton.linear_cross_entropy_fwd(x, weight, targets, *numbers, *needs)
+        loss, _, dx, dw = torch.ops.gpt2_triton.linear_cross_entropy_fwd(
+            x, weight, targets, *numbers, *needs
+        )
         ctx.save_for_backward(dx, dw, n_valid)
         ctx.dtypes, ctx.n_numbers = (x.dtype, weight.dtype), len(numbers)
         return reduce_loss(loss, n_valid, "sum" if n_valid is None else "mean")
@@ -250,7 +298,9 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, *numbers):
-        loss, lse, _, _ = torch.ops.gpt2_triton.linear_cross_entropy_fwd(x, weight, targets, *numbers, False, False)
+        loss, lse, _, _ = torch.ops.gpt2_triton.linear_cross_entropy_fwd(
+            x, weight, targets, *numbers, False, False
+        )
         ctx.save_for_backward(x, weight, targets, lse)
         ctx.numbers = numbers
         return loss
@@ -277,15 +327,21 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Cross entropy of x @ weight.T against class indices: the head and the loss of a language model as one.
+    """Cross entropy of x @ weight.T against class indices: the head and the loss of a language
+    model as one.
 
-    x (N, C) and weight (V, C) fp32 | fp16 | bf16, of one dtype unless autocast is on, which casts both to its own.
-    targets (N,) int64 | int32; ignore_index marks rows that do not count. One out of range makes its loss NaN;
+    x (N, C) and weight (V, C) fp32 | fp16 | bf16, of one dtype unless autocast is on, which casts
+    both to its own.
+    targets (N,) int64 | int32; ignore_index marks rows that do not count. One out of range makes
+    its loss NaN;
         triton_kernels.cross_entropy.check_targets finds it.
-    vocab_size: classes beyond it are padding of the weight and take no part; their rows of dw are 0. Default V.
-    chunk_rows: hold this many rows of logits at a time; a few thousand save memory and cost little. Default all.
-    Returns a scalar fp32, or (N,) for reduction "none". Gradients have the dtype of their tensor, and dw is fp32 until
-    it is stored, so an fp32 weight under autocast gets an fp32 gradient. Backward may run any number of times.
+    vocab_size: classes beyond it are padding of the weight and take no part; their rows of dw are
+    0. Default V.
+    chunk_rows: hold this many rows of logits at a time; a few thousand save memory and cost little.
+    Default all.
+    Returns a scalar fp32, or (N,) for reduction "none". Gradients have the dtype of their tensor,
+    and dw is fp32 until it is stored, so an fp32 weight under autocast gets an fp32 gradient.
+    Backward may run any number of times.
 
     Raises ValueError where shapes, dtypes, devices or numbers do not fit.
     Source: torch.nn.functional.cross_entropy(x @ weight.T, targets).
@@ -305,17 +361,28 @@ def linear_cross_entropy(
 def _check(x: Tensor, weight: Tensor, vocab_size: int, chunk_rows: int) -> torch.dtype:
     """Raise ValueError unless the arguments fit; returns the dtype of the matmuls."""
     if weight.dim() != 2 or weight.shape[1] != x.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}, but x is {x.shape[1]} wide: it must be (V, {x.shape[1]})")
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, but x is {x.shape[1]} wide: it must be (V, "
+            f"{x.shape[1]})"
+        )
     if weight.device != x.device:
-        raise ValueError(f"weight is on {weight.device} and x on {x.device}: move them to one device")
+        raise ValueError(
+            f"weight is on {weight.device} and x on {x.device}: move them to one device"
+        )
     if not 1 <= vocab_size <= weight.shape[0]:
-        raise ValueError(f"vocab_size is {vocab_size}: it must be in 1..{weight.shape[0]}, the rows of weight")
+        raise ValueError(
+            f"vocab_size is {vocab_size}: it must be in 1..{weight.shape[0]}, the rows of weight"
+        )
     if chunk_rows < 1:
-        raise ValueError(f"chunk_rows is {chunk_rows}: it must be 1 or more, or None for all rows at once")
+        raise ValueError(
+            f"chunk_rows is {chunk_rows}: it must be 1 or more, or None for all rows at once"
+        )
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     if weight.dtype != x.dtype:
-        raise ValueError(f"weight is {weight.dtype} and x {x.dtype}: cast one, or call under torch.autocast")
+        raise ValueError(
+            f"weight is {weight.dtype} and x {x.dtype}: cast one, or call under torch.autocast"
+        )
     return x.dtype
 
 
