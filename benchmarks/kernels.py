@@ -12,9 +12,9 @@ shapes through Triton's interpreter and prints the static roofline.
 Timing and ceilings: benchmarks/common.py. Floor: for each phase of an operation the larger of its
 least bytes over the copy bandwidth and its FLOPs over the matmul rate, summed over phases; "of
 floor" is that time over the median. Attention counts 4 B H T^2 D / 2 FLOPs forward and 2.5 times
-that backward, the convention of its papers. SDPA and flex_attention get q, k and v as (B, H, T, D)
-views of one packed tensor and return three gradients, so they pay for no packing; the rest of a
-model would. torch.compile is given the same plain PyTorch as eager.
+that backward, the convention of its papers. SDPA and flex_attention get separate q, k and v and
+return three gradients, so they pay for no packing, which a model with one c_attn would; eager and
+torch.compile start from the packed tensor, as ours does.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,9 @@ class Problem:
     baselines: dict[str, Callable]  # each of inputs -> tuple of outputs
     plain: Callable  # the reference, the oracle of the parity check
     phases: Phases
+    own_inputs: dict[str, list[Tensor]] = field(
+        default_factory=dict
+    )  # where a baseline needs others
 
 
 def _tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -180,17 +183,22 @@ def attention_problem(
     def call(function: Callable, qkv: Tensor) -> tuple:
         return (function(qkv),)
 
-    def sdpa(backend: SDPBackend, qkv: Tensor) -> tuple:
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))  # (B, H, T, D)
+    def sdpa(backend: SDPBackend, *qkv: Tensor) -> tuple:
+        q, k, v = (t.transpose(1, 2) for t in qkv)  # (B, H, T, D)
         with sdpa_kernel(backend):
             return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
 
     plain = partial(call, reference.attention)
     baselines = {"eager": plain, "torch.compile": _compiled(plain)}
+    own_inputs = {}
     if HAS_CUDA:
-        baselines["SDPA flash"] = partial(sdpa, SDPBackend.FLASH_ATTENTION)
-        baselines["SDPA cuDNN"] = partial(sdpa, SDPBackend.CUDNN_ATTENTION)
-        baselines["flex_attention"] = _flex_attention(T)
+        apart = {
+            "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
+            "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
+            "flex_attention": _flex_attention(T),
+        }
+        baselines |= apart
+        own_inputs = dict.fromkeys(apart, [_tensor(B, T, H, D, dtype=dtype) for _ in "qkv"])
     size, flops = B * T * H * D * dtype.itemsize, 2 * B * H * T * T * D
     forward, backward = (4 * size, flops), (8 * size, flops * 5 // 2)
     return Problem(
@@ -201,6 +209,7 @@ def attention_problem(
         baselines,
         plain,
         {"forward": [forward], "backward": [backward], "forward+backward": [forward, backward]},
+        own_inputs,
     )
 
 
@@ -210,8 +219,8 @@ def _flex_attention(T: int) -> Callable:
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
     compiled = torch.compile(flex_attention, dynamic=False)
 
-    def call(qkv: Tensor) -> tuple:
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
+    def call(*qkv: Tensor) -> tuple:
+        q, k, v = (t.transpose(1, 2) for t in qkv)
         return (compiled(q, k, v, block_mask=mask).transpose(1, 2),)
 
     return call
@@ -310,7 +319,7 @@ def time_problem(problem: Problem, ceilings: dict[str, float]) -> list[dict]:
         for mode, phases in problem.phases.items():
             record = {"op": problem.op, "shape": problem.shape, "mode": mode, "provider": provider}
             try:
-                timing = _time(function, problem.inputs, mode)
+                timing = _time(function, problem.own_inputs.get(provider, problem.inputs), mode)
             except (
                 ImportError,
                 RuntimeError,

@@ -40,14 +40,14 @@ def run(function, tensors, dtype=None):
     return kept + list(torch.autograd.grad(outputs, leaves, upstream))
 
 
-def check(ours, plain, tensors, ulps=4.0):
+def check(ours, plain, tensors, **limits):
     found, theirs, exact = (
         run(ours, tensors),
         run(plain, tensors),
         run(plain, tensors, torch.float64),
     )
     for i, (a, b, c) in enumerate(zip(found, theirs, exact, strict=True)):
-        assert_as_exact_as_torch(a, b, c.double(), f"result {i}", ulps=ulps)
+        assert_as_exact_as_torch(a, b, c.double(), f"result {i}", **limits)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -91,7 +91,7 @@ def test_cross_entropy(width, stride, reduction, options, dtype):
             (buffer * 1)[:, :width], targets, reduction=reduction, **options
         )
 
-    check(loss(cross_entropy), loss(reference.cross_entropy), [buffer])
+    check(loss(cross_entropy), loss(reference.cross_entropy), [buffer], terms=3.0)
 
 
 def test_cross_entropy_beyond_int32():
@@ -110,7 +110,8 @@ def test_cross_entropy_beyond_int32():
     total = cross_entropy(logits, targets, reduction="sum", inplace_backward=True)
     (gradient,) = torch.autograd.grad(total, logits)
     assert torch.cuda.max_memory_allocated() - before < 2**24  # no second logits buffer
-    torch.testing.assert_close(gradient[tail] * 0.5, expected_gradient, rtol=2e-2, atol=1e-6)
+    # run's upstream of a scalar is -1.5
+    torch.testing.assert_close(gradient[tail] * -1.5, expected_gradient, rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
