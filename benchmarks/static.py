@@ -217,9 +217,7 @@ def main() -> int:
         configs = shipped(arch)
         if any(not isinstance(config.kernel, triton.JITFunction) for config in configs):
             parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
-        wanted = [
-            i for i, c in enumerate(configs) if args.op in c.op and args.shape in c.shape
-        ]
+        wanted = [i for i, c in enumerate(configs) if args.op in c.op and args.shape in c.shape]
         found = list(pool.map(report, [arch] * len(wanted), wanted))
         rows = [row for row in found if isinstance(row, Row)]
         errors = [row for row in found if isinstance(row, str)]

@@ -25,7 +25,6 @@ dtype before the second product; statistics, accumulators and delta stay in fp32
 B batch, T time, H heads, D head dimension. Left out: dropout, arbitrary masks, more than 128 for D.
 """
 
-import contextlib
 import math
 
 import torch
@@ -39,6 +38,7 @@ from triton_kernels.launch import (
     StaticConfig,
     architecture,
     attention_tiles,
+    device_guard,
 )
 
 LOG2_E = math.log2(math.e)
@@ -408,11 +408,6 @@ def _launch_options(name: str, qkv: Tensor, doc_start: Tensor | None) -> tuple[i
     return triton.cdiv(T, tiles.block_n if name == "dkv" else tiles.block_m), options
 
 
-def _on_device(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _forward(qkv: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """qkv (B, T, 3, H, D) -> out (B, T, H, D), lse (B, H, T) fp32."""
     B, T, _, H, D = qkv.shape
@@ -426,9 +421,17 @@ def _forward(qkv: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tenso
         return out, lse
     doc_strides = (0, 0) if doc_start is None else doc_start.stride()
     tiles, options = _launch_options("fwd", qkv, doc_start)
-    with _on_device(qkv):
+    with device_guard(_attention_fwd_kernel, "qkv", qkv):
         _attention_fwd_kernel[(tiles * B * H,)](
-            qkv, out, lse, doc_start, *qkv.stride()[:4], *doc_strides, T, H, scale * LOG2_E,
+            qkv,
+            out,
+            lse,
+            doc_start,
+            *qkv.stride()[:4],
+            *doc_strides,
+            T,
+            H,
+            scale * LOG2_E,
             **options,
         )
     return out, lse
@@ -451,7 +454,7 @@ def _backward(
     doc_strides = (0, 0) if doc_start is None else doc_start.stride()
     strides = (*qkv.stride()[:4], *dout.stride()[:3], *doc_strides)
     scales = (scale, scale * LOG2_E)
-    with _on_device(qkv):
+    with device_guard(_attention_fwd_kernel, "qkv", qkv):
         tiles, options = _launch_options("dq", qkv, doc_start)
         _attention_bwd_dq_kernel[(tiles * B * H,)](
             qkv, out, dout, lse, delta, dqkv, doc_start, *strides, T, H, *scales, **options
