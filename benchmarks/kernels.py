@@ -178,6 +178,7 @@ def attention_problem(
     B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.bfloat16
 ) -> Problem:
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
     from triton_kernels.attention import attention
 
     def call(function: Callable, qkv: Tensor) -> tuple:

@@ -11,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from triton_kernels import attention as kernels
 from triton_kernels import launch, reference
-from triton_kernels.attention import attention
+from triton_kernels.attention import INTERPRETED, attention
 
 needs_interpreter = pytest.mark.skipif(
-    not kernels.INTERPRETED, reason="compiled kernels: tests/gpu has the same checks on a GPU"
+    not INTERPRETED, reason="compiled kernels: tests/gpu has the same checks on a GPU"
 )
 pytestmark = needs_interpreter
 # Dynamo and Inductor call deprecated parts of PyTorch (instances of autograd.Function, torch.jit).

@@ -7,14 +7,13 @@ reference runs on one batch row at a time, since it holds (H, T, T).
 import pytest
 import torch
 
-from triton_kernels import attention as kernels
 from triton_kernels import reference
-from triton_kernels.attention import attention
+from triton_kernels.attention import INTERPRETED, attention
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        not torch.cuda.is_available() or kernels.INTERPRETED,
+        not torch.cuda.is_available() or INTERPRETED,
         reason="needs a CUDA or ROCm device and TRITON_INTERPRET=0",
     ),
 ]

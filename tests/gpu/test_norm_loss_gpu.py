@@ -9,14 +9,13 @@ import torch
 import triton
 from kernel_rule import assert_as_exact_as_torch, leaf
 
-from triton_kernels import layer_norm as layer_norm_module
 from triton_kernels import reference
 from triton_kernels.cross_entropy import cross_entropy
-from triton_kernels.layer_norm import layer_norm
+from triton_kernels.layer_norm import _layer_norm_fwd_kernel, layer_norm
 from triton_kernels.linear_cross_entropy import linear_cross_entropy
 
 V, PADDED_V = 50257, 50304
-IS_COMPILED = isinstance(layer_norm_module._layer_norm_fwd_kernel, triton.JITFunction)
+IS_COMPILED = isinstance(_layer_norm_fwd_kernel, triton.JITFunction)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
