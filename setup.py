@@ -1,4 +1,5 @@
-"""Builds gpt2._token_loader from csrc/ and says what the project depends on; constraints.txt pins it.
+"""Builds gpt2._token_loader from csrc/ and says what the project depends on; constraints.txt pins
+it.
 
 The extension is optional: without a C++ compiler the install goes on, and gpt2.data uses its numpy
 twin.
@@ -11,8 +12,14 @@ from setuptools import find_packages, setup
 
 TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13"]
 DEV = [
-    "pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.100", "ruff>=0.9",
-    "transformers>=5", "peft>=0.18", "pybind11>=3.0", "setuptools>=77",
+    "pytest>=9",
+    "pytest-timeout>=2.4",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "transformers>=5",
+    "peft>=0.18",
+    "pybind11>=3.0",
+    "setuptools>=77",
 ]
 
 setup(
@@ -37,7 +44,12 @@ setup(
     install_requires=[
         "torch>=2.11,<2.14",
         "triton>=3.6,<3.8; platform_machine == 'x86_64' or platform_machine == 'aarch64'",
-        "numpy>=2.1", "tiktoken>=0.8", "safetensors>=0.5", "tyro>=1.0", "pyyaml>=6", "xxhash>=3",
+        "numpy>=2.1",
+        "tiktoken>=0.8",
+        "safetensors>=0.5",
+        "tyro>=1.0",
+        "pyyaml>=6",
+        "xxhash>=3",
     ],
     extras_require={"train": TRAIN, "dev": TRAIN + DEV},
 )

@@ -1,7 +1,71 @@
-"""Shared test set-up."""
+"""Shared fixtures. Data are consecutive integers or real Shakespeare, models are tiny."""
 
 import os
 
-# Triton reads this when a kernel is decorated, so it must be set before triton_kernels is first
-# imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import json
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.config import GPTConfig, PrepareConfig, TrainConfig
+from gpt2.data import write_shard
+from gpt2.data.datasets import prepare
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65, bias=True)
+
+
+@pytest.fixture
+def tiny() -> GPTConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def shakespeare(tmp_path_factory) -> Path:
+    """tiny Shakespeare as characters: 1,003,854 train and 111,540 val tokens."""
+    out = tmp_path_factory.mktemp("data") / "shakespeare_char"
+    return prepare(PrepareConfig(name="shakespeare_char", out=str(out)))
+
+
+@pytest.fixture
+def counting(tmp_path) -> Path:
+    """Shards of consecutive integers: train 0..999 in two shards, val 1000..1199."""
+    folder = tmp_path / "counting"
+    folder.mkdir()
+    write_shard(folder / "train_000000.bin", np.arange(0, 600))
+    write_shard(folder / "train_000001.bin", np.arange(600, 1000))
+    write_shard(folder / "val_000000.bin", np.arange(1000, 1200))
+    return folder
+
+
+@pytest.fixture
+def train_config(shakespeare, tmp_path) -> TrainConfig:
+    """A run of a few seconds on a CPU."""
+    return TrainConfig(
+        preset="char", n_layer=2, n_head=2, n_embd=32, block_size=32, data=str(shakespeare),
+        tokens_per_step=256, micro_batch_size=4, max_steps=6, warmup_steps=2, lr=1e-2,
+        eval_every=3, eval_steps=2, save_every=3, log_every=1, run_name="run",
+        out_dir=str(tmp_path / "runs"), device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def losses(run: Path, key: str = "train/loss") -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""How each kernel is launched: tiles, warps and stages per (architecture, shape), by table.
+"""How each kernel is launched: tiles, warps and stages per (architecture, shape), as tables.
 
 Nothing is tuned at run time, so ranks cannot disagree and the first step is as fast as the last. A
 table's comment says how its figures were found: "ahead of time" (registers, spills, shared memory)
@@ -17,14 +17,17 @@ Entry = TypeVar("Entry")
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """One shipped configuration, described so that it compiles without a GPU (see static.py)."""
+    """One shipped kernel configuration, described so that it compiles without a GPU
+    (benchmarks/static.py)."""
 
     op: str  # "attention fwd", "layer_norm bwd", ...
     shape: str  # the GPT-2 shape that the figures below are for, as text
     kernel: Any  # the @triton.jit function
     signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
     constexprs: dict[str, Any]
-    divisible_by_16: tuple[str, ...]  # arguments whose value or address divides by 16
+    divisible_by_16: tuple[
+        str, ...
+    ]  # arguments whose value or address the launcher knows to divide by 16
     num_warps: int
     num_stages: int
     bytes: int = 0  # least memory traffic of the operation at that shape
@@ -42,14 +45,8 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-# --- layer norm and cross entropy
-# -------------------------------------------------------------------------------------
-
-
 def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
-    """The table's entry for arch, or for the nearest lower known one of its family (sm_86 takes
-    sm_80's).
-    """
+    """The table's entry for arch, or for the nearest lower known one (sm_86 takes sm_80's)."""
     if arch in table:
         return table[arch]
     if arch.startswith("gfx"):
@@ -57,6 +54,92 @@ def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
     known = sorted(int(key[3:]) for key in table if key.startswith("sm_"))
     lower = [number for number in known if number <= int(arch[3:])]
     return table[f"sm_{(lower or known)[-1 if lower else 0]}"]
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """A tile of scores, and the warps and pipeline stages of the program that walks over them."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+def _t(block_m: int, block_n: int, num_warps: int, num_stages: int) -> AttentionTiles:
+    return AttentionTiles(block_m, block_n, num_warps, num_stages)
+
+
+# architecture -> kernel -> head dimension up to -> length up to -> tiles, for fp16 and bf16.
+# All of it chosen ahead of time, none measured: compiled by benchmarks/static.py with Triton 3.7.1
+# (sm_90 with 3.6.0 too), with and without documents, D = 32 to 128. The rules, in this order:
+# 1. no spills; 2. two programs a multiprocessor or more where registers and shared memory allow it,
+# since a program waits for its own matrix products before each exponential, and only another
+# program's products can fill that time; 3. the largest tile left. sm_80's fit in 99 KB of shared
+# memory, because sm_86 and sm_89 use them. Where 1 rules out 2 the line says so.
+_ANY = 1 << 62
+ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
+    "interpret": {  # small, so that short tests meet full, diagonal and ragged tiles
+        "fwd": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dq": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dkv": {128: {_ANY: _t(32, 64, 4, 1)}},
+    },
+    "sm_80": {  # 128x64 in 4 warps spills with documents; dk/dv 64x64 spills
+        "fwd": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(128, 32, 8, 2)}},
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dkv": {64: {_ANY: _t(32, 64, 4, 2)}, 128: {_ANY: _t(32, 64, 8, 2)}},
+    },
+    "sm_90": {
+        # Up to 256 tokens a 64-row tile wastes less of its work above the diagonal.
+        # D = 128 forward: one program of 8 warps; 128x128 spills, 64x64 loads twice as much.
+        "fwd": {
+            64: {256: _t(64, 64, 4, 3), _ANY: _t(128, 64, 4, 3)},
+            128: {_ANY: _t(128, 64, 8, 3)},
+        },
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 64, 4, 2)}},
+        # D = 128: 64x64 and 64x128 spill at any number of warps.
+        "dkv": {64: {_ANY: _t(64, 64, 4, 2)}, 128: {_ANY: _t(32, 128, 8, 2)}},
+    },
+    "sm_100": {  # accumulators live in tensor memory, and 128 rows fill a tcgen05 instruction
+        "fwd": {128: {_ANY: _t(128, 64, 8, 3)}},
+        "dq": {128: {_ANY: _t(128, 64, 8, 2)}},
+        "dkv": {128: {_ANY: _t(64, 128, 8, 2)}},
+    },
+    "sm_120": {  # 99 KB of shared memory, mma.sync
+        "fwd": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dkv": {64: {_ANY: _t(32, 64, 4, 2)}, 128: {_ANY: _t(32, 64, 8, 2)}},
+    },
+    "gfx942": {  # 64 KB of shared memory
+        "fwd": {128: {_ANY: _t(128, 32, 4, 1)}},
+        "dq": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dkv": {128: {_ANY: _t(32, 64, 4, 1)}},
+    },
+}
+
+# fp32 products are exact (IEEE), so not on tensor cores: small tiles, for checking, not for speed.
+ATTENTION_FP32: dict[str, dict[int, dict[int, AttentionTiles]]] = {
+    "fwd": {128: {_ANY: _t(32, 16, 4, 2)}},
+    "dq": {128: {_ANY: _t(32, 16, 4, 2)}},
+    "dkv": {128: {_ANY: _t(16, 16, 4, 2)}},
+}
+
+
+def attention_tiles(
+    kernel: str, arch: str, itemsize: int, head_dim: int, length: int
+) -> AttentionTiles:
+    """Tiles of kernel "fwd", "dq" or "dkv" for inputs of itemsize bytes an element."""
+    small = itemsize == 4 and arch != "interpret"
+    table = ATTENTION_FP32 if small else for_architecture(ATTENTION, arch)
+    lengths = table[kernel][min(limit for limit in table[kernel] if head_dim <= limit)]
+    return lengths[min(limit for limit in lengths if length <= limit)]
+
+
+# --- layer norm and cross entropy
+# -------------------------------------------------------------------------------------
 
 
 def device_guard(kernel: Any, name: str, tensor: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -1,7 +1,8 @@
 """The four operations in plain PyTorch: fallback, test oracle and benchmark baseline, in one place.
 
-triton_kernels.<name> has the same names and signatures; gpt2.ops chooses between the two. Everything here is
-differentiable, compiles with torch.compile(fullgraph=True), and keeps statistics in fp32.
+triton_kernels.<name> has the same names and signatures; gpt2.ops chooses between the two.
+Everything here is differentiable, compiles with torch.compile(fullgraph=True), and keeps statistics
+in fp32.
 
 B batch, T time, C channels, H heads, D head dimension, V vocabulary, N rows (B*T).
 """
@@ -15,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 def doc_mask(doc_start: Tensor, n_keys: int) -> Tensor:
     """Which keys each query may see: causal, and not before its document's first token.
 
-    doc_start (B, T) int32: first visible key of each query; the T queries are the last T of n_keys positions.
+    doc_start (B, T) int32: first visible key of each query; the T queries are the last T of n_keys
+    positions.
     Returns (B, 1, T, n_keys) bool, True = visible.
     """
     n_queries = doc_start.shape[1]
@@ -24,11 +26,13 @@ def doc_mask(doc_start: Tensor, n_keys: int) -> Tensor:
     return ((key <= query) & (key >= doc_start[..., None]))[:, None]
 
 
-def attention(qkv: Tensor, *, doc_start: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    qkv: Tensor, *, doc_start: Tensor | None = None, scale: float | None = None
+) -> Tensor:
     """Causal self-attention on packed projections.
 
     qkv (B, T, 3, H, D): queries, keys and values as c_attn writes them.
-    doc_start (B, T) int32, optional: first key that a query may see (packed documents, left padding).
+    doc_start (B, T) int32: first key that a query may see (packed documents, left padding).
     scale: multiplies q.k, default 1/sqrt(D).
     Returns (B, T, H, D).  Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).
     """
@@ -42,12 +46,18 @@ def attention(qkv: Tensor, *, doc_start: Tensor | None = None, scale: float | No
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5, residual: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Layer normalisation over the last dimension, with the residual addition that comes before it.
 
     x (..., C); weight (C,); bias (C,) or None; residual (..., C) or None.
-    Returns y, or (y, x + residual) where y normalises the sum.  Source: torch.nn.functional.layer_norm.
+    Returns y, or (y, x + residual) where y normalises the sum.
+    Source: torch.nn.functional.layer_norm.
     """
     if residual is None:
         return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -68,9 +78,10 @@ def cross_entropy(
     """Cross entropy of logits against class indices, in fp32.
 
     logits (N, V), any row stride; targets (N,) int64, ignore_index marks rows that do not count.
-    z_loss: weight of logsumexp(logits)^2, added per counted row (PaLM, arXiv 2204.02311, section 5).
+    z_loss: weight of logsumexp(logits)^2, added per counted row (PaLM, arXiv 2204.02311, sec. 5).
     inplace_backward: lets a kernel overwrite logits with their gradient; no effect here.
-    Returns a scalar fp32, or (N,) for reduction "none".  Source: torch.nn.functional.cross_entropy.
+    Returns a scalar fp32, or (N,) for reduction "none".
+    Source: torch.nn.functional.cross_entropy.
     """
     del inplace_backward
     logits = logits.float()
@@ -95,11 +106,11 @@ def linear_cross_entropy(
     vocab_size: int | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Cross entropy of x @ weight.T against class indices: the head and the loss of a language model as one.
+    """Cross entropy of x @ weight.T against class indices: a language model's head and loss.
 
     x (N, C); weight (V, C); targets (N,) int64.
     vocab_size: classes beyond it are padding of the weight and take no part; default V.
-    chunk_rows: compute this many rows at a time and recompute them in backward; saves memory, costs one more GEMM.
+    chunk_rows: compute this many rows at a time, and again in backward; saves memory, costs a GEMM.
     Returns a scalar fp32, or (N,) for reduction "none".
     """
 

@@ -1,0 +1,50 @@
+# make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
+# make test    installs and runs the tests
+# Both work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+RUN := runs/shakespeare_char
+# Waiting threads sleep soon instead of spinning: on a busy CPU steps are several times faster, on a
+# quiet one as fast (docs/LOG.md).
+export GOMP_SPINCOUNT ?= 1000
+
+.PHONY: train test clean
+
+train: .venv/.train
+	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
+	@$(BIN)/python scripts/prepare_data.py shakespeare_char
+	@echo "== Training a character-level GPT; an interrupted run continues where it stopped"
+	@$(BIN)/python scripts/train_gpt2.py configs/shakespeare_char.yaml --resume auto
+	@echo "== A sample"
+	@$(BIN)/python scripts/sample.py $(RUN) --prompt "ROMEO:" --max_new_tokens 300 --seed 1
+	@echo
+	@echo "The loss curve is $(RUN)/loss.png. Next, for instance:"
+	@echo "  $(BIN)/python scripts/sample.py $(RUN) --prompt 'KING:' 'To be, or' --temperature 0.6"
+	@echo "  $(BIN)/python scripts/prepare_data.py --text YOUR.txt     # then train on it: see README.md"
+	@echo "  $(BIN)/python scripts/train_gpt2.py --help"
+
+test: .venv/.test
+	@echo "== Running ruff and the tests"
+	@$(BIN)/ruff check .
+	@$(BIN)/python -m pytest
+
+.venv/.train: $(SOURCES)
+	@$(MAKE) --no-print-directory install EXTRA=train
+
+.venv/.test: $(SOURCES)
+	@$(MAKE) --no-print-directory install EXTRA=dev
+	@touch .venv/.train
+
+.PHONY: install
+install:
+	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'error: Python 3.11 or later is needed, $(PYTHON) is {v[0]}.{v[1]}; run: PYTHON=python3.12 make $(MAKECMDGOALS)')"
+	@echo "== Installing into .venv (once; a few minutes, most of it PyTorch)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "error: python -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRA)]'
+	@touch .venv/.$(if $(filter dev,$(EXTRA)),test,train)
+
+clean:
+	rm -rf .venv build *.egg-info gpt2/*.so

@@ -1,0 +1,194 @@
+#include "token_loader.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+namespace token_loader {
+namespace {
+
+constexpr int ROUNDS = 8;
+constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
+
+// The finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
+// 2014).
+uint64_t mix(uint64_t z) {
+  z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9ull;
+  z = (z ^ (z >> 27)) * 0x94D049BB133111EBull;
+  return z ^ (z >> 31);
+}
+
+uint64_t epoch_key(uint64_t seed, int64_t epoch) {
+  return mix(mix(seed + GOLDEN) + GOLDEN * (static_cast<uint64_t>(epoch) + 1));
+}
+
+// A keyed bijection on [0, n): an alternating Feistel network on the next power of two (at least
+// 4), applied again while the result lies outside [0, n) (cycle walking; fewer than two passes on
+// average).
+int64_t permute(int64_t index, int64_t n, uint64_t key) {
+  int bits = 2;
+  while ((int64_t{1} << bits) < n) ++bits;
+  const int low_bits = bits / 2;
+  const uint64_t low_mask = (uint64_t{1} << low_bits) - 1;
+  const uint64_t high_mask = (uint64_t{1} << (bits - low_bits)) - 1;
+  uint64_t value = static_cast<uint64_t>(index);
+  do {
+    uint64_t low = value & low_mask, high = value >> low_bits;
+    for (int round = 0; round < ROUNDS; round += 2) {
+      low ^= mix(high + key + GOLDEN * (round + 1)) & low_mask;
+      high ^= mix(low + key + GOLDEN * (round + 2)) & high_mask;
+    }
+    value = (high << low_bits) | low;
+  } while (value >= static_cast<uint64_t>(n));
+  return static_cast<int64_t>(value);
+}
+
+std::string number(int64_t value) { return std::to_string(value); }
+
+}  // namespace
+
+MappedShard::MappedShard(const ShardSpec& spec) : spec_(spec) {
+  if (spec.n_tokens < 1 || spec.offset < 0 || spec.offset % 2 != 0) {
+    throw std::invalid_argument("shard " + spec.path +
+                                ": needs n_tokens >= 1 and an even offset >= 0, got n_tokens " +
+                                number(spec.n_tokens) + " and offset " + number(spec.offset));
+  }
+  fd_ = open(spec.path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (fd_ < 0) throw FileError(errno, std::strerror(errno), spec.path);
+  try {
+    map_bytes_ = spec.offset + 2 * spec.n_tokens;
+    check_size();
+    map_ = mmap(nullptr, static_cast<size_t>(map_bytes_), PROT_READ, MAP_SHARED, fd_, 0);
+    if (map_ == MAP_FAILED) {
+      map_ = nullptr;
+      throw FileError(errno, std::string("cannot map the file: ") + std::strerror(errno),
+                      spec.path);
+    }
+  } catch (...) {
+    close(fd_);
+    throw;
+  }
+  // Windows are read in random order: the kernel's own read-ahead would only fetch what is not
+  // wanted.
+  madvise(map_, static_cast<size_t>(map_bytes_), MADV_RANDOM);
+  tokens_ = reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + spec.offset);
+}
+
+MappedShard::~MappedShard() {
+  if (map_ != nullptr) munmap(map_, static_cast<size_t>(map_bytes_));
+  if (fd_ >= 0) close(fd_);
+}
+
+MappedShard::MappedShard(MappedShard&& other) noexcept
+    : spec_(std::move(other.spec_)),
+      fd_(std::exchange(other.fd_, -1)),
+      map_(std::exchange(other.map_, nullptr)),
+      map_bytes_(other.map_bytes_),
+      tokens_(other.tokens_) {}
+
+void MappedShard::check_size() const {
+  struct stat info{};
+  if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), spec_.path);
+  if (info.st_size < map_bytes_) {
+    throw FileError(EIO,
+                    "the file has " + number(info.st_size) + " bytes but its tokens need " +
+                        number(map_bytes_) +
+                        "; it was cut short or is being rewritten. Prepare the data again",
+                    spec_.path);
+  }
+}
+
+void MappedShard::will_need(int64_t first, int64_t count) const {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tokens_ + first) & ~(page - 1);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(tokens_ + first + count);
+  madvise(reinterpret_cast<void*>(begin), end - begin,
+          MADV_WILLNEED);  // advice only: failure costs nothing
+}
+
+TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_size, uint64_t seed,
+                         bool shuffle, int64_t vocab_size)
+    : block_size_(block_size), seed_(seed), shuffle_(shuffle), vocab_size_(vocab_size) {
+  if (block_size < 1)
+    throw std::invalid_argument("block_size must be at least 1, got " + number(block_size));
+  if (shards.empty()) throw std::invalid_argument("no shards given");
+  shards_.reserve(shards.size());
+  starts_.push_back(0);
+  for (const ShardSpec& spec : shards) {
+    shards_.emplace_back(spec);
+    starts_.push_back(starts_.back() + spec.n_tokens);
+  }
+  // With shuffling every epoch shifts its windows by up to block_size - 1 tokens, and that room is
+  // kept free.
+  n_windows_ = (n_tokens() - (shuffle ? block_size : 1)) / block_size;
+  if (n_windows_ < 1) {
+    throw std::invalid_argument(
+        "the shards hold " + number(n_tokens()) + " tokens, but block_size " + number(block_size) +
+        " needs at least " + number(shuffle ? 2 * block_size : block_size + 1) +
+        ": use a smaller block_size or more text");
+  }
+}
+
+int64_t TokenLoader::window_start(int64_t sample) const {
+  if (sample < 0) throw std::invalid_argument("sample must not be negative, got " + number(sample));
+  const int64_t epoch = sample / n_windows_, index = sample % n_windows_;
+  if (!shuffle_) return index * block_size_;
+  const uint64_t key = epoch_key(seed_, epoch);
+  const int64_t shift = static_cast<int64_t>(mix(key) % static_cast<uint64_t>(block_size_));
+  return permute(index, n_windows_, key) * block_size_ + shift;
+}
+
+size_t TokenLoader::shard_of(int64_t position) const {
+  return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
+}
+
+void TokenLoader::fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const {
+  for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
+    int64_t position = window_start(first + row);
+    // The window's block_size + 1 tokens may lie in several shards; `done` counts those already
+    // widened.
+    for (int64_t done = 0; done <= block_size_;) {
+      const size_t s = shard_of(position);
+      const MappedShard& shard = shards_[s];
+      shard.check_size();
+      const int64_t offset = position - starts_[s];
+      const int64_t count = std::min(block_size_ + 1 - done, shard.n_tokens() - offset);
+      const uint16_t* source = shard.tokens() + offset;
+      const int64_t x_count =
+          std::min(count, block_size_ - done);  // the last token is a target only
+      for (int64_t i = 0; i < x_count; ++i) x[done + i] = source[i];
+      const int64_t skip = done == 0 ? 1 : 0;  // the first token is an input only
+      for (int64_t i = skip; i < count; ++i) y[done + i - 1] = source[i];
+      uint16_t largest = 0;
+      for (int64_t i = 0; i < count; ++i) largest = std::max(largest, source[i]);
+      if (largest >= vocab_size_) {
+        const int64_t at =
+            std::find_if(source, source + count, [&](uint16_t t) { return t >= vocab_size_; }) -
+            source;
+        throw std::invalid_argument(
+            "shard " + shard.path() + ": token " + number(offset + at) + " is " +
+            number(source[at]) + ", but the vocabulary has " + number(vocab_size_) +
+            " entries: the file is damaged or was made with another tokenizer");
+      }
+      done += count;
+      position += count;
+    }
+  }
+}
+
+void TokenLoader::prefetch(int64_t first, int64_t rows) const {
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t position = window_start(first + row);
+    const size_t s = shard_of(position);
+    const int64_t offset = position - starts_[s];
+    shards_[s].will_need(offset, std::min(block_size_ + 1, shards_[s].n_tokens() - offset));
+  }
+}
+
+}  // namespace token_loader

@@ -1,0 +1,100 @@
+// Reads fixed-length windows of tokens from memory-mapped shards.
+//
+// A shard is a file that holds n_tokens little-endian uint16 tokens from byte `offset` on. The
+// shards, in the order given, form one stream of n_tokens() tokens. An epoch cuts the stream into
+// n_windows() windows of block_size tokens; a window also needs the token after its last one, as
+// the target of that position.
+//
+// Which window is sample i of the run is computed, not stored: epoch = i / n_windows(), and within
+// an epoch a keyed permutation of [0, n_windows()) and a shift of all windows by less than
+// block_size, both functions of (seed, epoch). So memory is constant, and any position is reached
+// in constant time. gpt2/data/loader.py holds the same algorithm in numpy; tests hold the two
+// equal.
+//
+// All methods are const and keep no state between calls: any number of threads may share one
+// loader.
+
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace token_loader {
+
+struct ShardSpec {
+  std::string path;
+  int64_t offset;    // bytes before the first token, even
+  int64_t n_tokens;  // at least 1
+};
+
+// A file that cannot be opened, mapped or trusted any more; becomes OSError(error_number, message,
+// path) in Python.
+struct FileError : std::runtime_error {
+  FileError(int error_number, const std::string& message, const std::string& path)
+      : std::runtime_error(message), error_number(error_number), path(path) {}
+  int error_number;
+  std::string path;
+};
+
+// A file mapped read-only for as long as this object lives.
+class MappedShard {
+ public:
+  explicit MappedShard(const ShardSpec& spec);
+  ~MappedShard();
+  MappedShard(MappedShard&& other) noexcept;
+  MappedShard(const MappedShard&) = delete;
+  MappedShard& operator=(const MappedShard&) = delete;
+  MappedShard& operator=(MappedShard&&) = delete;
+
+  const uint16_t* tokens() const { return tokens_; }
+  int64_t n_tokens() const { return spec_.n_tokens; }
+  const std::string& path() const { return spec_.path; }
+
+  // Throws if the file got shorter since it was mapped: reading past its end would kill the process
+  // with SIGBUS.
+  void check_size() const;
+  // Asks the kernel to read tokens [first, first + count) ahead.
+  void will_need(int64_t first, int64_t count) const;
+
+ private:
+  ShardSpec spec_;
+  int fd_ = -1;
+  void* map_ = nullptr;
+  int64_t map_bytes_ = 0;
+  const uint16_t* tokens_ = nullptr;
+};
+
+class TokenLoader {
+ public:
+  // vocab_size: a token beyond it throws std::invalid_argument when it is read; 65536 accepts every
+  // uint16.
+  TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_size, uint64_t seed, bool shuffle,
+              int64_t vocab_size);
+
+  int64_t n_tokens() const { return starts_.back(); }
+  int64_t n_windows() const { return n_windows_; }
+  int64_t block_size() const { return block_size_; }
+
+  // Position in the stream of the first token of sample `sample` >= 0.
+  int64_t window_start(int64_t sample) const;
+  // Writes samples [first, first + rows): x[r, t] and y[r, t] = the token after x[r, t]; both
+  // (rows, block_size).
+  void fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const;
+  // Starts reading samples [first, first + rows) into the page cache and returns at once.
+  void prefetch(int64_t first, int64_t rows) const;
+
+ private:
+  std::vector<MappedShard> shards_;
+  std::vector<int64_t> starts_;  // stream position of each shard's first token, then the total
+  int64_t block_size_;
+  uint64_t seed_;
+  bool shuffle_;
+  int64_t vocab_size_;
+  int64_t n_windows_;
+
+  size_t shard_of(int64_t position) const;
+};
+
+}  // namespace token_loader

@@ -1,0 +1,335 @@
+"""Every option of the project, in frozen dataclasses; the command lines and their help are
+generated from them.
+
+Order: defaults < preset < YAML file < command line. A YAML file is flat: one `key: value` a line,
+the keys of TrainConfig; an unknown key is an error. `python scripts/train_gpt2.py --help` shows the
+same words.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Switch = Literal["auto", "on", "off"]
+Kernels = Literal["auto", "triton", "torch"]
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; saved with it."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int  # channels; a multiple of n_head
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50257
+    dropout: float = 0.0  # on the embeddings and on what each sublayer adds; 0 for pretraining
+    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}; the nearest are "
+                f"{nearest_multiples(self.n_embd, self.n_head)}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: whole tensor-core tiles and 16-byte rows of logits.
+
+        50257 becomes 50304. The padding is zero, stays zero, and is never seen outside the model.
+        """
+        multiple = 128 if self.vocab_size > 1024 else 8
+        return -(-self.vocab_size // multiple) * multiple
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    # The depths and widths of Eldan and Li, TinyStories (2023); their names do not count
+    # embeddings.
+    "tinystories-1m": GPTConfig(n_layer=8, n_head=4, n_embd=64, block_size=512),
+    "tinystories-8m": GPTConfig(n_layer=8, n_head=8, n_embd=256, block_size=512),
+    "tinystories-28m": GPTConfig(n_layer=8, n_head=8, n_embd=512, block_size=512),
+    "tinytiny": GPTConfig(n_layer=6, n_head=10, n_embd=640),  # 62M, half of gpt2
+    # nanoGPT's CPU recipe for characters; vocab_size is that of tiny Shakespeare.
+    "char": GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False),
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run. The defaults are the 124M recipe on 10B tokens of FineWeb."""
+
+    preset: str = "gpt2"  # model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char
+    init_from: str = ""  # start from these weights: a checkpoint, a Hugging Face folder or name
+    data: str = "data/fineweb10B"  # folder with train and val shards
+
+    n_layer: int | None = None  # default: the preset's
+    n_head: int | None = None  # default: the preset's
+    n_embd: int | None = None  # default: the preset's
+    block_size: int | None = None  # tokens in a training row; default: the preset's
+    vocab_size: int | None = None  # default: that of the data's tokenizer
+    dropout: float | None = None  # default: the preset's, 0
+    bias: bool | None = None  # default: the preset's
+
+    tokens_per_step: int = 524288  # over all ranks and micro steps
+    micro_batch_size: int = 32  # rows of block_size tokens in one forward pass on one device
+    max_steps: int = 19073  # optimizer steps
+    warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    lr: float = 6e-4  # peak learning rate
+    min_lr: float = 0.0  # learning rate at max_steps
+    schedule: Schedule = "cosine"  # how lr falls after the warmup
+    decay_fraction: float = 0.2  # wsd only: the part of max_steps in which lr falls
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+
+    eval_every: int = 250  # steps between validations; 0 switches them off
+    eval_steps: int = 20  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    sample_every: int = 0  # steps between samples of text; 0 switches them off
+    save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
+    keep_last: int = 2  # checkpoints that stay; 0 keeps all
+    log_every: int = 10  # steps between log lines
+
+    seed: int = 1337  # of weights, data order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    compile: Switch = "auto"  # torch.compile; auto: on for CUDA
+    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    loader: Literal["auto", "cpp", "numpy"] = "auto"  # token loader; auto: cpp where it was built
+
+    run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name
+    out_dir: str = "runs"  # folder of all runs
+    resume: str = "never"  # never, auto (newest checkpoint of this run, if any), or a checkpoint
+    wandb_project: str = ""  # log to Weights & Biases too, under this project
+
+    def __post_init__(self):
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
+        positive = ("tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        not_negative = (
+            "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
+            "sample_every", "save_every", "keep_last", "seed",
+        )  # fmt: skip
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must not be above max_steps {self.max_steps}"
+            )
+        if not 0.0 < self.decay_fraction <= 1.0:
+            raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        if not self.run_name or Path(self.run_name).name != self.run_name:
+            raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    def model_config(self, vocab_size: int | None = None) -> GPTConfig:
+        """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""
+        preset = PRESETS[self.preset]
+        changes = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(GPTConfig)
+            if getattr(self, field.name) is not None
+        }
+        if vocab_size is not None:
+            if changes.setdefault("vocab_size", vocab_size) < vocab_size:
+                raise ValueError(
+                    f"vocab_size {self.vocab_size} is smaller than the {vocab_size} entries of the "
+                    "data's tokenizer: leave it out"
+                )
+        return dataclasses.replace(preset, **changes)
+
+    def grad_accum_steps(self, block_size: int, world_size: int) -> int:
+        """Micro steps that make up one step. Raises ValueError with the nearest valid numbers."""
+        per_micro_step = self.micro_batch_size * block_size * world_size
+        if self.tokens_per_step % per_micro_step:
+            raise ValueError(
+                f"tokens_per_step {self.tokens_per_step} does not divide into micro steps of "
+                f"{per_micro_step} tokens (micro_batch_size {self.micro_batch_size} x block_size "
+                f"{block_size} x {world_size} ranks); the nearest valid tokens_per_step are "
+                f"{nearest_multiples(self.tokens_per_step, per_micro_step)}"
+            )
+        return self.tokens_per_step // per_micro_step
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Options of scripts/sample.py."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0 takes the most likely token always
+    top_k: int | None = None  # keep only this many of the most likely tokens
+    top_p: float | None = None  # keep the most likely tokens that together reach this probability
+    seed: int | None = None  # the same seed gives the same text
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Options of scripts/prepare_data.py."""
+
+    name: str = ""  # a registered data set; see the list above
+    text: str = ""  # or a UTF-8 text file, or a folder of .txt files, of your own
+    out: str = ""  # folder to write; default data/NAME
+    tokenizer: Literal["", "gpt2", "byte", "char"] = (
+        ""  # default: the data set's own; gpt2 for text
+    )
+    val_fraction: float = 0.1  # of a text of one's own: its last part becomes the val split
+    shard_tokens: int = 100_000_000
+
+    def __post_init__(self):
+        if bool(self.name) == bool(self.text):
+            raise ValueError("give either the NAME of a data set or --text FILE, not both")
+        if not 0.0 < self.val_fraction < 1.0:
+            raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
+        if self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of scripts/export.py."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name
+    out: str  # folder to write; must not exist
+
+
+def parse(cls, description: str, argv: list[str] | None = None):
+    """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
+
+    A first word that is no option is a YAML file, or else the value of cls's first field.
+    Raises ValueError for a bad file or value; exits with status 2 and a message for a bad option.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields = dataclasses.fields(cls)
+    values = {}
+    if argv and not argv[0].startswith("-"):
+        first = argv.pop(0)
+        if first.endswith((".yaml", ".yml")):
+            values = read_yaml(cls, first)
+        else:
+            argv = [f"--{fields[0].name}", first, *argv]
+    default = cls(**values) if values else None
+    return tyro.cli(cls, args=argv, default=default, description=description)
+
+
+def read_yaml(cls, path: str | Path) -> dict:
+    """The values in a YAML file, as the types of cls's fields.
+
+    Raises OSError (missing) and ValueError (unknown key with the nearest known one, wrong type).
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    return coerce(cls, values, str(path))
+
+
+def write_yaml(config, path: str | Path) -> None:
+    """Writes a config as a file that read_yaml takes."""
+    import yaml
+
+    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+
+
+def coerce(cls, values: dict, source: str) -> dict:
+    """values with each one as the type of its field; source names them in errors."""
+    hints = typing.get_type_hints(cls)
+    result = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), hints)}")
+        result[key] = _coerce_value(hints[key], value, f"{source}: {key}")
+    return result
+
+
+def suggest(word: str, known) -> str:
+    """'did you mean X?' if a known word is close, else the list of known words."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """The multiples around value, as text for an error message."""
+    below = value // of * of
+    return f"{below} and {below + of}" if below else str(of)
+
+
+def _coerce_value(hint, value, where: str):
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        # YAML reads a bare on and off as booleans.
+        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        if value not in options:
+            raise ValueError(f"{where}: must be one of {', '.join(options)}, got {value!r}")
+        return value
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        hint = next(t for t in options if t is not type(None))
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-3 as text
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is not hint:
+        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
+    return value
+
+
+def run_script(main) -> None:
+    """Runs a script's main; what the user can mend ends it with one line on stderr and status 1.
+
+    `python -X dev script.py` shows where such an error came from.
+    """
+    rank = os.environ.get("RANK")
+    try:
+        main()
+    except (ValueError, OSError, ImportError) as error:
+        if _dev_mode():
+            raise
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        print(f"error{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _dev_mode() -> bool:
+    return sys.flags.dev_mode

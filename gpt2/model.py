@@ -1,0 +1,229 @@
+"""GPT-2, as OpenAI built it, with the names Hugging Face gave its parts.
+
+Sources: Radford et al., Language Models are Unsupervised Multitask Learners (2019);
+https://github.com/openai/gpt-2. Left out: dropout on attention probabilities, which the fused
+kernels do not have; dropout on embeddings and on what each sublayer adds is here.
+
+B batch, T time (new tokens), S time with the cached tokens, C channels = n_embd, H heads,
+D = C / H, V vocabulary.
+"""
+
+import math
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.config import GPTConfig
+from gpt2.ops import Ops, doc_mask, select_ops
+
+
+class KVCache:
+    """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device, dtype):
+        shape = (
+            config.n_layer,
+            2,
+            batch_size,
+            config.n_head,
+            capacity,
+            config.n_embd // config.n_head,
+        )
+        self.keys_values = torch.zeros(
+            shape, device=device, dtype=dtype
+        )  # (L, 2, B, H, capacity, D)
+        self.capacity = capacity
+        self.length = 0
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends k, v (B, H, T, D) of one layer; returns all of that layer's, (B, H, S, D)."""
+        end = self.length + k.shape[2]
+        kv = self.keys_values[layer, :, :, :, :end]
+        kv[0, :, :, self.length :] = k
+        kv[1, :, :, self.length :] = v
+        return kv[0], kv[1]
+
+
+class LayerNorm(nn.Module):
+    """Layer norm, optionally of x + residual, and with an optional bias."""
+
+    def __init__(self, config: GPTConfig, ops: Ops):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+        self.ops = ops
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        return self.ops.layer_norm(x, self.weight, self.bias, residual=residual)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+        self.n_head, self.layer, self.ops = config.n_head, layer, ops
+
+    def forward(self, x: Tensor, doc_start: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        if cache is None:
+            y = self.ops.attention(qkv, doc_start=doc_start)  # (B, T, H, D)
+        else:
+            y = self._cached_attention(qkv, doc_start, cache)  # (B, T, H, D)
+        return self.dropout(self.c_proj(y.reshape(B, T, C)))
+
+    def _cached_attention(self, qkv: Tensor, doc_start: Tensor | None, cache: KVCache) -> Tensor:
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+        T, S = q.shape[2], k.shape[2]
+        if doc_start is None and 1 < T < S:
+            doc_start = torch.zeros(1, T, dtype=torch.int32, device=q.device)
+        mask = None if doc_start is None else doc_mask(doc_start, S)  # (B, 1, T, S)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
+        return y.transpose(1, 2)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class Block(nn.Module):
+    """x = x + attn(ln_1(x)); x = x + mlp(ln_2(x)), each addition fused into the layer norm that
+    follows it.
+
+    So a block hands on the residual stream x and, apart from it, the branch that is still to be
+    added.
+    """
+
+    def __init__(self, config: GPTConfig, ops: Ops, layer: int):
+        super().__init__()
+        self.ln_1 = LayerNorm(config, ops)
+        self.attn = CausalSelfAttention(config, ops, layer)
+        self.ln_2 = LayerNorm(config, ops)
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None, doc_start: Tensor | None, cache: KVCache | None
+    ):
+        h, x = (self.ln_1(x), x) if branch is None else self.ln_1(branch, residual=x)
+        branch = self.attn(h, doc_start, cache)
+        h, x = self.ln_2(branch, residual=x)
+        return x, self.mlp(h)
+
+
+class GPT(nn.Module):
+    """A GPT-2 of the given shape, with GPT-2's initialisation.
+
+    ops: "auto", "triton", "torch" or an Ops; see gpt2.ops. "auto" decides for the device of
+    `device`.
+    """
+
+    def __init__(
+        self, config: GPTConfig, ops: str | Ops = "auto", device: str | torch.device = "cpu"
+    ):
+        super().__init__()
+        ops = select_ops(ops, device)
+        self.config, self.ops = config, ops
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.block_size, config.n_embd),
+                drop=nn.Dropout(config.dropout),
+                h=nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer)),
+                ln_f=LayerNorm(config, ops),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight
+        self.init_weights()
+        self.to(device)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Matrices and embeddings N(0, 0.02), biases 0, layer norms 1.
+
+        The projections back into the residual stream are smaller by sqrt(2 n_layer), so that its
+        variance does not grow with depth (GPT-2 paper, section 2.3). Padding rows of the vocabulary
+        are 0.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
+                residual = name.endswith("c_proj")
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                nn.init.normal_(module.weight, std=std)
+                if getattr(module, "bias", None) is not None:
+                    nn.init.zeros_(module.bias)
+        self.transformer.wte.weight[self.config.vocab_size :] = 0.0
+
+    def hidden(
+        self, idx: Tensor, *, cache: KVCache | None = None, doc_start: Tensor | None = None
+    ) -> Tensor:
+        """What the head sees: ln_f's output, (B, T, C). Arguments as in forward."""
+        T, past = idx.shape[1], 0 if cache is None else cache.length
+        if past + T > self.config.block_size:
+            raise ValueError(
+                f"{past + T} tokens do not fit the context of {self.config.block_size} "
+                "(block_size): shorten the prompt or generate fewer tokens"
+            )
+        position = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if doc_start is not None:
+            position = position - doc_start  # (B, T): each document starts at position 0
+        x = self.transformer.drop(
+            self.transformer.wte(idx) + self.transformer.wpe(position)
+        )  # (B, T, C)
+        branch = None
+        for block in self.transformer.h:
+            x, branch = block(x, branch, doc_start, cache)
+        h, _ = self.transformer.ln_f(branch, residual=x)
+        if cache is not None:
+            cache.length += T
+        return h
+
+    def forward(
+        self, idx: Tensor, *, cache: KVCache | None = None, doc_start: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the token that follows each position.
+
+        idx (B, T) int64.  cache: the tokens before idx; idx is appended to it.
+        doc_start (B, T) int32: the first position each query may see, counted from the cache's
+        start; positions are embedded relative to it. It serves packed documents and left-padded
+        prompts alike. Returns (B, T, V).  Raises ValueError where the tokens do not fit block_size.
+        """
+        return self.logits(self.hidden(idx, cache=cache, doc_start=doc_start))
+
+    def logits(self, h: Tensor) -> Tensor:
+        """The head on hidden states (..., C): (..., V), without the vocabulary's padding."""
+        return self.lm_head(h)[..., : self.config.vocab_size]
+
+    def set_dropout(self, p: float) -> None:
+        """Changes the dropout of a model that was loaded."""
+        self.config = replace(self.config, dropout=p)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = p
+
+    def n_params(self) -> int:
+        """Parameters without the vocabulary's padding; 124,439,808 for gpt2."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding
+
+    def flops_per_token(self) -> int:
+        """Of a training step: 6 N + 12 L C T, where N leaves out the position embeddings.
+
+        The attention term counts the whole T x T square. Source: PaLM (arXiv 2204.02311), appendix
+        B.
+        """
+        c = self.config
+        n = self.n_params() - self.transformer.wpe.weight.numel()
+        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size

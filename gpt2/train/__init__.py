@@ -1,0 +1,5 @@
+"""The training loop and what it needs."""
+
+from gpt2.train.optim import learning_rate
+
+__all__ = ["learning_rate"]

@@ -1,0 +1,100 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from gpt2.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, parse
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+def test_order_defaults_preset_yaml_command_line(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("preset: tinytiny\nlr: 1e-3\nn_layer: 3\ncompile: off\nbias: false\n")
+    config = parse(TrainConfig, "", [str(path), "--n_layer", "2", "--warmup-steps", "5"])
+    assert (config.lr, config.warmup_steps, config.compile, config.beta2) == (1e-3, 5, "off", 0.95)
+    model = config.model_config()
+    assert (model.n_layer, model.n_embd, model.bias) == (2, PRESETS["tinytiny"].n_embd, False)
+
+
+def test_first_word_is_the_first_field():
+    assert parse(TrainConfig, "", ["gpt2-xl"]).preset == "gpt2-xl"
+    config = parse(SampleConfig, "", ["runs/a", "--prompt", "x", "y", "--top_k", "5"])
+    assert (config.model, config.prompt, config.top_k) == ("runs/a", ("x", "y"), 5)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configs(path):
+    config = parse(TrainConfig, "", [str(path)])
+    for world_size in (1,) if config.preset == "char" else (1, 2, 4, 8):
+        assert config.grad_accum_steps(config.model_config().block_size, world_size) >= 1
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("warmup_step: 1", "did you mean 'warmup_steps'"),
+        ("lr: fast", "lr: must be float"),
+        ("max_steps: 1.5", "max_steps: must be int"),
+        ("bias: 1", "bias: must be bool"),
+        ("schedule: step", "must be one of cosine"),
+        ("- lr", "expected `key: value`"),
+        ("lr: [1", "not valid YAML"),
+        ("preset: gpt3", "unknown preset 'gpt3': did you mean 'gpt2'"),
+        ("preset: xyz", "known are char"),
+    ],
+)
+def test_bad_yaml(tmp_path, text, message):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse(TrainConfig, "", [str(path)])
+
+
+def test_unknown_option_suggests_and_exits(capsys):
+    with pytest.raises(SystemExit) as error:
+        parse(TrainConfig, "", ["--n_layers", "3"])
+    assert error.value.code == 2 and "--n-layer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(lr=0.0), "lr must be above 0"),
+        (dict(min_lr=1.0), "min_lr 1.0 must not be above lr"),
+        (dict(warmup_steps=10**6), "must not be above max_steps"),
+        (dict(beta2=1.0), r"beta2 must lie in \[0, 1\)"),
+        (dict(run_name="a/b"), "plain folder name"),
+        (dict(decay_fraction=0.0), "decay_fraction"),
+        (dict(save_every=-1), "save_every must not be negative"),
+    ],
+)
+def test_bad_values(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
+
+
+def test_bad_shapes():
+    with pytest.raises(ValueError, match="the nearest are 96 and 108"):
+        GPTConfig(n_layer=1, n_head=12, n_embd=100)
+    with pytest.raises(ValueError, match="n_layer must be at least 1"):
+        GPTConfig(n_layer=0, n_head=1, n_embd=8)
+    with pytest.raises(ValueError, match="dropout"):
+        GPTConfig(n_layer=1, n_head=1, n_embd=8, dropout=1.0)
+
+
+def test_grad_accum_is_derived_or_refused_with_the_nearest():
+    config = TrainConfig(tokens_per_step=524288, micro_batch_size=16)
+    assert [config.grad_accum_steps(1024, w) for w in (1, 2, 4, 8)] == [32, 16, 8, 4]
+    config = dataclasses.replace(config, tokens_per_step=500000)
+    with pytest.raises(ValueError, match="nearest valid tokens_per_step are 491520 and 507904"):
+        config.grad_accum_steps(1024, 1)
+
+
+def test_vocabulary_padding():
+    assert PRESETS["gpt2"].padded_vocab_size == 50304
+    assert PRESETS["char"].padded_vocab_size == 72
+    assert TrainConfig(preset="char").model_config(vocab_size=80).vocab_size == 80
+    with pytest.raises(ValueError, match="smaller than the 80 entries"):
+        TrainConfig(preset="char", vocab_size=70).model_config(vocab_size=80)

@@ -1,0 +1,100 @@
+"""The architecture, held: imports point only down, and importing does no work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# From the ground up; a module imports only from lower layers, or from its own package.
+LAYERS = [
+    ["triton_kernels"],
+    ["gpt2.config", "gpt2.tokenizer", "gpt2._token_loader"],
+    ["gpt2.ops", "gpt2.data"],
+    ["gpt2.model"],
+    ["gpt2.generate", "gpt2.hf", "gpt2.lora"],
+    ["gpt2.checkpoint"],
+    ["gpt2"],  # the package's own face
+    ["gpt2.train", "gpt2.evals"],
+    ["scripts", "benchmarks"],
+]
+HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
+
+
+def layer(module: str) -> int:
+    parts = module.split(".")
+    for end in range(len(parts), 0, -1):
+        for i, names in enumerate(LAYERS):
+            if ".".join(parts[:end]) in names:
+                return i
+    raise AssertionError(f"{module} has no layer in tests/test_imports.py")
+
+
+def files():
+    for folder in ("triton_kernels", "gpt2", "scripts", "benchmarks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            yield ".".join(p for p in parts if p != "__init__"), ast.parse(path.read_text())
+
+
+def imported(node) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        names = [f"{node.module}.{alias.name}" for alias in node.names]
+        return names if node.module == "gpt2" else [node.module or ""]
+    return []
+
+
+def test_imports_point_down():
+    wrong = []
+    for module, tree in files():
+        for node in ast.walk(tree):
+            for name in imported(node):
+                if name.split(".")[0] in ("gpt2", "triton_kernels", "scripts", "benchmarks"):
+                    same = name.split(".")[:2] == module.split(".")[:2]
+                    if not same and layer(name) >= layer(module):
+                        wrong.append(f"{module} imports {name}")
+    assert not wrong
+
+
+def test_only_one_importer_of_kernels_and_of_the_cpp_module():
+    kernels, cpp = set(), set()
+    for module, tree in files():
+        for node in ast.walk(tree):
+            for name in imported(node):
+                if name.startswith("triton_kernels") and module.startswith("gpt2"):
+                    kernels.add(module)
+                if name == "gpt2._token_loader":
+                    cpp.add(module)
+    assert kernels == {"gpt2.ops"} and cpp == {"gpt2.data.loader"}
+
+
+def test_heavy_imports_happen_inside_functions():
+    wrong = [
+        f"{module}: {name}"
+        for module, tree in files()
+        if not module.startswith("benchmarks")
+        for node in tree.body
+        for name in imported(node)
+        if name.split(".")[0] in HEAVY
+    ]
+    assert not wrong
+
+
+def test_import_costs_little_beside_torch():
+    code = (
+        "import time, torch; start = time.perf_counter(); import gpt2; "
+        "print(time.perf_counter() - start)"
+    )
+    times = [
+        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(3)
+    ]
+    assert min(times) < 0.3
+
+
+def test_nothing_is_printed_or_read_at_import():
+    code = "import gpt2, gpt2.train.pretrain, gpt2.data.datasets"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "" and done.stderr == ""

@@ -1,0 +1,126 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from gpt2.config import PRESETS, GPTConfig
+from gpt2.model import GPT, KVCache
+from gpt2.ops import select_ops
+from gpt2.train.objectives import LanguageModeling
+
+SIZES = {
+    "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200, "tinytiny": 62_362_240, "char": 804_096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_parameter_counts(name):
+    with torch.device("meta"):
+        model = GPT(PRESETS[name], "torch", device="meta")
+    assert model.n_params() == SIZES[name]
+
+
+def test_flops_per_token():
+    with torch.device("meta"):
+        model = GPT(PRESETS["gpt2"], "torch", device="meta")
+    assert model.flops_per_token() == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
+
+
+def test_initialisation_is_gpt2s():
+    c = GPTConfig(n_layer=8, n_head=4, n_embd=256, vocab_size=50257, block_size=64)
+    for name, p in GPT(c, "torch").named_parameters():
+        if name.endswith("bias"):
+            assert not p.any(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        elif name == "transformer.wte.weight":
+            assert not p[c.vocab_size :].any() and p.shape[0] == 50304
+            assert p[: c.vocab_size].std().item() == pytest.approx(0.02, rel=0.01)
+        else:
+            std = 0.02 / math.sqrt(2 * 8) if name.endswith("c_proj.weight") else 0.02
+            assert p.std().item() == pytest.approx(std, rel=0.03), name
+            assert p.mean().abs() < std / 20, name
+
+
+def test_first_loss_is_ln_of_the_vocabulary(tiny):
+    model = GPT(tiny, "torch")
+    idx = torch.randint(0, 65, (8, 33))
+    loss, _ = LanguageModeling(model)({"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()})
+    assert loss.item() / (8 * 32) == pytest.approx(math.log(65), abs=0.1)
+
+
+def test_padding_is_never_seen_and_stays_zero(tiny):
+    model = GPT(tiny, "torch")
+    idx = torch.randint(0, 65, (4, 33))
+    assert model(idx[:, :-1]).shape == (4, 32, 65)
+    optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
+    for _ in range(3):
+        loss, _ = LanguageModeling(model)({"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()})
+        loss.backward()
+        optimizer.step()
+    assert not model.transformer.wte.weight[65:].any()
+
+
+def test_objective_is_cross_entropy_of_the_logits(tiny):
+    model = GPT(tiny, "torch")
+    idx, targets = torch.randint(0, 65, (2, 4, 32))
+    targets[1, 5:9] = -100
+    loss, _ = LanguageModeling(model)({"idx": idx, "targets": targets})
+    expected = torch.nn.functional.cross_entropy(
+        model(idx).flatten(0, 1), targets.flatten(), reduction="sum"
+    )
+    assert_close(loss, expected)
+
+
+def test_cache_gives_the_same_logits(tiny):
+    model = GPT(tiny, "torch").eval()
+    idx = torch.randint(0, 65, (3, 20))
+    cache = KVCache(tiny, 3, 20, "cpu", torch.float32)
+    cuts = [(0, 7), (7, 12), *((i, i + 1) for i in range(12, 20))]
+    parts = [model(idx[:, a:b], cache=cache) for a, b in cuts]
+    assert_close(torch.cat(parts, 1), model(idx), rtol=1e-5, atol=1e-6)
+
+
+def test_documents_in_a_row_do_not_see_each_other(tiny):
+    model = GPT(tiny, "torch").eval()
+    documents = [torch.randint(0, 65, (1, n)) for n in (5, 11, 1, 15)]
+    starts = torch.cat(
+        [torch.full((n.shape[1],), s) for n, s in zip(documents, (0, 5, 16, 17), strict=True)]
+    )
+    packed = model(torch.cat(documents, 1), doc_start=starts[None].int())
+    alone = torch.cat([model(d) for d in documents], 1)
+    assert_close(packed, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_acts_in_training_only():
+    c = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=10, dropout=0.5)
+    model, idx = GPT(c, "torch"), torch.arange(8)[None]
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+    model.train()
+    model.set_dropout(0.0)
+    assert torch.equal(model(idx), model(idx))
+
+
+def test_compiles_without_graph_breaks(tiny):
+    model = GPT(tiny, "torch")
+    idx = torch.randint(0, 65, (2, 16))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(idx), model(idx))
+
+
+def test_too_long(tiny):
+    with pytest.raises(ValueError, match="33 tokens do not fit the context of 32"):
+        GPT(tiny, "torch")(torch.zeros(1, 33, dtype=torch.int64))
+
+
+def test_kernel_choice():
+    assert select_ops("torch", "cpu").name == "torch"
+    auto = select_ops("auto", "cpu")
+    assert auto.name == "torch" and "CUDA" in auto.reason
+    assert select_ops(auto) is auto
+    with pytest.raises(ValueError, match="unknown kernels 'cuda'"):
+        select_ops("cuda")

@@ -1,0 +1,170 @@
+"""The command lines, run as a user runs them (in this process, to save the imports)."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.config import run_script
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def script(capfd, monkeypatch):
+    """Runs a script by name; returns its exit status, stdout and stderr."""
+
+    def run(name: str, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr("gpt2.config._dev_mode", lambda: False)
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        status = 0
+        try:
+            run_script(module.main)
+        except SystemExit as error:
+            status = error.code or 0
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def one_line_error(result) -> str:
+    status, _, err = result
+    assert status == 1, result
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err
+
+
+def test_own_text_in_three_lines(script, tmp_path):
+    """The README's way from a text file to a sample, for each tokenizer."""
+    text = (SCRIPTS.parent / "LICENSE").read_text() * 5
+    (tmp_path / "mine.txt").write_text(text)
+    for kind in ("gpt2", "byte", "char"):
+        data, runs = tmp_path / kind, tmp_path / "runs"
+        status, out, _ = script(
+            "prepare_data", "--text", tmp_path / "mine.txt", "--tokenizer", kind, "--out", data
+        )
+        assert status == 0 and f"{kind} tokenizer" in out
+        assert script(
+            "prepare_data", "--text", tmp_path / "mine.txt", "--tokenizer", kind, "--out", data
+        )[1].endswith("\n")
+        status, out, err = script(
+            "train_gpt2", "char", "--data", data, "--run_name", kind, "--out_dir", runs,
+            "--max_steps", 3, "--warmup_steps", 1, "--tokens_per_step", 128,
+            "--micro_batch_size", 2, "--eval_every", 0, "--device", "cpu",
+        )  # fmt: skip
+        assert status == 0, err
+        assert "done: 3 steps" in out
+        status, out, err = script(
+            "sample", runs / kind, "--prompt", "MIT", "a", "--max_new_tokens", 8, "--device", "cpu"
+        )
+        assert status == 0, err
+        assert "\nMIT" in f"\n{out}" and "-----\na" in out
+
+
+def test_export(script, tmp_path, shakespeare):
+    data = tmp_path / "data"
+    assert script("prepare_data", "shakespeare", "--out", data)[0] == 0
+    assert script(
+        "train_gpt2", "char", "--data", data, "--run_name", "r", "--out_dir", tmp_path,
+        "--max_steps", 1, "--warmup_steps", 0, "--tokens_per_step", 128, "--micro_batch_size", 2,
+        "--eval_every", 0, "--device", "cpu",
+    )[0] == 0  # fmt: skip
+    status, out, err = script("export", tmp_path / "r", "--out", tmp_path / "hf")
+    assert status == 0, err
+    assert (tmp_path / "hf" / "merges.txt").exists()
+    status, out, _ = script("sample", tmp_path / "hf", "--prompt", "Hello", "--seed", 1)
+    assert status == 0 and out.replace("(", "", 1).count("Hello") == 1
+    assert "exists" in one_line_error(script("export", tmp_path / "r", "--out", tmp_path / "hf"))
+
+
+def test_shakespeare_is_nanogpts_split(shakespeare, tmp_path):
+    from gpt2.config import PrepareConfig
+    from gpt2.data import find_shards, open_shards
+    from gpt2.data.datasets import prepare
+
+    counts = [open_shards(find_shards(shakespeare, s))[0].n_tokens for s in ("train", "val")]
+    assert counts == [1_003_854, 111_540]
+    bpe = prepare(PrepareConfig(name="shakespeare", out=str(tmp_path / "bpe")))
+    counts = [open_shards(find_shards(bpe, s))[0].n_tokens for s in ("train", "val")]
+    assert counts == [301_966, 36_059]
+
+
+def test_folder_of_texts_is_separated_by_end_of_text(script, tmp_path):
+    from gpt2.data import find_shards, open_shards
+
+    (tmp_path / "texts" / "deep").mkdir(parents=True)
+    (tmp_path / "texts" / "a.txt").write_text("aaaaaaaaaa")
+    (tmp_path / "texts" / "deep" / "b.txt").write_text("bbbbbbbbbb")
+    out = tmp_path / "out"
+    status, _, err = script(
+        "prepare_data", "--text", tmp_path / "texts", "--tokenizer", "byte", "--out", out,
+        "--shard_tokens", 8,
+    )  # fmt: skip
+    assert status == 0, err
+    train = [s.tokens().tolist() for s in open_shards(find_shards(out, "train"))]
+    assert sum(train, []) == [97] * 9 + [256] + [98] * 9 + [256]
+    assert [len(t) for t in train] == [8, 8, 4]
+
+
+def test_prepare_data_errors(script, tmp_path):
+    assert "did you mean 'shakespeare'" in one_line_error(script("prepare_data", "shakespear"))
+    status, _, err = script("prepare_data")
+    assert status == 2 and "give either the NAME" in err
+    missing = script("prepare_data", "--text", tmp_path / "no.txt")
+    assert "no.txt: no such text file" in one_line_error(missing)
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    latin = script("prepare_data", "--text", tmp_path / "latin.txt", "--out", tmp_path / "o")
+    assert "not UTF-8 text, byte 2 is 0xef" in one_line_error(latin)
+    (tmp_path / "empty.txt").write_text("")
+    empty = script("prepare_data", "--text", tmp_path / "empty.txt", "--out", tmp_path / "o")
+    assert "too little text" in one_line_error(empty)
+    (tmp_path / "o").mkdir()
+    taken = script("prepare_data", "shakespeare", "--out", tmp_path / "o")
+    assert "holds something else" in one_line_error(taken)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_sample_errors(script, tmp_path, train_config):
+    from gpt2.train.pretrain import pretrain
+
+    pretrain(train_config)
+    run = Path(train_config.out_dir) / "run"
+    long = script("sample", run, "--prompt", "a" * 40)
+    assert "prompt of 40 tokens leaves no room" in one_line_error(long)
+    unknown = script("sample", run, "--prompt", "\N{SNOWMAN}")
+    assert "does not occur in the text" in one_line_error(unknown)
+    assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
+    assert "no such checkpoint" in one_line_error(script("sample", tmp_path / "nowhere"))
+    triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
+    assert "need a CUDA GPU" in one_line_error(triton)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
+    """In a process of its own: wandb remembers its first settings."""
+    done = subprocess.run(
+        [
+            sys.executable, SCRIPTS / "train_gpt2.py", "char", "--data", shakespeare,
+            "--out_dir", tmp_path / "runs", "--max_steps", "2", "--warmup_steps", "0",
+            "--tokens_per_step", "128", "--micro_batch_size", "2", "--eval_every", "0",
+            "--wandb_project", "test", "--device", "cpu",
+        ],
+        env={"PATH": "", "HOME": str(tmp_path), "WANDB_MODE": mode},
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    if mode == "offline":
+        assert done.returncode == 0, done.stderr
+        assert list((tmp_path / "runs" / "gpt2" / "wandb").glob("offline-run-*/*.wandb"))
+    else:
+        assert done.returncode == 1
+        assert "error: W&B cannot start" in done.stderr and "wandb login" in done.stderr
+
+
+def test_help_lists_every_option(script):
+    status, out, _ = script("train_gpt2", "--help")
+    assert status == 0 and "--tokens-per-step" in out and "torchrun" in out

@@ -1,0 +1,76 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt2 import tokenizer as tok
+
+GPT2, BYTE = tok.GPT2Tokenizer(), tok.ByteTokenizer()
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+def test_gpt2_known_tokens():
+    assert GPT2.encode("hello world") == [31373, 995]
+    assert GPT2.encode("Hello, I'm a language model,") == [
+        15496,
+        11,
+        314,
+        1101,
+        257,
+        3303,
+        2746,
+        11,
+    ]
+    assert (GPT2.vocab_size, GPT2.eot) == (50257, 50256)
+
+
+def test_gpt2_equals_transformers():
+    from importlib import resources
+
+    from transformers import GPT2Tokenizer
+
+    assets = resources.files("gpt2") / "assets"
+    theirs = GPT2Tokenizer(str(assets / "encoder.json"), str(assets / "vocab.bpe"))
+    text = (assets / "tiny_shakespeare.txt").read_text()[:20000] + "  naïve\n\n\t 猫 1234's 🤖"
+    assert GPT2.encode(text) == theirs(text, verbose=False)["input_ids"]
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
+@given(text=TEXT)
+def test_round_trip(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(0 <= i < tokenizer.vocab_size for i in ids)
+    assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
+
+
+@given(text=TEXT)
+def test_char_round_trip(text):
+    chars = tok.CharTokenizer(text + "x")
+    assert chars.decode(chars.encode(text)) == text
+    again = tok.from_dict(chars.to_dict())
+    assert again.encode(text) == chars.encode(text)
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
+def test_special_tokens_only_where_asked_for(tokenizer):
+    text = f"a{tok.END_OF_TEXT}b"
+    plain, special = tokenizer.encode(text), tokenizer.encode(text, allow_special=True)
+    assert tokenizer.eot not in plain
+    assert special == tokenizer.encode("a") + [tokenizer.eot] + tokenizer.encode("b")
+    assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+
+
+def test_bytes_that_are_no_utf8():
+    assert BYTE.decode([0xFF, 65]) == "\N{REPLACEMENT CHARACTER}A"
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"character 'z' at position 2 .*3 characters"):
+        tok.CharTokenizer("abc").encode("abz")
+    for tokenizer in (GPT2, BYTE, tok.CharTokenizer("abc")):
+        with pytest.raises(ValueError, match="outside the"):
+            tokenizer.decode([99999])
+    with pytest.raises(ValueError, match="unknown tokenizer"):
+        tok.from_dict({"name": "sentencepiece"})
+    assert tok.from_dict(GPT2.to_dict()).name == "gpt2"
+    assert tok.from_dict(BYTE.to_dict()).name == "byte"

@@ -1,0 +1,214 @@
+import dataclasses
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.checkpoint import list_checkpoints, load_model
+from gpt2.config import TrainConfig, parse
+from gpt2.train.metrics import draw_curve, read_metrics
+from gpt2.train.optim import learning_rate, make_optimizer
+from gpt2.train.pretrain import pretrain
+
+from .conftest import losses
+
+NO_WEIGHTS = dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None)
+LR = TrainConfig(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
+
+
+def test_learning_rate_schedules():
+    assert learning_rate(0, LR) == pytest.approx(0.1)
+    assert learning_rate(9, LR) == learning_rate(10, LR) == 1.0
+    assert learning_rate(60, LR) == pytest.approx(0.55)
+    assert learning_rate(110, LR) == learning_rate(999, LR) == pytest.approx(0.1)
+    linear = replace(LR, schedule="linear")
+    assert learning_rate(35, linear) == pytest.approx(0.775)
+    assert {learning_rate(s, replace(LR, schedule="constant")) for s in (10, 60, 999)} == {1.0}
+    wsd = replace(LR, schedule="wsd", decay_fraction=0.5)
+    assert learning_rate(55, wsd) == 1.0
+    assert learning_rate(110, wsd) == pytest.approx(0.1)
+    assert learning_rate(0, replace(LR, warmup_steps=0)) == 1.0
+
+
+def test_only_matrices_decay(tiny):
+    from gpt2.model import GPT
+
+    model = GPT(tiny, "torch")
+    decayed, plain = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    assert all(p.dim() == 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in plain["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_learns(train_config):
+    config = replace(train_config, max_steps=150, eval_every=50, save_every=0, log_every=10)
+    pretrain(config)
+    run = Path(config.out_dir) / config.run_name
+    train, val = losses(run), losses(run, "val/loss")
+    assert train[0] == pytest.approx(math.log(65), abs=0.15)
+    assert len(val) == 3 and val[-1] < val[0] and val[-1] < 3.25
+    assert (run / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    keys = {k for line in read_metrics(run / "metrics.jsonl") for k in line}
+    assert keys == {
+        "step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/step_ms",
+        "val/loss",
+    }  # fmt: skip
+    assert parse(TrainConfig, "", [str(run / "config.yaml")]) == config
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    model = load_model(run / "checkpoints" / f"step_{step:08d}", kernels="torch")
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resume_continues_bit_for_bit(train_config, dropout):
+    whole = replace(train_config, dropout=dropout, run_name="whole")
+    pretrain(whole)
+    # The same run, interrupted after the checkpoint of step 3: the schedule must not know.
+    cut = replace(whole, run_name="cut")
+    run = Path(cut.out_dir) / "cut"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2.train.trainer.Trainer.train_step", interrupted_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(cut)
+    assert [p.name for p in list_checkpoints(run)] == ["step_00000003"]
+    pretrain(replace(cut, resume="auto"))
+    a, b = weights(Path(cut.out_dir) / "whole", 6), weights(run, 6)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert losses(run) == losses(Path(cut.out_dir) / "whole")
+    assert losses(run, "val/loss") == losses(Path(cut.out_dir) / "whole", "val/loss")
+
+
+def interrupted_at(stop: int):
+    from gpt2.train.trainer import Trainer
+
+    real = Trainer.train_step
+
+    def train_step(self, step, params):
+        if step == stop:
+            raise KeyboardInterrupt
+        return real(self, step, params)
+
+    return train_step
+
+
+def test_a_finished_run_resumes_to_nothing(train_config, capsys):
+    pretrain(train_config)
+    before = losses(Path(train_config.out_dir) / "run")
+    pretrain(replace(train_config, resume="auto", lr=2e-2))
+    assert losses(Path(train_config.out_dir) / "run") == before
+    out = capsys.readouterr().out
+    assert "changed since the checkpoint: lr was 0.01, is 0.02" in out
+    assert "from step 6" in out
+
+
+def test_micro_batches_do_not_change_the_result(train_config):
+    for rows in (1, 2, 8):
+        pretrain(replace(train_config, micro_batch_size=rows, run_name=f"rows{rows}"))
+    runs = [losses(Path(train_config.out_dir) / f"rows{rows}") for rows in (1, 2, 8)]
+    assert runs[0] == pytest.approx(runs[2], rel=1e-5)
+    assert runs[1] == pytest.approx(runs[2], rel=1e-5)
+    vals = [losses(Path(train_config.out_dir) / f"rows{rows}", "val/loss") for rows in (1, 8)]
+    assert vals[0] == pytest.approx(vals[1], rel=1e-5)
+
+
+def test_whole_val_split_counts_every_token_once(train_config, shakespeare):
+    from gpt2.data import TokenLoader, find_shards
+
+    config = replace(train_config, max_steps=1, warmup_steps=0, eval_steps=0, eval_every=1)
+    pretrain(config)
+    run = Path(config.out_dir) / "run"
+    model = load_model(run, kernels="torch")
+    data = TokenLoader(find_shards(shakespeare, "val"), 32, shuffle=False)
+    idx, targets = data.batch(0, data.n_windows)
+    with torch.no_grad():
+        expected = torch.nn.functional.cross_entropy(model(idx).flatten(0, 1), targets.flatten())
+    assert losses(run, "val/loss") == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
+def test_compiled_training_gives_the_same_losses(train_config):
+    config = replace(train_config, max_steps=3, eval_every=0, save_every=0)
+    pretrain(replace(config, run_name="eager"))
+    pretrain(replace(config, run_name="compiled", compile="on"))
+    runs = [losses(Path(config.out_dir) / name) for name in ("eager", "compiled")]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-4)
+
+
+def test_bf16_autocast_trains(train_config):
+    pretrain(replace(train_config, dtype="bfloat16", run_name="bf16"))
+    pretrain(replace(train_config, run_name="fp32"))
+    runs = [losses(Path(train_config.out_dir) / name) for name in ("bf16", "fp32")]
+    assert runs[0] != runs[1] and runs[0] == pytest.approx(runs[1], rel=2e-2)
+
+
+def test_init_from_a_checkpoint(train_config):
+    pretrain(train_config)
+    first = Path(train_config.out_dir) / "run"
+    config = TrainConfig(**dataclasses.asdict(train_config) | dict(
+        init_from=str(first), run_name="second", n_layer=None, n_head=None, n_embd=None,
+        block_size=16, dropout=0.1, max_steps=2, lr=1e-9,
+    ))  # fmt: skip
+    pretrain(config)
+    second = losses(Path(config.out_dir) / "second")
+    assert second[0] == pytest.approx(losses(first)[-1], abs=0.3)
+    with pytest.raises(ValueError, match="n_embd comes from init_from"):
+        pretrain(replace(config, n_embd=64, run_name="third"))
+
+
+def test_samples_while_training(train_config, capsys):
+    pretrain(replace(train_config, sample_every=2))
+    assert capsys.readouterr().out.count("sample: ") == 3
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(tokens_per_step=250), "nearest valid tokens_per_step are 128 and 256"),
+        (dict(kernels="triton"), "cannot run: the Triton kernels need a CUDA GPU"),
+        (dict(device="cuda:99"), "cuda"),
+        (dict(device="tpu"), "unknown device 'tpu'"),
+        (dict(vocab_size=50), "smaller than the 65 entries"),
+        (dict(resume="nowhere"), "no checkpoint"),
+        (
+            dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None),
+            "no such checkpoint",
+        ),
+        (dict(data="nowhere"), "prepare_data"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(train_config, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        pretrain(replace(train_config, **changes))
+    assert not Path(train_config.out_dir).exists()
+
+
+def test_a_run_is_not_overwritten(train_config):
+    pretrain(train_config)
+    with pytest.raises(ValueError, match="holds a run already: continue it with --resume auto"):
+        pretrain(train_config)
+
+
+def test_resume_with_another_model(train_config):
+    pretrain(train_config)
+    with pytest.raises(ValueError, match=r"another model: n_embd 32 \(here 64\)"):
+        pretrain(replace(train_config, n_embd=64, resume="auto"))
+
+
+def test_damaged_data_during_training(train_config, counting):
+    (counting / "manifest.json").write_text('{"tokenizer": {"name": "byte"}}')
+    config = replace(train_config, data=str(counting), eval_every=0)
+    with pytest.raises(ValueError, match="vocabulary has 257 entries"):
+        pretrain(config)
+
+
+def test_metrics_file_cut_by_a_crash(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
+    draw_curve(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "loss.png", "title")
+    assert (tmp_path / "loss.png").exists()
