@@ -5,6 +5,8 @@ the same dtype, plus a floor of one ulp of the largest element (four at fp32, in
 recomputed from scores and lse).
 """
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -193,7 +195,9 @@ def test_any_tile_sizes(tiles, monkeypatch):
     rows = launch.AttentionTiles(tiles[0], tiles[1], 4, 1)
     columns = launch.AttentionTiles(tiles[2], tiles[3], 4, 1)
     monkeypatch.setattr(
-        kernels, "attention_tiles", lambda name, *_: columns if name == "dkv" else rows
+        sys.modules["triton_kernels.attention"],
+        "attention_tiles",
+        lambda name, *_: columns if name == "dkv" else rows,
     )
     qkv = make_qkv(1, 150, 1, 16)
     assert_as_good_as_torch(qkv)
@@ -380,6 +384,6 @@ def test_bad_scale(scale):
 
 
 def test_compiled_kernels_refuse_a_cpu(monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
     with pytest.raises(ValueError, match="qkv is on cpu.*TRITON_INTERPRET=1"):
         attention(torch.zeros(2, 5, 3, 2, 16))

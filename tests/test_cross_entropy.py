@@ -10,9 +10,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_rule import assert_as_exact_as_torch, leaf
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernel_rule import assert_as_exact_as_torch, leaf
 from triton_kernels import reference
 from triton_kernels.cross_entropy import check_targets, cross_entropy
 

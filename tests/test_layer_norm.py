@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_rule import assert_as_exact_as_torch, leaf
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernel_rule import assert_as_exact_as_torch, leaf
 from triton_kernels import reference
 from triton_kernels.layer_norm import MAX_WIDTH, layer_norm
 

@@ -7,8 +7,8 @@ Run: TRITON_INTERPRET=0 python -m pytest -m gpu tests/gpu
 import pytest
 import torch
 import triton
-from kernel_rule import assert_as_exact_as_torch, leaf
 
+from tests.kernel_rule import assert_as_exact_as_torch, leaf
 from triton_kernels import reference
 from triton_kernels.cross_entropy import cross_entropy
 from triton_kernels.layer_norm import _layer_norm_fwd_kernel, layer_norm
