@@ -122,9 +122,8 @@ def widest_access(compiled, arch: str, kind: str) -> int:
         size = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16}
         return max((size.get(width, 2) for width in widths), default=0)
     ptx = compiled.asm["ptx"]
-    plain = re.findall(
-        rf"\b{dict(load='ld', store='st')[kind]}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)", ptx
-    )
+    instruction = {"load": "ld", "store": "st"}[kind]
+    plain = re.findall(rf"\b{instruction}\.global[\w.:]*?(?:\.v(\d))?\.[bsuf](\d+)", ptx)
     widths = [int(vector or 1) * int(bits) // 8 for vector, bits in plain]
     if kind == "load":
         copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x\w+|\d+)", ptx)

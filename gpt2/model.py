@@ -125,7 +125,7 @@ class GPT(nn.Module):
         self, config: GPTConfig, ops: str | Ops = "auto", device: str | torch.device = "cpu"
     ):
         super().__init__()
-        ops = select_ops(ops, device)
+        ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
         self.transformer = nn.ModuleDict(
             dict(

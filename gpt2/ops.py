@@ -23,7 +23,9 @@ class Ops:
     linear_cross_entropy: Callable
 
 
-def select_ops(kernels: str | Ops = "auto", device: str | torch.device = "cpu") -> Ops:
+def select_ops(
+    kernels: str | Ops = "auto", device: str | torch.device = "cpu", head_dim: int = 64
+) -> Ops:
     """The implementation for "auto", "triton" or "torch" on a device; an Ops passes through.
 
     Raises ValueError where "triton" was asked for and cannot run, with the reason.
@@ -34,7 +36,7 @@ def select_ops(kernels: str | Ops = "auto", device: str | torch.device = "cpu") 
         raise ValueError(f"unknown kernels {kernels!r}: use auto, triton or torch")
     if kernels == "torch":
         return _torch_ops("asked for")
-    missing = _why_not_triton(torch.device(device))
+    missing = _why_not_triton(torch.device(device), head_dim)
     if missing and kernels == "triton":
         raise ValueError(f"kernels 'triton' cannot run: {missing}; use --kernels torch")
     if missing:
@@ -64,12 +66,14 @@ def _triton_ops(reason: str) -> Ops:
     )  # fmt: skip
 
 
-def _why_not_triton(device: torch.device) -> str:
+def _why_not_triton(device: torch.device, head_dim: int) -> str:
     """Empty where the Triton kernels run, else the reason why they do not."""
     try:
-        from triton_kernels.attention import INTERPRETED
+        from triton_kernels.attention import INTERPRETED, MAX_HEAD_DIM
     except ModuleNotFoundError:
         return "Triton is not installed"
+    if head_dim > MAX_HEAD_DIM:
+        return f"they need a head dimension of at most {MAX_HEAD_DIM}, the model has {head_dim}"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         old = torch.version.hip is None and major < 8

@@ -40,9 +40,14 @@ def check(x, weight, targets, dloss=1.0, **options):
     theirs = run(reference.linear_cross_entropy, x, weight, targets, dloss, **options)
     exact = run(exact_linear_cross_entropy, x, weight, targets, dloss, torch.float64, **options)
     assert ours["loss"].dtype == torch.float32
+    # A row's gradient is p - 1 at its target: an ulp of 1, however little is left of it.
+    one = torch.as_tensor(dloss).abs().max().item()
+    terms = {"loss": 0.0, "dx": one * weight.abs().max(), "dweight": one * x.abs().max()}
     for name in exact:
         # More ulps than elsewhere: the matmuls of ours and theirs add up in different orders.
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name, ulps=8)
+        assert_as_exact_as_torch(
+            ours[name], theirs[name], exact[name], name, ulps=8, terms=float(terms[name])
+        )
     pad = ours["dweight"][options.get("vocab_size") or len(weight) :]
     assert torch.equal(pad, torch.zeros_like(pad))
 
@@ -65,7 +70,7 @@ def test_gpt2_vocabulary(W, vocab_size):
     check(x, weight, targets, vocab_size=vocab_size, chunk_rows=3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     N=st.integers(1, 9),
     C=st.integers(1, 40),

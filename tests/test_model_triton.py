@@ -84,6 +84,8 @@ def test_same_logits_and_greedy_tokens():
 def test_choice_on_a_cpu(monkeypatch):
     assert select_ops("auto", "cpu").name == "torch"
     assert select_ops("triton", "cpu").name == "triton"
+    with pytest.raises(ValueError, match="head dimension of at most 128, the model has 160"):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=160, block_size=8, vocab_size=9), "triton")
     monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
     with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
         select_ops("triton", "cpu")
