@@ -73,11 +73,15 @@ def _why_not_triton(device: torch.device, head_dim: int) -> str:
     except ModuleNotFoundError:
         return "Triton is not installed"
     if head_dim > MAX_HEAD_DIM:
-        return f"they need a head dimension of at most {MAX_HEAD_DIM}, the model has {head_dim}"
+        return (
+            f"the Triton kernels need a head dimension of at most {MAX_HEAD_DIM}, the model has "
+            f"{head_dim}"
+        )
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         old = torch.version.hip is None and major < 8
-        return f"they need compute capability 8.0, this GPU has {major}.{minor}" if old else ""
+        needed = "the Triton kernels need compute capability 8.0, this GPU has"
+        return f"{needed} {major}.{minor}" if old else ""
     if device.type == "cpu" and INTERPRETED:
         return ""
-    return f"they need a CUDA GPU and the device is {device.type!r}"
+    return f"the Triton kernels need a CUDA GPU and the device is {device.type!r}"

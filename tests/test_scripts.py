@@ -143,7 +143,7 @@ def test_sample_errors(script, tmp_path, train_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
-    assert "'triton' cannot run: they need a CUDA GPU" in one_line_error(triton)
+    assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])
