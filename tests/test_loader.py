@@ -1,5 +1,6 @@
 """Shards of consecutive integers: a window's tokens say where they came from."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -147,10 +148,35 @@ def test_file_that_shrinks_while_mapped(tmp_path, backend):
     assert error.value.filename == str(path)
 
 
+def test_file_that_is_written_to_while_mapped(tmp_path, backend):
+    [path] = shards(tmp_path, 60000)
+    data = TokenLoader(path, 16, backend=backend)
+    expected = data.batch(0, 4)[0]
+    later = path.stat().st_mtime_ns + 10**9
+    with open(path, "r+b") as file:
+        file.seek(5000)
+        file.write(b"?")
+    os.utime(path, ns=(later, later))  # file systems keep coarse times
+    with pytest.raises(OSError, match="written to while it is in use") as error:
+        data.batch(0, 4)
+    assert error.value.filename == str(path) and expected.shape == (4, 16)
+
+
+def test_file_that_is_removed_or_replaced_while_mapped(tmp_path, backend):
+    [path] = shards(tmp_path, 60000)
+    data = TokenLoader(path, 16, backend=backend)
+    expected = [data.batch(step, 4)[0] for step in range(50)]
+    write_shard(path, np.zeros(60000, dtype="<u2"))  # a new file under the old name
+    path.unlink()
+    for step in range(50):
+        assert torch.equal(data.batch(step, 4)[0], expected[step])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ((-1, 4, 0, 1), "step >= 0"),
+        ((1 << 60, 4, 0, 1), "beyond 2.60 samples"),
         ((0, 0, 0, 1), "global_batch_size >= 1"),
         ((0, 4, 2, 2), "rank < world_size"),
         ((0, 5, 0, 2), "does not divide among 2 ranks"),
@@ -167,6 +193,8 @@ def test_bad_loader_arguments(counting, backend):
         TokenLoader(paths, 16, backend="rust")
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         TokenLoader(paths, 0, backend=backend)
+    with pytest.raises(ValueError, match="at most 1073741824"):
+        TokenLoader(paths, 1 << 31, backend=backend)
     with pytest.raises(ValueError, match="no shards"):
         TokenLoader([], 16, backend=backend)
 
@@ -187,6 +215,31 @@ def test_threads_may_share_a_loader(counting):
     for t in threads:
         t.join()
     assert not wrong
+
+
+def read_some(data, steps):
+    return [data.batch(step, 8)[0] for step in steps]
+
+
+def test_forked_workers_read_the_same(counting, backend):
+    data = TokenLoader(find_shards(counting, "train"), 16, backend=backend)
+    expected = read_some(data, range(40))
+    parent, children = multiprocessing.get_context("fork"), []
+    results = [parent.Queue() for _ in range(3)]
+    for queue in results:
+        # numpy rather than tensors: torch would share memory through file descriptors
+        children.append(
+            parent.Process(
+                target=lambda q=queue: q.put([x.numpy() for x in read_some(data, range(40))])
+            )
+        )
+        children[-1].start()
+    for queue, child in zip(results, children, strict=True):
+        for got, x in zip(queue.get(timeout=60), expected, strict=True):
+            assert np.array_equal(got, x.numpy())
+        child.join()
+        assert child.exitcode == 0
+    assert all(torch.equal(a, b) for a, b in zip(read_some(data, range(40)), expected, strict=True))
 
 
 def test_cpp_asked_for_and_not_built(counting):

@@ -4,16 +4,16 @@ The C++ module does the work (csrc/token_loader.h describes the algorithm); Nump
 for machines without a compiler, and the oracle of its tests. Both give identical batches.
 """
 
+import resource
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.shards import Shard, open_shards
+from gpt2.data.numpy_backend import NumpyBackend
+from gpt2.data.shards import open_shards
 
-ROUNDS = 8
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SPARE_FILES = 256  # open files that are left to the rest of the process
 
 
 class TokenLoader:
@@ -42,6 +42,7 @@ class TokenLoader:
         self.shards = open_shards(paths)
         self.block_size = block_size
         make, self.backend = _select_backend(backend)
+        _allow_open_files(len(self.shards))
         specs = [(s.path, s.offset, s.n_tokens) for s in self.shards]
         seed %= 1 << 64
         vocab_size = 1 << 16 if vocab_size is None else vocab_size
@@ -68,6 +69,8 @@ class TokenLoader:
             raise ValueError(
                 f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
             )
+        if step * global_batch_size >= 1 << 60:
+            raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
         rows = global_batch_size // world_size
         first = step * global_batch_size + rank * rows
         x = torch.empty((rows, self.block_size), dtype=torch.int64)
@@ -75,73 +78,6 @@ class TokenLoader:
         self._backend.fill(first, x.numpy(), y.numpy())
         self._backend.prefetch(first + global_batch_size, rows)
         return x, y
-
-
-class NumpyBackend:
-    """The algorithm of csrc/token_loader.h in numpy; same arguments, same results, same errors."""
-
-    def __init__(self, shards, block_size: int, seed: int, shuffle: bool, vocab_size: int):
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if not shards:
-            raise ValueError("no shards given")
-        self.shards = [Shard(*shard) for shard in shards]
-        self.maps = [shard.tokens() for shard in self.shards]
-        self.starts = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
-        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.vocab_size = vocab_size
-        self.n_tokens = int(self.starts[-1])
-        self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
-        if self.n_windows < 1:
-            raise ValueError(
-                f"the shards hold {self.n_tokens} tokens, but block_size {block_size} needs at "
-                f"least {2 * block_size if shuffle else block_size + 1}: "
-                "use a smaller block_size or more text"
-            )
-
-    def window_start(self, sample: int) -> int:
-        if sample < 0:
-            raise ValueError(f"sample must not be negative, got {sample}")
-        epoch, index = divmod(sample, self.n_windows)
-        if not self.shuffle:
-            return index * self.block_size
-        key = _epoch_key(self.seed, epoch)
-        shift = int(_mix(key)[0] % np.uint64(self.block_size))
-        return _permute(index, self.n_windows, key) * self.block_size + shift
-
-    def fill(self, first: int, x: np.ndarray, y: np.ndarray) -> None:
-        for row in range(len(x)):
-            start = self.window_start(first + row)
-            tokens = self._read(start, self.block_size + 1)
-            x[row], y[row] = tokens[:-1], tokens[1:]
-
-    def prefetch(self, first: int, rows: int) -> None:
-        """Nothing: the kernel's own read-ahead serves the memory maps."""
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        parts = []
-        while count > 0:
-            s = int(np.searchsorted(self.starts, start, side="right")) - 1
-            shard, offset = self.shards[s], start - int(self.starts[s])
-            size, needed = Path(shard.path).stat().st_size, shard.offset + 2 * shard.n_tokens
-            if size < needed:
-                raise OSError(
-                    5,
-                    f"the file has {size} bytes but its tokens need {needed}; it was cut short "
-                    "or is being rewritten. Prepare the data again",
-                    shard.path,
-                )
-            part = np.asarray(self.maps[s][offset : offset + count])
-            if part.max() >= self.vocab_size:
-                at = int(np.argmax(part >= self.vocab_size))
-                raise ValueError(
-                    f"shard {shard.path}: token {offset + at} is {part[at]}, but the vocabulary "
-                    f"has {self.vocab_size} entries: the file is damaged or was made with "
-                    "another tokenizer"
-                )
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
 
 
 def _select_backend(name: str):
@@ -161,30 +97,13 @@ def _select_backend(name: str):
     return _token_loader.TokenLoader, "cpp"
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _allow_open_files(n: int) -> None:
+    """Raises this process's soft limit on open files, often 1024, where n shards need more.
 
-
-def _epoch_key(seed: int, epoch: int) -> np.ndarray:
-    # Arrays of one element: numpy's scalars warn when uint64 arithmetic wraps around, arrays do
-    # not.
-    seeded = _mix(np.array([seed], dtype=np.uint64) + GOLDEN)
-    return _mix(seeded + GOLDEN * np.array([epoch + 1], dtype=np.uint64))
-
-
-def _permute(index: int, n: int, key: np.ndarray) -> int:
-    bits = max(2, (n - 1).bit_length())
-    low_bits = bits // 2
-    low_mask = np.uint64((1 << low_bits) - 1)
-    high_mask = np.uint64((1 << (bits - low_bits)) - 1)
-    while True:
-        value = np.array([index], dtype=np.uint64)
-        low, high = value & low_mask, value >> np.uint64(low_bits)
-        for r in range(0, ROUNDS, 2):
-            low ^= _mix(high + key + GOLDEN * np.array([r + 1], dtype=np.uint64)) & low_mask
-            high ^= _mix(low + key + GOLDEN * np.array([r + 2], dtype=np.uint64)) & high_mask
-        index = int(((high << np.uint64(low_bits)) | low)[0])
-        if index < n:
-            return index
+    Each shard stays open, so that a change of its file is noticed. The hard limit holds as before.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
