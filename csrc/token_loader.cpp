@@ -183,12 +183,14 @@ size_t TokenLoader::shard_of(int64_t position) const {
   return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
 }
 
-void TokenLoader::fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const {
+void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y,
+                       int32_t* doc_start, int64_t eot) const {
   const int64_t faults = major_faults();
   // Each file is looked at once a batch: a system call a row would cost as much as the copying.
   std::vector<char> checked(shards_.size(), 0);
   for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
-    int64_t position = window_start(first + row);
+    if (samples[row] == SKIP) continue;
+    int64_t position = window_start(samples[row]);
     // The window's block_size + 1 tokens may lie in several shards; `done` counts those already
     // widened.
     for (int64_t done = 0; done <= block_size_;) {
@@ -210,6 +212,14 @@ void TokenLoader::fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) cons
       done += count;
       position += count;
     }
+    if (doc_start != nullptr) {
+      int32_t* row_start = doc_start + row * block_size_;
+      int32_t start = 0;
+      for (int64_t i = 0; i < block_size_; ++i) {
+        row_start[i] = start;
+        if (x[i] == eot) start = static_cast<int32_t>(i + 1);
+      }
+    }
   }
   if (major_faults() > faults) cold_batches_.store(COLD_BATCHES, std::memory_order_relaxed);
 }
@@ -227,12 +237,13 @@ void TokenLoader::check_vocabulary(const MappedShard& shard, int64_t offset, int
                               " entries: the file is damaged or was made with another tokenizer");
 }
 
-void TokenLoader::prefetch(int64_t first, int64_t rows) const {
+void TokenLoader::prefetch(const int64_t* samples, int64_t rows) const {
   const int cold = cold_batches_.load(std::memory_order_relaxed);
   if (cold == 0) return;
   cold_batches_.store(cold - 1, std::memory_order_relaxed);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t position = window_start(first + row);
+    if (samples[row] == SKIP) continue;
+    const int64_t position = window_start(samples[row]);
     const size_t s = shard_of(position);
     const int64_t offset = position - starts_[s];
     shards_[s].will_need(offset, std::min(block_size_ + 1, shards_[s].n_tokens() - offset));

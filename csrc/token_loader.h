@@ -26,6 +26,8 @@
 
 namespace token_loader {
 
+constexpr int64_t SKIP = -1;
+
 struct ShardSpec {
   std::string path;
   int64_t offset;    // bytes before the first token, even
@@ -83,13 +85,16 @@ class TokenLoader {
 
   // Position in the stream of the first token of sample `sample` >= 0.
   int64_t window_start(int64_t sample) const;
-  // Writes samples [first, first + rows): x[r, t] and y[r, t] = the token after x[r, t]; both
-  // (rows, block_size).
-  void fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const;
-  // Starts reading samples [first, first + rows) into the page cache and returns at once. Does so
+  // Writes sample samples[r] to row r: x[r, t] and y[r, t] = the token after x[r, t]; both (rows,
+  // block_size). A row whose sample is SKIP stays as it is. doc_start (rows, block_size), if not
+  // null: the index in its row of the first token of the document that x[r, t] belongs to; a
+  // document begins after each token `eot`.
+  void fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y, int32_t* doc_start,
+            int64_t eot) const;
+  // Starts reading samples into the page cache and returns at once. Does so
   // only after a fill had to wait for the disk: where the pages are there already, asking for them
   // takes half as long as copying them.
-  void prefetch(int64_t first, int64_t rows) const;
+  void prefetch(const int64_t* samples, int64_t rows) const;
 
  private:
   std::vector<MappedShard> shards_;

@@ -6,7 +6,9 @@ for machines without a compiler, and the oracle of its tests. Both give identica
 
 import resource
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,17 +18,30 @@ from gpt2.data.shards import open_shards
 SPARE_FILES = 256  # open files that are left to the rest of the process
 
 
+Batch = tuple[Tensor, ...]  # x, y and, with doc_mask, doc_start
+
+
+class Provenance(NamedTuple):
+    """Where a token that the model saw came from."""
+
+    shard: str  # path
+    offset: int  # index of the token in the shard
+    document: int  # documents that begin before it in the shard; 0 where no end of text is known
+
+
 class TokenLoader:
     """Windows of block_size tokens, each exactly once an epoch, in a new order each epoch.
 
     paths: shard files (gpt2.data.shards lists the formats); together they are one stream of tokens.
     shuffle: False reads the windows in order and without shifting them, for evaluation.
     vocab_size: a larger token is an error when it is read; None accepts any uint16.
+    eot: the token that ends a document, None where there is none.
+    doc_mask: batches have a third part, doc_start, which keeps attention inside documents.
     backend: "cpp", "numpy", or "auto": C++ where it was built.
 
     Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use).
-    Raises ValueError (damaged shard, too few tokens, unknown backend), OSError, ImportError ("cpp"
-    not built).
+    Raises ValueError (damaged shard, too few tokens, unknown backend, doc_mask without eot),
+    OSError, ImportError ("cpp" not built).
     """
 
     def __init__(
@@ -37,10 +52,14 @@ class TokenLoader:
         shuffle: bool = True,
         *,
         vocab_size: int | None = None,
+        eot: int | None = None,
+        doc_mask: bool = False,
         backend: str = "auto",
     ):
+        if doc_mask and eot is None:
+            raise ValueError("doc_mask needs an end-of-text token, which this tokenizer has not")
         self.shards = open_shards(paths)
-        self.block_size = block_size
+        self.block_size, self.eot, self.doc_mask = block_size, eot, doc_mask
         make, self.backend = _select_backend(backend)
         _allow_open_files(len(self.shards))
         specs = [(s.path, s.offset, s.n_tokens) for s in self.shards]
@@ -51,33 +70,88 @@ class TokenLoader:
         self.n_windows: int = self._backend.n_windows
 
     def batch(
-        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        step: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        out: Batch | None = None,
+    ) -> Batch:
         """The rows of a step's global batch that belong to a rank.
 
         Row i of the global batch is sample step * global_batch_size + i of the run, whatever the
-        number of ranks; it belongs to rank i // (global_batch_size // world_size). Returns x, y
-        (rows, block_size) int64, y = x shifted by one token. Raises ValueError for numbers out of
-        range and for tokens beyond the vocabulary; OSError for a file that shrank.
+        number of ranks; it belongs to rank i // (global_batch_size // world_size).
+        out: what buffers(rows) gave, to be written and returned; default: new tensors.
+        Returns x, y (rows, block_size) int64, y = x shifted by one token; and, with doc_mask,
+        doc_start (rows, block_size) int32: the index in its row of the first token of the document
+        that each x belongs to. Raises ValueError for numbers out of range and for tokens beyond the
+        vocabulary; OSError for a file that shrank or was written to.
         """
-        if step < 0 or global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                "needs step >= 0, global_batch_size >= 1 and 0 <= rank < world_size, "
-                f"got {step}, {global_batch_size}, rank {rank} of {world_size}"
-            )
-        if global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
-            )
-        if step * global_batch_size >= 1 << 60:
-            raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
-        rows = global_batch_size // world_size
-        first = step * global_batch_size + rank * rows
-        x = torch.empty((rows, self.block_size), dtype=torch.int64)
-        y = torch.empty_like(x)
-        self._backend.fill(first, x.numpy(), y.numpy())
-        self._backend.prefetch(first + global_batch_size, rows)
-        return x, y
+        first, rows = rank_rows(step, global_batch_size, rank, world_size)
+        out = self.buffers(rows) if out is None else out
+        samples = np.arange(first, first + rows)
+        self.fill(samples, out)
+        self.prefetch(samples + global_batch_size)
+        return out
+
+    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
+        """Tensors for a batch of so many rows, not initialised."""
+        dtypes = [torch.int64, torch.int64] + [torch.int32] * self.doc_mask
+        shape = (rows, self.block_size)
+        return tuple(torch.empty(shape, dtype=d, pin_memory=pin_memory) for d in dtypes)
+
+    def fill(self, samples: np.ndarray, out: Batch) -> None:
+        """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row."""
+        self._backend.fill(samples, *(t.numpy() for t in out), *[self.eot] * self.doc_mask)
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Starts reading samples from a cold disk, and returns at once."""
+        self._backend.prefetch(samples)
+
+    def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
+        """Where token `token` of a row of the global batch came from.
+
+        Counts the document by reading the shard up to there. Raises as batch does.
+        """
+        first, rows = rank_rows(step, global_batch_size)
+        if not 0 <= row < rows:
+            raise ValueError(f"row {row} is not one of the {rows} rows of a step")
+        return self.provenance_of(first + row, token)
+
+    def provenance_of(self, sample: int, token: int = 0) -> Provenance:
+        """Where token `token` of a sample of the run came from."""
+        if not 0 <= token <= self.block_size:
+            raise ValueError(f"token {token} lies outside a window of {self.block_size} + 1 tokens")
+        offset = self._backend.window_start(sample) + token
+        for shard in self.shards:
+            if offset < shard.n_tokens:
+                break
+            offset -= shard.n_tokens
+        document, tokens = 0, shard.tokens()
+        for start in range(0, offset if self.eot is not None else 0, 1 << 24):
+            part = tokens[start : min(start + (1 << 24), offset)]
+            document += int(np.count_nonzero(part == self.eot))
+        return Provenance(shard.path, offset, document)
+
+
+def rank_rows(
+    step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[int, int]:
+    """The first sample and the number of rows of a rank's part of a step. Raises ValueError."""
+    if step < 0 or global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            "needs step >= 0, global_batch_size >= 1 and 0 <= rank < world_size, "
+            f"got {step}, {global_batch_size}, rank {rank} of {world_size}"
+        )
+    if global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
+        )
+    if step * global_batch_size >= 1 << 60:
+        raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
+    rows = global_batch_size // world_size
+    return step * global_batch_size + rank * rows, rows
 
 
 def _select_backend(name: str):

@@ -13,6 +13,7 @@ from gpt2.data.shards import Shard
 ROUNDS = 8
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MAX_BLOCK = 1 << 30
+SKIP = -1  # the sample of a row that fill leaves as it is
 
 
 class NumpyBackend:
@@ -29,6 +30,8 @@ class NumpyBackend:
         # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
         self.files = [open(shard.path, "rb", buffering=0) for shard in self.shards]
         self.modified = [os.fstat(file.fileno()).st_mtime_ns for file in self.files]
+        for s in range(len(self.shards)):
+            self._check_unchanged(s)
         self.maps = [_map(file, shard) for file, shard in zip(self.files, self.shards, strict=True)]
         self.starts = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
@@ -56,13 +59,17 @@ class NumpyBackend:
         shift = int(_mix(key)[0] % np.uint64(self.block_size))
         return _permute(index, self.n_windows, key) * self.block_size + shift
 
-    def fill(self, first: int, x: np.ndarray, y: np.ndarray) -> None:
-        for row in range(len(x)):
-            start = self.window_start(first + row)
-            tokens = self._read(start, self.block_size + 1)
+    def fill(self, samples: np.ndarray, x, y, doc_start=None, eot: int = -1) -> None:
+        for row, sample in enumerate(samples.tolist()):
+            if sample == SKIP:
+                continue
+            tokens = self._read(self.window_start(sample), self.block_size + 1)
             x[row], y[row] = tokens[:-1], tokens[1:]
+            if doc_start is not None:
+                start = np.where(x[row, :-1] == eot, np.arange(1, self.block_size), 0)
+                doc_start[row, 0], doc_start[row, 1:] = 0, np.maximum.accumulate(start)
 
-    def prefetch(self, first: int, rows: int) -> None:
+    def prefetch(self, samples: np.ndarray) -> None:
         """Nothing: reading ahead is left to the C++ backend."""
 
     def _read(self, start: int, count: int) -> np.ndarray:
