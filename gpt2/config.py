@@ -289,6 +289,17 @@ class ExportConfig:
     out: str  # folder to write; must not exist
 
 
+@dataclass(frozen=True)
+class ShowBatchConfig:
+    """Options of scripts/show_batch.py."""
+
+    run: str  # a run's folder, or the YAML file of a recipe
+    step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    rows: int = 4  # print at most so many rows
+
+
 def parse(cls, description: str, argv: list[str] | None = None):
     """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
 

@@ -199,6 +199,79 @@ def test_bad_loader_arguments(counting, backend):
         TokenLoader([], 16, backend=backend)
 
 
+EOT = 7
+
+
+def with_documents(folder, n_shards=2, size=700):
+    """Shards of random tokens below EOT, with EOT here and there; returns paths and the stream."""
+    rng, paths, parts = np.random.default_rng(0), [], []
+    for i in range(n_shards):
+        tokens = rng.integers(0, EOT, size)
+        tokens[rng.integers(0, size, size // 12)] = EOT
+        paths.append(folder / f"train_{i:06}.bin")
+        write_shard(paths[-1], tokens)
+        parts.append(tokens)
+    return paths, parts
+
+
+def test_doc_start_is_the_first_token_of_each_document(tmp_path, backend):
+    paths, _ = with_documents(tmp_path)
+    data = TokenLoader(paths, 33, eot=EOT, doc_mask=True, backend=backend)
+    plain = TokenLoader(paths, 33, backend=backend)
+    documents = 0
+    for step in range(30):
+        x, y, doc_start = data.batch(step, 8, 1, 2)
+        assert doc_start.dtype == torch.int32 and doc_start.shape == x.shape == (4, 33)
+        expected = plain.batch(step, 8, 1, 2)
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+        for row, starts in zip(x.tolist(), doc_start.tolist(), strict=True):
+            start = 0
+            for t, token in enumerate(row):
+                assert starts[t] == start
+                if token == EOT:
+                    start, documents = t + 1, documents + 1
+    assert documents > 200
+
+
+def test_doc_mask_needs_an_end_of_text(tmp_path):
+    paths, _ = with_documents(tmp_path)
+    with pytest.raises(ValueError, match="doc_mask needs an end-of-text token"):
+        TokenLoader(paths, 33, doc_mask=True)
+
+
+def test_provenance_leads_back_to_the_token(tmp_path, backend):
+    paths, parts = with_documents(tmp_path)
+    data = TokenLoader(paths, 33, eot=EOT, backend=backend)
+    by_path = dict(zip(map(str, paths), parts, strict=True))
+    shards_seen = set()
+    for step in (0, 3, 10**6):
+        x, y = data.batch(step, 8)
+        for row in range(8):
+            for t in (0, 5, 32):
+                shard, offset, document = data.provenance(step, row, 8, t)
+                assert by_path[shard][offset] == x[row, t]
+                assert document == (by_path[shard][:offset] == EOT).sum()
+                shards_seen.add(shard)
+            target = data.provenance(step, row, 8, 33)
+            assert by_path[target.shard][target.offset] == y[row, 32]
+    assert len(shards_seen) == 2
+    with pytest.raises(ValueError, match="row 8 is not one of the 8"):
+        data.provenance(0, 8, 8)
+    with pytest.raises(ValueError, match="outside a window"):
+        data.provenance(0, 0, 8, 34)
+    assert TokenLoader(paths, 33, backend=backend).provenance(5, 5, 8).document == 0
+
+
+def test_batches_into_given_buffers(counting, backend):
+    data = TokenLoader(find_shards(counting, "train"), 16, backend=backend)
+    out = data.buffers(4)
+    x, y = data.batch(3, 8, 1, 2, out=out)
+    assert x is out[0] and y is out[1]
+    assert torch.equal(x, data.batch(3, 8, 1, 2)[0]) and torch.equal(y, x + 1)
+    with pytest.raises(ValueError):
+        data.batch(3, 8, out=out)
+
+
 def test_threads_may_share_a_loader(counting):
     data = TokenLoader(find_shards(counting, "train"), 16, backend="cpp")
     expected = [data.batch(step, 8)[0] for step in range(50)]

@@ -102,7 +102,12 @@ class TokenLoader:
         return tuple(torch.empty(shape, dtype=d, pin_memory=pin_memory) for d in dtypes)
 
     def fill(self, samples: np.ndarray, out: Batch) -> None:
-        """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row."""
+        """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row.
+
+        Raises ValueError where out has another number of rows, and as batch does.
+        """
+        if any(len(part) != len(samples) for part in out):
+            raise ValueError(f"needs buffers of {len(samples)} rows, got {len(out[0])}")
         self._backend.fill(samples, *(t.numpy() for t in out), *[self.eot] * self.doc_mask)
 
     def prefetch(self, samples: np.ndarray) -> None:
