@@ -179,6 +179,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    # Shards' content against their manifest's hashes: open, all before step 0; background, in a
+    # thread while training goes on.
+    verify: Literal["off", "background", "open"] = "background"
     loader: Literal["auto", "cpp", "numpy"] = "auto"  # token loader; auto: cpp where it was built
 
     run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.data.integrity import Verifier
 from gpt2.data.numpy_backend import NumpyBackend
 from gpt2.data.shards import open_shards
 
@@ -37,9 +38,13 @@ class TokenLoader:
     vocab_size: a larger token is an error when it is read; None accepts any uint16.
     eot: the token that ends a document, None where there is none.
     doc_mask: batches have a third part, doc_start, which keeps attention inside documents.
+    verify: whether the shards' content is compared with the manifest beside them: "off"; "open",
+    before the first batch; "background", in a thread from the first batch on, and what it finds is
+    raised by the next batch. verify_share: (i, n), this process checks every n-th shard from i on.
     backend: "cpp", "numpy", or "auto": C++ where it was built.
 
-    Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use).
+    Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use),
+    verifiers (its one gpt2.data.integrity.Verifier).
     Raises ValueError (damaged shard, too few tokens, unknown backend, doc_mask without eot),
     OSError, ImportError ("cpp" not built).
     """
@@ -54,11 +59,15 @@ class TokenLoader:
         vocab_size: int | None = None,
         eot: int | None = None,
         doc_mask: bool = False,
+        verify: str = "off",
+        verify_share: tuple[int, int] = (0, 1),
         backend: str = "auto",
     ):
         if doc_mask and eot is None:
             raise ValueError("doc_mask needs an end-of-text token, which this tokenizer has not")
         self.shards = open_shards(paths)
+        self.verifier = Verifier(self.shards, verify, verify_share)
+        self.verifiers = [self.verifier]
         self.block_size, self.eot, self.doc_mask = block_size, eot, doc_mask
         make, self.backend = _select_backend(backend)
         _allow_open_files(len(self.shards))
@@ -86,7 +95,8 @@ class TokenLoader:
         Returns x, y (rows, block_size) int64, y = x shifted by one token; and, with doc_mask,
         doc_start (rows, block_size) int32: the index in its row of the first token of the document
         that each x belongs to. Raises ValueError for numbers out of range and for tokens beyond the
-        vocabulary; OSError for a file that shrank or was written to.
+        vocabulary or shards that `verify` found damaged; OSError for a file that shrank or was
+        written to.
         """
         first, rows = rank_rows(step, global_batch_size, rank, world_size)
         out = self.buffers(rows) if out is None else out
@@ -108,6 +118,8 @@ class TokenLoader:
         """
         if any(len(part) != len(samples) for part in out):
             raise ValueError(f"needs buffers of {len(samples)} rows, got {len(out[0])}")
+        self.verifier.start()
+        self.verifier.raise_found()
         self._backend.fill(samples, *(t.numpy() for t in out), *[self.eot] * self.doc_mask)
 
     def prefetch(self, samples: np.ndarray) -> None:

@@ -70,6 +70,7 @@ class Mixture:
         one = self.loaders[0]
         self.block_size, self.backend, self.doc_mask = one.block_size, one.backend, one.doc_mask
         self.buffers = one.buffers
+        self.verifiers = [loader.verifier for loader in self.loaders]
         self.from_steps = sorted({s.from_step for s in sources})
         self.ratios = []
         for from_step in self.from_steps:

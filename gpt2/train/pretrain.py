@@ -32,9 +32,10 @@ def pretrain(config: TrainConfig) -> None:
                 f"{model.config.block_size}"
             )
 
-        val_data = open_data(config, "val", block_size) if config.eval_every else None
+        share = (group.rank, group.world_size)
+        val_data = open_data(config, "val", block_size, share) if config.eval_every else None
         objective = LanguageModeling(model)
-        train_data = open_data(config, "train", block_size)
+        train_data = open_data(config, "train", block_size, share)
         trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
         if resumed is not None:
             trainer.resume(resumed)
@@ -66,10 +67,13 @@ def find_tokenizer(data: str) -> tokenizer.Tokenizer:
     return tokenizer.from_dict(description)
 
 
-def open_data(config: TrainConfig, split: str, block_size: int) -> TokenLoader | Mixture:
+def open_data(
+    config: TrainConfig, split: str, block_size: int, share: tuple[int, int] = (0, 1)
+) -> TokenLoader | Mixture:
     """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
 
     Validation keeps the first weights of a mixture, so that its losses can be compared.
+    share: (rank, world size), by which the checking of hashes is divided.
     Raises as TokenLoader does.
     """
     sources = data_sources(config.data)
@@ -80,7 +84,8 @@ def open_data(config: TrainConfig, split: str, block_size: int) -> TokenLoader |
         path: TokenLoader(
             find_shards(path, split), block_size, config.seed, split == "train",
             vocab_size=data_tokenizer.vocab_size, eot=data_tokenizer.eot,
-            doc_mask=config.doc_mask, backend=config.loader,
+            doc_mask=config.doc_mask, verify=config.verify, verify_share=share,
+            backend=config.loader,
         )
         for path in dict.fromkeys(s.path for s in sources)
     }  # fmt: skip

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
 from gpt2.config import TrainConfig, write_yaml
-from gpt2.data import Mixture
+from gpt2.data import Mixture, TokenLoader
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.distributed import Distributed, peak_flops
@@ -220,6 +220,9 @@ class Trainer:
             ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
             ("run folder", str(self.folder)),
         ]
+        if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
+            known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
+            rows.append(("verify", f"{c.verify}, hashes are known of {known} of {n} shards"))
         if isinstance(data, Mixture):
             for path, epochs in data.epochs(c.max_steps, self.rows_per_step).items():
                 rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
