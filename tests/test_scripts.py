@@ -144,8 +144,10 @@ def test_sample_errors(script, tmp_path, train_config):
     assert "does not occur in the text" in one_line_error(unknown)
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
     assert "no such checkpoint" in one_line_error(script("sample", tmp_path / "nowhere"))
-    triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
-    assert "need a CUDA GPU" in one_line_error(triton)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+        triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
+    assert "'triton' cannot run: they need a CUDA GPU" in one_line_error(triton)
 
 
 def test_show_batch_prints_what_a_rank_saw(script, tmp_path):
