@@ -164,7 +164,8 @@ TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_siz
   n_windows_ = (n_tokens() - (shuffle ? block_size : 1)) / block_size;
   if (n_windows_ < 1) {
     throw std::invalid_argument(
-        "the shards hold " + number(n_tokens()) + " tokens, but block_size " + number(block_size) +
+        shards_[0].path() + (shards_.size() > 1 ? " and the other shards hold " : ": holds ") +
+        number(n_tokens()) + " tokens, but block_size " + number(block_size) +
         " needs at least " + number(shuffle ? 2 * block_size : block_size + 1) +
         ": use a smaller block_size or more text");
   }

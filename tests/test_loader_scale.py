@@ -71,7 +71,7 @@ def test_ten_billion_tokens_in_100_shards(ten_billion, backend):
 
 def test_more_shards_than_files_may_be_open(tmp_path):
     for i in range(300):
-        np.arange(100, dtype="<u2").tofile(tmp_path / f"train_{i:06}.bin")
+        np.arange(100, dtype="<u2").tofile(tmp_path / f"train_{i}.bin")
     code = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[2])))
@@ -88,5 +88,5 @@ except OSError as error:
 
     assert run(1000) == "30000\n"
     refused = run(200)
-    assert "Too many open files" in refused and "train_000" in refused
+    assert "Too many open files" in refused and "train_2" in refused
     assert "ulimit -n" in refused

@@ -39,9 +39,10 @@ class NumpyBackend:
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
         if self.n_windows < 1:
+            hold = " and the other shards hold" if len(self.shards) > 1 else ": holds"
             raise ValueError(
-                f"the shards hold {self.n_tokens} tokens, but block_size {block_size} needs at "
-                f"least {2 * block_size if shuffle else block_size + 1}: "
+                f"{self.shards[0].path}{hold} {self.n_tokens} tokens, but block_size {block_size} "
+                f"needs at least {2 * block_size if shuffle else block_size + 1}: "
                 "use a smaller block_size or more text"
             )
 

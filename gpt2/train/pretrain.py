@@ -64,7 +64,10 @@ def find_tokenizer(data: str) -> tokenizer.Tokenizer:
                 f"{first} and {path} were made with different tokenizers ({which}): the folders of "
                 "a mixture need the same; prepare one of them again"
             )
-    return tokenizer.from_dict(description)
+    try:
+        return tokenizer.from_dict(description)
+    except ValueError as error:
+        raise ValueError(f"{Path(first) / 'manifest.json'}: {error}") from error
 
 
 def open_data(
