@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <tuple>
 
 #include "token_loader.h"
@@ -16,20 +17,37 @@ using token_loader::TokenLoader;
 
 namespace {
 
-using Tokens = py::array_t<int64_t, py::array::c_style>;
+template <typename T>
+using Array = py::array_t<T, py::array::c_style>;
 
-void fill(const TokenLoader& loader, int64_t first, Tokens x, Tokens y) {
-  const int64_t block_size = loader.block_size();
-  if (x.ndim() != 2 || y.ndim() != 2 || x.shape(0) != y.shape(0) || x.shape(1) != block_size ||
-      y.shape(1) != block_size) {
-    throw std::invalid_argument("x and y must both have the shape (rows, " +
-                                std::to_string(block_size) + ")");
+template <typename T>
+void check_shape(const Array<T>& array, const char* name, int64_t rows, int64_t block_size) {
+  if (array.ndim() != 2 || array.shape(0) != rows || array.shape(1) != block_size) {
+    throw std::invalid_argument(std::string(name) + " must have the shape (" +
+                                std::to_string(rows) + ", " + std::to_string(block_size) + ")");
   }
-  int64_t* x_data = x.mutable_data();  // throws ValueError where the array is read-only
-  int64_t* y_data = y.mutable_data();
-  const int64_t rows = x.shape(0);
+}
+
+void fill(const TokenLoader& loader, const Array<int64_t>& samples, Array<int64_t> x,
+          Array<int64_t> y, std::optional<Array<int32_t>> doc_start, int64_t eot) {
+  if (samples.ndim() != 1) throw std::invalid_argument("samples must have one dimension");
+  const int64_t rows = samples.shape(0);
+  check_shape(x, "x", rows, loader.block_size());
+  check_shape(y, "y", rows, loader.block_size());
+  if (doc_start) check_shape(*doc_start, "doc_start", rows, loader.block_size());
+  // mutable_data throws ValueError where the array is read-only.
+  int64_t *x_data = x.mutable_data(), *y_data = y.mutable_data();
+  int32_t* doc_start_data = doc_start ? doc_start->mutable_data() : nullptr;
+  const int64_t* sample_data = samples.data();
   py::gil_scoped_release release;
-  loader.fill(first, rows, x_data, y_data);
+  loader.fill(sample_data, rows, x_data, y_data, doc_start_data, eot);
+}
+
+void prefetch(const TokenLoader& loader, const Array<int64_t>& samples) {
+  const int64_t* sample_data = samples.data();
+  const int64_t rows = samples.size();
+  py::gil_scoped_release release;
+  loader.prefetch(sample_data, rows);
 }
 
 }  // namespace
@@ -62,7 +80,8 @@ PYBIND11_MODULE(_token_loader, m) {
       .def_property_readonly("n_tokens", &TokenLoader::n_tokens)
       .def_property_readonly("n_windows", &TokenLoader::n_windows)
       .def("window_start", &TokenLoader::window_start, py::arg("sample"))
-      .def("fill", &fill, py::arg("first"), py::arg("x").noconvert(), py::arg("y").noconvert())
-      .def("prefetch", &TokenLoader::prefetch, py::arg("first"), py::arg("rows"),
-           py::call_guard<py::gil_scoped_release>());
+      .def("fill", &fill, py::arg("samples"), py::arg("x").noconvert(),
+           py::arg("y").noconvert(), py::arg("doc_start").noconvert() = py::none(),
+           py::arg("eot") = -1)
+      .def("prefetch", &prefetch, py::arg("samples"));
 }

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -14,6 +15,9 @@ namespace token_loader {
 namespace {
 
 constexpr int ROUNDS = 8;
+constexpr int64_t MAX_TOKENS = int64_t{1} << 60;  // of a shard; keeps sums and bytes within int64
+constexpr int64_t MAX_BLOCK = int64_t{1} << 30;
+constexpr int COLD_BATCHES = 64;  // batches that are read ahead after one had to wait for the disk
 constexpr uint64_t GOLDEN = 0x9E3779B97F4A7C15ull;
 
 // The finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators,
@@ -51,19 +55,41 @@ int64_t permute(int64_t index, int64_t n, uint64_t key) {
 
 std::string number(int64_t value) { return std::to_string(value); }
 
+// Page faults of this thread that had to wait for the disk.
+int64_t major_faults() {
+#ifdef RUSAGE_THREAD
+  struct rusage usage{};
+  return getrusage(RUSAGE_THREAD, &usage) == 0 ? usage.ru_majflt : 0;
+#else
+  return 0;
+#endif
+}
+
+bool same_time(const struct timespec& a, const struct timespec& b) {
+  return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+}
+
 }  // namespace
 
 MappedShard::MappedShard(const ShardSpec& spec) : spec_(spec) {
-  if (spec.n_tokens < 1 || spec.offset < 0 || spec.offset % 2 != 0) {
-    throw std::invalid_argument("shard " + spec.path +
-                                ": needs n_tokens >= 1 and an even offset >= 0, got n_tokens " +
+  if (spec.n_tokens < 1 || spec.n_tokens > MAX_TOKENS || spec.offset < 0 ||
+      spec.offset > MAX_TOKENS || spec.offset % 2 != 0) {
+    throw std::invalid_argument("shard " + spec.path + ": needs n_tokens in [1, " +
+                                number(MAX_TOKENS) + "] and an even offset >= 0, got n_tokens " +
                                 number(spec.n_tokens) + " and offset " + number(spec.offset));
   }
   fd_ = open(spec.path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd_ < 0) throw FileError(errno, std::strerror(errno), spec.path);
+  if (fd_ < 0) {
+    const std::string remedy =
+        errno == EMFILE ? "; raise the limit (ulimit -n) or make larger shards" : "";
+    throw FileError(errno, std::strerror(errno) + remedy, spec.path);
+  }
   try {
     map_bytes_ = spec.offset + 2 * spec.n_tokens;
-    check_size();
+    struct stat info{};
+    if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), spec.path);
+    modified_ = info.st_mtim;
+    check_unchanged();
     map_ = mmap(nullptr, static_cast<size_t>(map_bytes_), PROT_READ, MAP_SHARED, fd_, 0);
     if (map_ == MAP_FAILED) {
       map_ = nullptr;
@@ -90,9 +116,10 @@ MappedShard::MappedShard(MappedShard&& other) noexcept
       fd_(std::exchange(other.fd_, -1)),
       map_(std::exchange(other.map_, nullptr)),
       map_bytes_(other.map_bytes_),
+      modified_(other.modified_),
       tokens_(other.tokens_) {}
 
-void MappedShard::check_size() const {
+void MappedShard::check_unchanged() const {
   struct stat info{};
   if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), spec_.path);
   if (info.st_size < map_bytes_) {
@@ -100,6 +127,12 @@ void MappedShard::check_size() const {
                     "the file has " + number(info.st_size) + " bytes but its tokens need " +
                         number(map_bytes_) +
                         "; it was cut short or is being rewritten. Prepare the data again",
+                    spec_.path);
+  }
+  if (!same_time(info.st_mtim, modified_)) {
+    throw FileError(EIO,
+                    "the file was written to while it is in use, so its tokens may not be those "
+                    "of this run any more; start again from the last checkpoint",
                     spec_.path);
   }
 }
@@ -115,8 +148,10 @@ void MappedShard::will_need(int64_t first, int64_t count) const {
 TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_size, uint64_t seed,
                          bool shuffle, int64_t vocab_size)
     : block_size_(block_size), seed_(seed), shuffle_(shuffle), vocab_size_(vocab_size) {
-  if (block_size < 1)
-    throw std::invalid_argument("block_size must be at least 1, got " + number(block_size));
+  if (block_size < 1 || block_size > MAX_BLOCK) {
+    throw std::invalid_argument("block_size must be at least 1 and at most " + number(MAX_BLOCK) +
+                                ", got " + number(block_size));
+  }
   if (shards.empty()) throw std::invalid_argument("no shards given");
   shards_.reserve(shards.size());
   starts_.push_back(0);
@@ -129,7 +164,8 @@ TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_siz
   n_windows_ = (n_tokens() - (shuffle ? block_size : 1)) / block_size;
   if (n_windows_ < 1) {
     throw std::invalid_argument(
-        "the shards hold " + number(n_tokens()) + " tokens, but block_size " + number(block_size) +
+        shards_[0].path() + (shards_.size() > 1 ? " and the other shards hold " : ": holds ") +
+        number(n_tokens()) + " tokens, but block_size " + number(block_size) +
         " needs at least " + number(shuffle ? 2 * block_size : block_size + 1) +
         ": use a smaller block_size or more text");
   }
@@ -148,15 +184,23 @@ size_t TokenLoader::shard_of(int64_t position) const {
   return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
 }
 
-void TokenLoader::fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const {
+void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y,
+                       int32_t* doc_start, int64_t eot) const {
+  const int64_t faults = major_faults();
+  // Each file is looked at once a batch: a system call a row would cost as much as the copying.
+  std::vector<char> checked(shards_.size(), 0);
   for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
-    int64_t position = window_start(first + row);
+    if (samples[row] == SKIP) continue;
+    int64_t position = window_start(samples[row]);
     // The window's block_size + 1 tokens may lie in several shards; `done` counts those already
     // widened.
     for (int64_t done = 0; done <= block_size_;) {
       const size_t s = shard_of(position);
       const MappedShard& shard = shards_[s];
-      shard.check_size();
+      if (!checked[s]) {
+        shard.check_unchanged();
+        checked[s] = 1;
+      }
       const int64_t offset = position - starts_[s];
       const int64_t count = std::min(block_size_ + 1 - done, shard.n_tokens() - offset);
       const uint16_t* source = shard.tokens() + offset;
@@ -165,26 +209,42 @@ void TokenLoader::fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) cons
       for (int64_t i = 0; i < x_count; ++i) x[done + i] = source[i];
       const int64_t skip = done == 0 ? 1 : 0;  // the first token is an input only
       for (int64_t i = skip; i < count; ++i) y[done + i - 1] = source[i];
-      uint16_t largest = 0;
-      for (int64_t i = 0; i < count; ++i) largest = std::max(largest, source[i]);
-      if (largest >= vocab_size_) {
-        const int64_t at =
-            std::find_if(source, source + count, [&](uint16_t t) { return t >= vocab_size_; }) -
-            source;
-        throw std::invalid_argument(
-            "shard " + shard.path() + ": token " + number(offset + at) + " is " +
-            number(source[at]) + ", but the vocabulary has " + number(vocab_size_) +
-            " entries: the file is damaged or was made with another tokenizer");
-      }
+      check_vocabulary(shard, offset, count);
       done += count;
       position += count;
     }
+    if (doc_start != nullptr) {
+      int32_t* row_start = doc_start + row * block_size_;
+      int32_t start = 0;
+      for (int64_t i = 0; i < block_size_; ++i) {
+        row_start[i] = start;
+        if (x[i] == eot) start = static_cast<int32_t>(i + 1);
+      }
+    }
   }
+  if (major_faults() > faults) cold_batches_.store(COLD_BATCHES, std::memory_order_relaxed);
 }
 
-void TokenLoader::prefetch(int64_t first, int64_t rows) const {
+void TokenLoader::check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const {
+  const uint16_t* source = shard.tokens() + offset;
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, source[i]);
+  if (largest < vocab_size_) return;
+  const int64_t at =
+      std::find_if(source, source + count, [&](uint16_t t) { return t >= vocab_size_; }) - source;
+  throw std::invalid_argument("shard " + shard.path() + ": token " + number(offset + at) + " is " +
+                              number(source[at]) + ", but the vocabulary has " +
+                              number(vocab_size_) +
+                              " entries: the file is damaged or was made with another tokenizer");
+}
+
+void TokenLoader::prefetch(const int64_t* samples, int64_t rows) const {
+  const int cold = cold_batches_.load(std::memory_order_relaxed);
+  if (cold == 0) return;
+  cold_batches_.store(cold - 1, std::memory_order_relaxed);
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t position = window_start(first + row);
+    if (samples[row] == SKIP) continue;
+    const int64_t position = window_start(samples[row]);
     const size_t s = shard_of(position);
     const int64_t offset = position - starts_[s];
     shards_[s].will_need(offset, std::min(block_size_ + 1, shards_[s].n_tokens() - offset));

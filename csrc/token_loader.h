@@ -11,17 +11,22 @@
 // in constant time. gpt2/data/loader.py holds the same algorithm in numpy; tests hold the two
 // equal.
 //
-// All methods are const and keep no state between calls: any number of threads may share one
-// loader.
+// All methods are const, and what they return depends on their arguments alone: any number of
+// threads may share one loader.
 
 #pragma once
 
+#include <time.h>
+
+#include <atomic>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 namespace token_loader {
+
+constexpr int64_t SKIP = -1;
 
 struct ShardSpec {
   std::string path;
@@ -52,9 +57,9 @@ class MappedShard {
   int64_t n_tokens() const { return spec_.n_tokens; }
   const std::string& path() const { return spec_.path; }
 
-  // Throws if the file got shorter since it was mapped: reading past its end would kill the process
-  // with SIGBUS.
-  void check_size() const;
+  // Throws if the file got shorter since it was mapped, since reading past its end would kill the
+  // process with SIGBUS, or was written to.
+  void check_unchanged() const;
   // Asks the kernel to read tokens [first, first + count) ahead.
   void will_need(int64_t first, int64_t count) const;
 
@@ -63,6 +68,7 @@ class MappedShard {
   int fd_ = -1;
   void* map_ = nullptr;
   int64_t map_bytes_ = 0;
+  struct timespec modified_{};
   const uint16_t* tokens_ = nullptr;
 };
 
@@ -79,11 +85,16 @@ class TokenLoader {
 
   // Position in the stream of the first token of sample `sample` >= 0.
   int64_t window_start(int64_t sample) const;
-  // Writes samples [first, first + rows): x[r, t] and y[r, t] = the token after x[r, t]; both
-  // (rows, block_size).
-  void fill(int64_t first, int64_t rows, int64_t* x, int64_t* y) const;
-  // Starts reading samples [first, first + rows) into the page cache and returns at once.
-  void prefetch(int64_t first, int64_t rows) const;
+  // Writes sample samples[r] to row r: x[r, t] and y[r, t] = the token after x[r, t]; both (rows,
+  // block_size). A row whose sample is SKIP stays as it is. doc_start (rows, block_size), if not
+  // null: the index in its row of the first token of the document that x[r, t] belongs to; a
+  // document begins after each token `eot`.
+  void fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y, int32_t* doc_start,
+            int64_t eot) const;
+  // Starts reading samples into the page cache and returns at once. Does so
+  // only after a fill had to wait for the disk: where the pages are there already, asking for them
+  // takes half as long as copying them.
+  void prefetch(const int64_t* samples, int64_t rows) const;
 
  private:
   std::vector<MappedShard> shards_;
@@ -94,7 +105,11 @@ class TokenLoader {
   int64_t vocab_size_;
   int64_t n_windows_;
 
+  mutable std::atomic<int> cold_batches_{0};  // prefetches that are still to be made; advice only
+
   size_t shard_of(int64_t position) const;
+  // Throws if one of the shard's tokens [offset, offset + count) lies beyond the vocabulary.
+  void check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const;
 };
 
 }  // namespace token_loader

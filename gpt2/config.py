@@ -9,10 +9,12 @@ same words.
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
@@ -72,12 +74,77 @@ PRESETS: dict[str, GPTConfig] = {
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One folder of a mixture. See gpt2.data.mixture."""
+
+    path: str
+    weight: Fraction = Fraction(1)  # its part of the samples, against the other weights
+    from_step: int = 0  # the weights of a step are those with the largest from_step up to it
+
+
+_SOURCE = re.compile(r"(?P<path>[^,]+?):(?P<weight>\d+(\.\d+|/\d+)?)(@(?P<from_step>\d+))?")
+
+
+def data_sources(data: str) -> tuple[DataSource, ...]:
+    """What TrainConfig.data names: one folder, or a mixture in the order written.
+
+    Raises ValueError for a mixture that says too little or too much.
+    """
+    parts = [part.strip() for part in data.split(",")]
+    found = [_SOURCE.fullmatch(part) for part in parts]
+    if not any(found):
+        return (DataSource(data),)
+    sources = []
+    for part, match in zip(parts, found, strict=True):
+        if not match:
+            raise ValueError(f"data: {part!r} in {data!r} needs a weight, as in {part}:0.5")
+        try:
+            weight = Fraction(match["weight"])
+        except ZeroDivisionError:
+            weight = Fraction(0)
+        if weight <= 0:
+            raise ValueError(f"data: the weight of {match['path']!r} must be above 0: leave it out")
+        sources.append(DataSource(match["path"], weight, int(match["from_step"] or 0)))
+    if len({(s.path, s.from_step) for s in sources}) < len(sources):
+        raise ValueError(f"data: a folder stands twice at the same step in {data!r}")
+    if min(s.from_step for s in sources) > 0:
+        raise ValueError(f"data: {data!r} has no weights for step 0")
+    return tuple(sources)
+
+
+def spell_sources(entries: list, source: str) -> str:
+    """A YAML list of {path, weight, from_step} as one line for TrainConfig.data."""
+    words = []
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"path", "weight"} <= entry.keys():
+            raise ValueError(f"{source}: needs a list of {{path, weight}}, got {entry!r}")
+        for key in entry.keys() - {"path", "weight", "from_step"}:
+            known = ["path", "weight", "from_step"]
+            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), known)}")
+        path, weight, step = entry["path"], entry["weight"], entry.get("from_step", 0)
+        word = f"{path}:{weight}" + (f"@{step}" if step else "")
+        match = _SOURCE.fullmatch(word)
+        if not match or match["path"] != path or isinstance(weight, bool):
+            raise ValueError(
+                f"{source}: {entry!r}: path must be a folder without comma, weight a number such "
+                "as 0.25, 3 or 1/3, from_step a whole number"
+            )
+        words.append(word)
+    if not words:
+        raise ValueError(f"{source}: the list of folders is empty")
+    return ",".join(words)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Options of a training run. The defaults are the 124M recipe on 10B tokens of FineWeb."""
 
     preset: str = "gpt2"  # model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char
     init_from: str = ""  # start from these weights: a checkpoint, a Hugging Face folder or name
-    data: str = "data/fineweb10B"  # folder with train and val shards
+    # Folder with train and val shards, or several as folder:weight,folder:weight; a weight may hold
+    # from a step on, folder:weight@step. In YAML also a list of {path, weight, from_step}.
+    data: str = "data/fineweb10B"
+    doc_mask: bool = False  # attention sees only the document that a token is in
 
     n_layer: int | None = None  # default: the preset's
     n_head: int | None = None  # default: the preset's
@@ -112,6 +179,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    # Shards' content against their manifest's hashes: open, all before step 0; background, in a
+    # thread while training goes on.
+    verify: Literal["off", "background", "open"] = "background"
     loader: Literal["auto", "cpp", "numpy"] = "auto"  # token loader; auto: cpp where it was built
 
     run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name
@@ -120,6 +190,7 @@ class TrainConfig:
     wandb_project: str = ""  # log to Weights & Biases too, under this project
 
     def __post_init__(self):
+        data_sources(self.data)
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
         positive = ("tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr")
@@ -221,6 +292,17 @@ class ExportConfig:
     out: str  # folder to write; must not exist
 
 
+@dataclass(frozen=True)
+class ShowBatchConfig:
+    """Options of scripts/show_batch.py."""
+
+    run: str  # a run's folder, or the YAML file of a recipe
+    step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    rows: int = 4  # print at most so many rows
+
+
 def parse(cls, description: str, argv: list[str] | None = None):
     """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
 
@@ -239,7 +321,9 @@ def parse(cls, description: str, argv: list[str] | None = None):
         else:
             argv = [f"--{fields[0].name}", first, *argv]
     default = cls(**values) if values else None
-    return tyro.cli(cls, args=argv, default=default, description=description)
+    # Switches take a value like all other options: --doc_mask True.
+    config = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(cls, args=argv, default=default, description=description, config=config)
 
 
 def read_yaml(cls, path: str | Path) -> dict:
@@ -272,6 +356,8 @@ def coerce(cls, values: dict, source: str) -> dict:
     for key, value in values.items():
         if key not in hints:
             raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), hints)}")
+        if cls is TrainConfig and key == "data" and isinstance(value, list):
+            value = spell_sources(value, f"{source}: data")
         result[key] = _coerce_value(hints[key], value, f"{source}: {key}")
     return result
 

@@ -1,5 +1,6 @@
 """Shards of consecutive integers: a window's tokens say where they came from."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -147,10 +148,35 @@ def test_file_that_shrinks_while_mapped(tmp_path, backend):
     assert error.value.filename == str(path)
 
 
+def test_file_that_is_written_to_while_mapped(tmp_path, backend):
+    [path] = shards(tmp_path, 60000)
+    data = TokenLoader(path, 16, backend=backend)
+    expected = data.batch(0, 4)[0]
+    later = path.stat().st_mtime_ns + 10**9
+    with open(path, "r+b") as file:
+        file.seek(5000)
+        file.write(b"?")
+    os.utime(path, ns=(later, later))  # file systems keep coarse times
+    with pytest.raises(OSError, match="written to while it is in use") as error:
+        data.batch(0, 4)
+    assert error.value.filename == str(path) and expected.shape == (4, 16)
+
+
+def test_file_that_is_removed_or_replaced_while_mapped(tmp_path, backend):
+    [path] = shards(tmp_path, 60000)
+    data = TokenLoader(path, 16, backend=backend)
+    expected = [data.batch(step, 4)[0] for step in range(50)]
+    write_shard(path, np.zeros(60000, dtype="<u2"))  # a new file under the old name
+    path.unlink()
+    for step in range(50):
+        assert torch.equal(data.batch(step, 4)[0], expected[step])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         ((-1, 4, 0, 1), "step >= 0"),
+        ((1 << 60, 4, 0, 1), "beyond 2.60 samples"),
         ((0, 0, 0, 1), "global_batch_size >= 1"),
         ((0, 4, 2, 2), "rank < world_size"),
         ((0, 5, 0, 2), "does not divide among 2 ranks"),
@@ -167,8 +193,83 @@ def test_bad_loader_arguments(counting, backend):
         TokenLoader(paths, 16, backend="rust")
     with pytest.raises(ValueError, match="block_size must be at least 1"):
         TokenLoader(paths, 0, backend=backend)
+    with pytest.raises(ValueError, match="at most 1073741824"):
+        TokenLoader(paths, 1 << 31, backend=backend)
     with pytest.raises(ValueError, match="no shards"):
         TokenLoader([], 16, backend=backend)
+
+
+EOT = 7
+
+
+def with_documents(folder, n_shards=2, size=700):
+    """Shards of random tokens below EOT, with EOT here and there; returns paths and the stream."""
+    rng, paths, parts = np.random.default_rng(0), [], []
+    for i in range(n_shards):
+        tokens = rng.integers(0, EOT, size)
+        tokens[rng.integers(0, size, size // 12)] = EOT
+        paths.append(folder / f"train_{i:06}.bin")
+        write_shard(paths[-1], tokens)
+        parts.append(tokens)
+    return paths, parts
+
+
+def test_doc_start_is_the_first_token_of_each_document(tmp_path, backend):
+    paths, _ = with_documents(tmp_path)
+    data = TokenLoader(paths, 33, eot=EOT, doc_mask=True, backend=backend)
+    plain = TokenLoader(paths, 33, backend=backend)
+    documents = 0
+    for step in range(30):
+        x, y, doc_start = data.batch(step, 8, 1, 2)
+        assert doc_start.dtype == torch.int32 and doc_start.shape == x.shape == (4, 33)
+        expected = plain.batch(step, 8, 1, 2)
+        assert torch.equal(x, expected[0]) and torch.equal(y, expected[1])
+        for row, starts in zip(x.tolist(), doc_start.tolist(), strict=True):
+            start = 0
+            for t, token in enumerate(row):
+                assert starts[t] == start
+                if token == EOT:
+                    start, documents = t + 1, documents + 1
+    assert documents > 200
+
+
+def test_doc_mask_needs_an_end_of_text(tmp_path):
+    paths, _ = with_documents(tmp_path)
+    with pytest.raises(ValueError, match="doc_mask needs an end-of-text token"):
+        TokenLoader(paths, 33, doc_mask=True)
+
+
+def test_provenance_leads_back_to_the_token(tmp_path, backend):
+    paths, parts = with_documents(tmp_path)
+    data = TokenLoader(paths, 33, eot=EOT, backend=backend)
+    by_path = dict(zip(map(str, paths), parts, strict=True))
+    shards_seen = set()
+    for step in (0, 3, 10**6):
+        x, y = data.batch(step, 8)
+        for row in range(8):
+            for t in (0, 5, 32):
+                shard, offset, document = data.provenance(step, row, 8, t)
+                assert by_path[shard][offset] == x[row, t]
+                assert document == (by_path[shard][:offset] == EOT).sum()
+                shards_seen.add(shard)
+            target = data.provenance(step, row, 8, 33)
+            assert by_path[target.shard][target.offset] == y[row, 32]
+    assert len(shards_seen) == 2
+    with pytest.raises(ValueError, match="row 8 is not one of the 8"):
+        data.provenance(0, 8, 8)
+    with pytest.raises(ValueError, match="outside a window"):
+        data.provenance(0, 0, 8, 34)
+    assert TokenLoader(paths, 33, backend=backend).provenance(5, 5, 8).document == 0
+
+
+def test_batches_into_given_buffers(counting, backend):
+    data = TokenLoader(find_shards(counting, "train"), 16, backend=backend)
+    out = data.buffers(4)
+    x, y = data.batch(3, 8, 1, 2, out=out)
+    assert x is out[0] and y is out[1]
+    assert torch.equal(x, data.batch(3, 8, 1, 2)[0]) and torch.equal(y, x + 1)
+    with pytest.raises(ValueError):
+        data.batch(3, 8, out=out)
 
 
 def test_threads_may_share_a_loader(counting):
@@ -187,6 +288,31 @@ def test_threads_may_share_a_loader(counting):
     for t in threads:
         t.join()
     assert not wrong
+
+
+def read_some(data, steps):
+    return [data.batch(step, 8)[0] for step in steps]
+
+
+def test_forked_workers_read_the_same(counting, backend):
+    data = TokenLoader(find_shards(counting, "train"), 16, backend=backend)
+    expected = read_some(data, range(40))
+    parent, children = multiprocessing.get_context("fork"), []
+    results = [parent.Queue() for _ in range(3)]
+    for queue in results:
+        # numpy rather than tensors: torch would share memory through file descriptors
+        children.append(
+            parent.Process(
+                target=lambda q=queue: q.put([x.numpy() for x in read_some(data, range(40))])
+            )
+        )
+        children[-1].start()
+    for queue, child in zip(results, children, strict=True):
+        for got, x in zip(queue.get(timeout=60), expected, strict=True):
+            assert np.array_equal(got, x.numpy())
+        child.join()
+        assert child.exitcode == 0
+    assert all(torch.equal(a, b) for a, b in zip(read_some(data, range(40)), expected, strict=True))
 
 
 def test_cpp_asked_for_and_not_built(counting):

@@ -1,13 +1,17 @@
 """The command lines, run as a user runs them (in this process, to save the imports)."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt2.config import run_script
+from gpt2.data import write_shard
+from gpt2.tokenizer import ByteTokenizer
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -144,6 +148,34 @@ def test_sample_errors(script, tmp_path, train_config):
         patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
     assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
+
+
+def test_show_batch_prints_what_a_rank_saw(script, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    texts = [f"document {i:02} says hello.".encode() for i in range(30)]
+    tokens = [token for text in texts for token in [*text, ByteTokenizer.eot]]
+    write_shard(data / "train_000000.bin", np.array(tokens))
+    (data / "manifest.json").write_text(json.dumps({"tokenizer": {"name": "byte"}}))
+    (tmp_path / "config.yaml").write_text(
+        f"preset: char\ndata: {data}\nblock_size: 64\ntokens_per_step: 256\n"
+    )
+    status, out, err = script(
+        "show_batch", tmp_path, "--step", "2", "--rank", "1", "--world_size", "2", "--rows", "1"
+    )
+    assert status == 0, err
+    assert "step 2 row 2 tokens 0-" in out and "1 more rows of rank 1: --rows 2" in out
+    # Every document that begins in the row bears the number that its text says.
+    shown = [part.split("\n", 1) for part in out.split("== ")[1:-1]]
+    whole = [
+        (header, text) for header, text in shown if len(text) > 12 and "tokens 0-" not in header
+    ]
+    assert whole
+    for header, text in whole:
+        number = int(header.rsplit(" ", 1)[1])
+        assert text.startswith(f"document {number:02}") and str(data) in header
+    missing = one_line_error(script("show_batch", tmp_path / "nowhere"))
+    assert "nowhere: No such file" in missing
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from gpt2.checkpoint import list_checkpoints, load_model
-from gpt2.config import TrainConfig, parse
+from gpt2.config import PrepareConfig, TrainConfig, parse
+from gpt2.data.datasets import prepare
+from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.metrics import draw_curve, read_metrics
+from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import learning_rate, make_optimizer
 from gpt2.train.pretrain import pretrain
 
@@ -211,3 +214,39 @@ def test_metrics_file_cut_by_a_crash(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
     draw_curve(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "loss.png", "title")
     assert (tmp_path / "loss.png").exists()
+
+
+def test_doc_mask_keeps_attention_inside_documents(train_config, tmp_path):
+    text = "\n".join("ab" * 7 for _ in range(60))
+    (tmp_path / "texts").mkdir()
+    for i in range(20):
+        (tmp_path / "texts" / f"{i:02}.txt").write_text(text[i:])
+    data = tmp_path / "documents"
+    prepare(PrepareConfig(text=str(tmp_path / "texts"), tokenizer="byte", out=str(data)))
+    config = replace(train_config, data=str(data), max_steps=3, tokens_per_step=4096)
+    seen = []
+
+    class Spy(LanguageModeling):
+        def forward(self, batch):
+            seen.append(batch)
+            return super().forward(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2.train.pretrain.LanguageModeling", Spy)
+        pretrain(replace(config, run_name="plain"))
+        assert all("doc_start" not in batch for batch in seen)
+        seen.clear()
+        pretrain(replace(config, run_name="masked", doc_mask=True))
+    for batch in seen:
+        ends = torch.nn.functional.pad(batch["idx"] == ByteTokenizer.eot, (1, 0))[:, :-1]
+        starts = torch.where(ends, torch.arange(ends.shape[1]), 0).cummax(1).values
+        assert torch.equal(batch["doc_start"], starts.int())
+    assert any(batch["doc_start"].any() for batch in seen)
+    runs = Path(config.out_dir)
+    assert losses(runs / "plain") != losses(runs / "masked")
+    assert losses(runs / "plain", "val/loss") != losses(runs / "masked", "val/loss")
+
+
+def test_doc_mask_needs_an_end_of_text(train_config):
+    with pytest.raises(ValueError, match="doc_mask needs an end-of-text token"):
+        pretrain(replace(train_config, doc_mask=True))

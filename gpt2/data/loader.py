@@ -4,16 +4,30 @@ The C++ module does the work (csrc/token_loader.h describes the algorithm); Nump
 for machines without a compiler, and the oracle of its tests. Both give identical batches.
 """
 
+import resource
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.shards import Shard, open_shards
+from gpt2.data.integrity import Verifier
+from gpt2.data.numpy_backend import NumpyBackend
+from gpt2.data.shards import open_shards
 
-ROUNDS = 8
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+SPARE_FILES = 256  # open files that are left to the rest of the process
+
+
+Batch = tuple[Tensor, ...]  # x, y and, with doc_mask, doc_start
+
+
+class Provenance(NamedTuple):
+    """Where a token that the model saw came from."""
+
+    shard: str  # path
+    offset: int  # index of the token in the shard
+    document: int  # documents that begin before it in the shard; 0 where no end of text is known
 
 
 class TokenLoader:
@@ -22,11 +36,17 @@ class TokenLoader:
     paths: shard files (gpt2.data.shards lists the formats); together they are one stream of tokens.
     shuffle: False reads the windows in order and without shifting them, for evaluation.
     vocab_size: a larger token is an error when it is read; None accepts any uint16.
+    eot: the token that ends a document, None where there is none.
+    doc_mask: batches have a third part, doc_start, which keeps attention inside documents.
+    verify: whether the shards' content is compared with the manifest beside them: "off"; "open",
+    before the first batch; "background", in a thread from the first batch on, and what it finds is
+    raised by the next batch. verify_share: (i, n), this process checks every n-th shard from i on.
     backend: "cpp", "numpy", or "auto": C++ where it was built.
 
-    Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use).
-    Raises ValueError (damaged shard, too few tokens, unknown backend), OSError, ImportError ("cpp"
-    not built).
+    Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use),
+    verifiers (its one gpt2.data.integrity.Verifier).
+    Raises ValueError (damaged shard, too few tokens, unknown backend, doc_mask without eot),
+    OSError, ImportError ("cpp" not built).
     """
 
     def __init__(
@@ -37,11 +57,20 @@ class TokenLoader:
         shuffle: bool = True,
         *,
         vocab_size: int | None = None,
+        eot: int | None = None,
+        doc_mask: bool = False,
+        verify: str = "off",
+        verify_share: tuple[int, int] = (0, 1),
         backend: str = "auto",
     ):
+        if doc_mask and eot is None:
+            raise ValueError("doc_mask needs an end-of-text token, which this tokenizer has not")
         self.shards = open_shards(paths)
-        self.block_size = block_size
+        self.verifier = Verifier(self.shards, verify, verify_share)
+        self.verifiers = [self.verifier]
+        self.block_size, self.eot, self.doc_mask = block_size, eot, doc_mask
         make, self.backend = _select_backend(backend)
+        _allow_open_files(len(self.shards))
         specs = [(s.path, s.offset, s.n_tokens) for s in self.shards]
         seed %= 1 << 64
         vocab_size = 1 << 16 if vocab_size is None else vocab_size
@@ -50,98 +79,96 @@ class TokenLoader:
         self.n_windows: int = self._backend.n_windows
 
     def batch(
-        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        step: int,
+        global_batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        *,
+        out: Batch | None = None,
+    ) -> Batch:
         """The rows of a step's global batch that belong to a rank.
 
         Row i of the global batch is sample step * global_batch_size + i of the run, whatever the
-        number of ranks; it belongs to rank i // (global_batch_size // world_size). Returns x, y
-        (rows, block_size) int64, y = x shifted by one token. Raises ValueError for numbers out of
-        range and for tokens beyond the vocabulary; OSError for a file that shrank.
+        number of ranks; it belongs to rank i // (global_batch_size // world_size).
+        out: what buffers(rows) gave, to be written and returned; default: new tensors.
+        Returns x, y (rows, block_size) int64, y = x shifted by one token; and, with doc_mask,
+        doc_start (rows, block_size) int32: the index in its row of the first token of the document
+        that each x belongs to. Raises ValueError for numbers out of range and for tokens beyond the
+        vocabulary or shards that `verify` found damaged; OSError for a file that shrank or was
+        written to.
         """
-        if step < 0 or global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(
-                "needs step >= 0, global_batch_size >= 1 and 0 <= rank < world_size, "
-                f"got {step}, {global_batch_size}, rank {rank} of {world_size}"
-            )
-        if global_batch_size % world_size:
-            raise ValueError(
-                f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
-            )
-        rows = global_batch_size // world_size
-        first = step * global_batch_size + rank * rows
-        x = torch.empty((rows, self.block_size), dtype=torch.int64)
-        y = torch.empty_like(x)
-        self._backend.fill(first, x.numpy(), y.numpy())
-        self._backend.prefetch(first + global_batch_size, rows)
-        return x, y
+        first, rows = rank_rows(step, global_batch_size, rank, world_size)
+        out = self.buffers(rows) if out is None else out
+        samples = np.arange(first, first + rows)
+        self.fill(samples, out)
+        self.prefetch(samples + global_batch_size)
+        return out
+
+    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
+        """Tensors for a batch of so many rows, not initialised."""
+        dtypes = [torch.int64, torch.int64] + [torch.int32] * self.doc_mask
+        shape = (rows, self.block_size)
+        return tuple(torch.empty(shape, dtype=d, pin_memory=pin_memory) for d in dtypes)
+
+    def fill(self, samples: np.ndarray, out: Batch) -> None:
+        """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row.
+
+        Raises ValueError where out has another number of rows, and as batch does.
+        """
+        if any(len(part) != len(samples) for part in out):
+            raise ValueError(f"needs buffers of {len(samples)} rows, got {len(out[0])}")
+        self.verifier.start()
+        self.verifier.raise_found()
+        self._backend.fill(samples, *(t.numpy() for t in out), *[self.eot] * self.doc_mask)
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Starts reading samples from a cold disk, and returns at once."""
+        self._backend.prefetch(samples)
+
+    def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
+        """Where token `token` of a row of the global batch came from.
+
+        Counts the document by reading the shard up to there. Raises as batch does.
+        """
+        first, rows = rank_rows(step, global_batch_size)
+        if not 0 <= row < rows:
+            raise ValueError(f"row {row} is not one of the {rows} rows of a step")
+        return self.provenance_of(first + row, token)
+
+    def provenance_of(self, sample: int, token: int = 0) -> Provenance:
+        """Where token `token` of a sample of the run came from."""
+        if not 0 <= token <= self.block_size:
+            raise ValueError(f"token {token} lies outside a window of {self.block_size} + 1 tokens")
+        offset = self._backend.window_start(sample) + token
+        for shard in self.shards:
+            if offset < shard.n_tokens:
+                break
+            offset -= shard.n_tokens
+        document, tokens = 0, shard.tokens()
+        for start in range(0, offset if self.eot is not None else 0, 1 << 24):
+            part = tokens[start : min(start + (1 << 24), offset)]
+            document += int(np.count_nonzero(part == self.eot))
+        return Provenance(shard.path, offset, document)
 
 
-class NumpyBackend:
-    """The algorithm of csrc/token_loader.h in numpy; same arguments, same results, same errors."""
-
-    def __init__(self, shards, block_size: int, seed: int, shuffle: bool, vocab_size: int):
-        if block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}")
-        if not shards:
-            raise ValueError("no shards given")
-        self.shards = [Shard(*shard) for shard in shards]
-        self.maps = [shard.tokens() for shard in self.shards]
-        self.starts = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
-        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.vocab_size = vocab_size
-        self.n_tokens = int(self.starts[-1])
-        self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
-        if self.n_windows < 1:
-            raise ValueError(
-                f"the shards hold {self.n_tokens} tokens, but block_size {block_size} needs at "
-                f"least {2 * block_size if shuffle else block_size + 1}: "
-                "use a smaller block_size or more text"
-            )
-
-    def window_start(self, sample: int) -> int:
-        if sample < 0:
-            raise ValueError(f"sample must not be negative, got {sample}")
-        epoch, index = divmod(sample, self.n_windows)
-        if not self.shuffle:
-            return index * self.block_size
-        key = _epoch_key(self.seed, epoch)
-        shift = int(_mix(key)[0] % np.uint64(self.block_size))
-        return _permute(index, self.n_windows, key) * self.block_size + shift
-
-    def fill(self, first: int, x: np.ndarray, y: np.ndarray) -> None:
-        for row in range(len(x)):
-            start = self.window_start(first + row)
-            tokens = self._read(start, self.block_size + 1)
-            x[row], y[row] = tokens[:-1], tokens[1:]
-
-    def prefetch(self, first: int, rows: int) -> None:
-        """Nothing: the kernel's own read-ahead serves the memory maps."""
-
-    def _read(self, start: int, count: int) -> np.ndarray:
-        parts = []
-        while count > 0:
-            s = int(np.searchsorted(self.starts, start, side="right")) - 1
-            shard, offset = self.shards[s], start - int(self.starts[s])
-            size, needed = Path(shard.path).stat().st_size, shard.offset + 2 * shard.n_tokens
-            if size < needed:
-                raise OSError(
-                    5,
-                    f"the file has {size} bytes but its tokens need {needed}; it was cut short "
-                    "or is being rewritten. Prepare the data again",
-                    shard.path,
-                )
-            part = np.asarray(self.maps[s][offset : offset + count])
-            if part.max() >= self.vocab_size:
-                at = int(np.argmax(part >= self.vocab_size))
-                raise ValueError(
-                    f"shard {shard.path}: token {offset + at} is {part[at]}, but the vocabulary "
-                    f"has {self.vocab_size} entries: the file is damaged or was made with "
-                    "another tokenizer"
-                )
-            parts.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(parts)
+def rank_rows(
+    step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
+) -> tuple[int, int]:
+    """The first sample and the number of rows of a rank's part of a step. Raises ValueError."""
+    if step < 0 or global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(
+            "needs step >= 0, global_batch_size >= 1 and 0 <= rank < world_size, "
+            f"got {step}, {global_batch_size}, rank {rank} of {world_size}"
+        )
+    if global_batch_size % world_size:
+        raise ValueError(
+            f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
+        )
+    if step * global_batch_size >= 1 << 60:
+        raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
+    rows = global_batch_size // world_size
+    return step * global_batch_size + rank * rows, rows
 
 
 def _select_backend(name: str):
@@ -161,30 +188,13 @@ def _select_backend(name: str):
     return _token_loader.TokenLoader, "cpp"
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+def _allow_open_files(n: int) -> None:
+    """Raises this process's soft limit on open files, often 1024, where n shards need more.
 
-
-def _epoch_key(seed: int, epoch: int) -> np.ndarray:
-    # Arrays of one element: numpy's scalars warn when uint64 arithmetic wraps around, arrays do
-    # not.
-    seeded = _mix(np.array([seed], dtype=np.uint64) + GOLDEN)
-    return _mix(seeded + GOLDEN * np.array([epoch + 1], dtype=np.uint64))
-
-
-def _permute(index: int, n: int, key: np.ndarray) -> int:
-    bits = max(2, (n - 1).bit_length())
-    low_bits = bits // 2
-    low_mask = np.uint64((1 << low_bits) - 1)
-    high_mask = np.uint64((1 << (bits - low_bits)) - 1)
-    while True:
-        value = np.array([index], dtype=np.uint64)
-        low, high = value & low_mask, value >> np.uint64(low_bits)
-        for r in range(0, ROUNDS, 2):
-            low ^= _mix(high + key + GOLDEN * np.array([r + 1], dtype=np.uint64)) & low_mask
-            high ^= _mix(low + key + GOLDEN * np.array([r + 2], dtype=np.uint64)) & high_mask
-        index = int(((high << np.uint64(low_bits)) | low)[0])
-        if index < n:
-            return index
+    Each shard stays open, so that a change of its file is noticed. The hard limit holds as before.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n + SPARE_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -3,7 +3,7 @@
     llm.c          .bin with a header of 256 int32: magic 20240520, version 1, token count. Our
                    native format. A count of 2^31 or more continues in the header's next word, which
                    is zero in every file that llm.c writes.
-    nanoGPT        .bin without a header
+    nanoGPT        .bin without a header, and without a number of six digits at the end of its name
     build-nanogpt  .npy, one dimension, uint16
 
 A data folder holds <split>_000000.bin, <split>_000001.bin, ... (or train.bin / val.bin, or any file
@@ -111,7 +111,7 @@ def read_manifest(data: str | Path) -> dict | None:
         return None
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON ({error}); prepare the data again") from error
     if not isinstance(manifest, dict) or "tokenizer" not in manifest:
         raise ValueError(f"{path}: has no 'tokenizer' entry; prepare the data again")
@@ -141,10 +141,17 @@ def _open_bin(path: Path) -> Shard:
                 f"the file has {size} bytes: cut short or damaged, prepare or download it again"
             )
         return Shard(str(path), HEADER_BYTES, n_tokens)
-    if size >= HEADER_BYTES and 1 <= words[1] <= 16 and not words[4:].any():
+    # A damaged header must not be read as tokens. What is numbered has one, in all programs.
+    numbered = re.search(r"_\d{6}\.bin$", path.name)
+    if (
+        words.size
+        and numbered
+        or (size >= HEADER_BYTES and 1 <= words[1] <= 16 and not words[4:].any())
+    ):
         raise ValueError(
-            f"{path}: looks like a shard with a header, but its magic number is {words[0]} "
-            f"and should be {MAGIC}: damaged, or another program's file"
+            f"{path}: should begin with a header, but its magic number is {words[0]} and not "
+            f"{MAGIC}: damaged, or another program's file (nanoGPT's, which have no header, are "
+            "named train.bin and val.bin)"
         )
     if size == 0 or size % 2:
         raise ValueError(f"{path}: {size} bytes cannot be a row of uint16 tokens")
@@ -160,7 +167,9 @@ def _open_npy(path: Path) -> Shard:
                 (2, 0): np.lib.format.read_array_header_2_0,
             }[version]
             shape, _, dtype = read_header(file)
-        except (ValueError, KeyError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # numpy parses it as Python: tokenize.TokenError, KeyError, ...
             raise ValueError(f"{path}: not a .npy file that can be read ({error})") from error
         offset = file.tell()
     if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 1:

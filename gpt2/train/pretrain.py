@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint, tokenizer
-from gpt2.config import TrainConfig
-from gpt2.data import TokenLoader, find_shards, read_manifest
+from gpt2.config import TrainConfig, data_sources
+from gpt2.data import Mixture, TokenLoader, find_shards, read_manifest
 from gpt2.model import GPT
 from gpt2.train import distributed
 from gpt2.train.objectives import LanguageModeling
@@ -21,8 +21,7 @@ def pretrain(config: TrainConfig) -> None:
     """
     group = distributed.start(config.device)
     resumed = _find_checkpoint(config)
-    manifest = read_manifest(config.data)
-    data_tokenizer = tokenizer.from_dict(manifest["tokenizer"] if manifest else {"name": "gpt2"})
+    data_tokenizer = find_tokenizer(config.data)
     torch.manual_seed(config.seed)
     model = _make_model(config, data_tokenizer, group.device)
     block_size = config.block_size or model.config.block_size
@@ -31,16 +30,11 @@ def pretrain(config: TrainConfig) -> None:
             f"block_size {block_size} is longer than the context of {config.init_from}, "
             f"{model.config.block_size}"
         )
-
-    def load(split: str) -> TokenLoader:
-        return TokenLoader(
-            find_shards(config.data, split), block_size, config.seed, split == "train",
-            vocab_size=data_tokenizer.vocab_size, backend=config.loader,
-        )  # fmt: skip
-
-    val_data = load("val") if config.eval_every else None
+    share = (group.rank, group.world_size)
+    val_data = open_data(config, "val", block_size, share) if config.eval_every else None
+    train_data = open_data(config, "train", block_size, share)
     objective = LanguageModeling(model)
-    trainer = Trainer(config, objective, load("train"), val_data, data_tokenizer, group)
+    trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
     if resumed is not None:
         trainer.resume(resumed)
         if group.is_main:
@@ -48,6 +42,55 @@ def pretrain(config: TrainConfig) -> None:
     trainer.run()
     # Only here: a rank that failed must end at once, not wait for the others to end too.
     distributed.stop(group)
+
+
+def find_tokenizer(data: str) -> tokenizer.Tokenizer:
+    """The tokenizer of the data that a config names; GPT-2's where no manifest says.
+
+    Raises ValueError where the folders of a mixture differ in it, and for a damaged manifest.
+    """
+    found = {}
+    for source in data_sources(data):
+        manifest = read_manifest(source.path)
+        found[source.path] = manifest["tokenizer"] if manifest else {"name": "gpt2"}
+    first, description = next(iter(found.items()))
+    for path, other in found.items():
+        if other != description:
+            names = [d.get("name") if isinstance(d, dict) else d for d in (description, other)]
+            which = " and ".join(names) if names[0] != names[1] else f"{names[0]}, but another one"
+            raise ValueError(
+                f"{first} and {path} were made with different tokenizers ({which}): the folders of "
+                "a mixture need the same; prepare one of them again"
+            )
+    try:
+        return tokenizer.from_dict(description)
+    except ValueError as error:
+        raise ValueError(f"{Path(first) / 'manifest.json'}: {error}") from error
+
+
+def open_data(
+    config: TrainConfig, split: str, block_size: int, share: tuple[int, int] = (0, 1)
+) -> TokenLoader | Mixture:
+    """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
+
+    Validation keeps the first weights of a mixture, so that its losses can be compared.
+    share: (rank, world size), by which the checking of hashes is divided.
+    Raises as TokenLoader does.
+    """
+    sources = data_sources(config.data)
+    if split == "val":
+        sources = tuple(s for s in sources if s.from_step == 0)
+    data_tokenizer = find_tokenizer(config.data)
+    loaders = {
+        path: TokenLoader(
+            find_shards(path, split), block_size, config.seed, split == "train",
+            vocab_size=data_tokenizer.vocab_size, eot=data_tokenizer.eot,
+            doc_mask=config.doc_mask, verify=config.verify, verify_share=share,
+            backend=config.loader,
+        )
+        for path in dict.fromkeys(s.path for s in sources)
+    }  # fmt: skip
+    return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
 
 
 def _make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
@@ -89,3 +132,12 @@ def _show_changes(config: TrainConfig, resumed: checkpoint.Checkpoint) -> None:
     for key, value in resumed.train.items():
         if key not in ("resume", "out_dir", "run_name") and now.get(key) != value:
             print(f"changed since the checkpoint: {key} was {value}, is {now.get(key)}")
+    before, after = (
+        [s for s in data_sources(data) if s.from_step < resumed.step]
+        for data in (resumed.train.get("data", config.data), config.data)
+    )
+    if before != after:
+        print(
+            "the data of the steps before is another, too: what was seen is counted as if this had "
+            f"held from step 0 on; weights for the steps from here on are written @{resumed.step}"
+        )

@@ -1,8 +1,8 @@
 """The training loop: the only one, for pretraining and everything after it.
 
 It trains an objective on a source of batches. A source has batch(step, global_batch_size, rank,
-world_size) -> idx, targets, a pure function, as TokenLoader has; so the only thing to remember
-about data is the step.
+world_size) -> idx, targets and, if attention is to stay inside documents, doc_start: a pure
+function, as TokenLoader has; so the only thing to remember about data is the step.
 
 The loss that is differentiated is the sum over all counted targets of a step, divided by their
 number over all micro steps and ranks. So how a step is cut into micro batches and ranks changes
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
 from gpt2.config import TrainConfig, write_yaml
+from gpt2.data import Mixture, TokenLoader
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.distributed import Distributed, peak_flops
@@ -134,14 +135,12 @@ class Trainer:
         if self.model.config.dropout:
             # A function of (seed, step, rank), so no random state needs saving.
             torch.manual_seed(hash((config.seed, step, group.rank)) & (1 << 62) - 1)
-        idx, targets = self.train_data.batch(step, self.rows_per_step, group.rank, group.world_size)
-        n_targets = group.sum((targets != IGNORE_INDEX).sum().to(group.device))
-        micro_batches = zip(
-            idx.split(config.micro_batch_size), targets.split(config.micro_batch_size), strict=True
-        )
+        data = self.train_data.batch(step, self.rows_per_step, group.rank, group.world_size)
+        n_targets = group.sum((data[1] != IGNORE_INDEX).sum().to(group.device))
         total = torch.zeros((), device=group.device)
-        for micro_step, (micro_idx, micro_targets) in enumerate(micro_batches):
-            batch = self._to_device(micro_idx, micro_targets)
+        micro_batches = zip(*(part.split(config.micro_batch_size) for part in data), strict=True)
+        for micro_step, micro_batch in enumerate(micro_batches):
+            batch = self._to_device(*micro_batch)
             if self.ddp is not None:
                 # Gradients are exchanged once, in the backward pass of the last micro step.
                 self.ddp.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
@@ -169,12 +168,12 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss, targets
         self.objective.eval()
         for i in range(-(-n_rows // rows)):
-            idx, targets = data.batch(i, rows, group.rank, group.world_size)
+            idx, targets, *doc_start = data.batch(i, rows, group.rank, group.world_size)
             # The last batch is filled up with rows that do not count, so that all have one shape.
             first = i * rows + group.rank * config.micro_batch_size
             targets[max(n_rows - first, 0) :] = IGNORE_INDEX
             with self._autocast():
-                loss_sum, _ = self.eval_forward(self._to_device(idx, targets))
+                loss_sum, _ = self.eval_forward(self._to_device(idx, targets, *doc_start))
             totals += torch.stack(
                 [loss_sum.double(), (targets != IGNORE_INDEX).sum().to(loss_sum.device)]
             )
@@ -221,14 +220,20 @@ class Trainer:
             ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
             ("run folder", str(self.folder)),
         ]
+        if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
+            known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
+            rows.append(("verify", f"{c.verify}, hashes are known of {known} of {n} shards"))
+        if isinstance(data, Mixture):
+            for path, epochs in data.epochs(c.max_steps, self.rows_per_step).items():
+                rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
         if self.first_step:
             rows.append(("resumed", f"from step {self.first_step}"))
         elif not c.init_from:
             rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
         return rows
 
-    def _to_device(self, idx: Tensor, targets: Tensor) -> Batch:
-        batch = {"idx": idx, "targets": targets}
+    def _to_device(self, *parts: Tensor) -> Batch:
+        batch = dict(zip(("idx", "targets", "doc_start"), parts, strict=False))
         if self.group.device.type == "cuda":
             # The allocator keeps each pinned buffer until its copy is done.
             batch = {
