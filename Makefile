@@ -1,6 +1,7 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
-# Both work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+# make gpu     on a machine with a GPU: parity tests at full size, then the kernel benchmarks
+# The first two work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +11,10 @@ RUN := runs/shakespeare_char
 # quiet one as fast (docs/LOG.md).
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test clean
+# make gpu needs PyTorch for CUDA and pytest, no installation; everything it finds lies in OUT.
+OUT ?= benchmarks/results/gpu
+
+.PHONY: train test gpu clean
 
 train: .venv/.train
 	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
@@ -45,6 +49,13 @@ install:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRA)]'
 	@touch .venv/.$(if $(filter dev,$(EXTRA)),test,train)
+
+gpu:
+	@mkdir -p $(OUT)
+	@echo "== Parity of the kernels on this GPU"
+	@TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -c /dev/null --rootdir . -m gpu tests/gpu 2>&1 | tee $(OUT)/tests.log
+	@echo "== Kernel benchmarks"
+	@$(PYTHON) benchmarks/kernels.py --out $(OUT) 2>&1 | tee $(OUT)/kernels.log
 
 clean:
 	rm -rf .venv build *.egg-info gpt2/*.so

@@ -350,6 +350,9 @@ def run_script(main) -> None:
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         print(f"error{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr, flush=True)
+        if rank:  # at once, without waiting for other ranks: torchrun then ends them
+            sys.stdout.flush()
+            os._exit(1)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import GPTConfig
-from gpt2.ops import Ops, doc_mask, select_ops
+from gpt2.ops import Ops, select_ops
 
 
 class KVCache:
@@ -73,18 +73,10 @@ class CausalSelfAttention(nn.Module):
         if cache is None:
             y = self.ops.attention(qkv, doc_start=doc_start)  # (B, T, H, D)
         else:
-            y = self._cached_attention(qkv, doc_start, cache)  # (B, T, H, D)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+            k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
+            y = self.ops.cached_attention(q, k, v, doc_start)  # (B, T, H, D)
         return self.dropout(self.c_proj(y.reshape(B, T, C)))
-
-    def _cached_attention(self, qkv: Tensor, doc_start: Tensor | None, cache: KVCache) -> Tensor:
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
-        k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
-        T, S = q.shape[2], k.shape[2]
-        if doc_start is None and 1 < T < S:
-            doc_start = torch.zeros(1, T, dtype=torch.int32, device=q.device)
-        mask = None if doc_start is None else doc_mask(doc_start, S)  # (B, 1, T, S)
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
-        return y.transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -133,7 +125,7 @@ class GPT(nn.Module):
         self, config: GPTConfig, ops: str | Ops = "auto", device: str | torch.device = "cpu"
     ):
         super().__init__()
-        ops = select_ops(ops, device)
+        ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
         self.transformer = nn.ModuleDict(
             dict(

@@ -1,6 +1,7 @@
-"""Which implementation of the four kernels a model uses. The only importer of triton_kernels.
+"""Which implementation of the kernels a model uses. The only importer of triton_kernels.
 
 The choice belongs to the run, not to the model: what was trained with one samples with the other.
+The kernels are imported when a model is made, not before, since importing Triton takes a while.
 """
 
 from collections.abc import Callable
@@ -8,23 +9,23 @@ from dataclasses import dataclass
 
 import torch
 
-from triton_kernels import reference
-from triton_kernels.reference import doc_mask as doc_mask
-
 
 @dataclass(frozen=True)
 class Ops:
-    """The four operations, with the signatures of triton_kernels.reference, and why these."""
+    """The operations, with the signatures of triton_kernels.reference, and why these."""
 
     name: str  # "triton" or "torch"
     reason: str
     attention: Callable
+    cached_attention: Callable
     layer_norm: Callable
     cross_entropy: Callable
     linear_cross_entropy: Callable
 
 
-def select_ops(kernels: str | Ops = "auto", device: str | torch.device = "cpu") -> Ops:
+def select_ops(
+    kernels: str | Ops = "auto", device: str | torch.device = "cpu", head_dim: int = 64
+) -> Ops:
     """The implementation for "auto", "triton" or "torch" on a device; an Ops passes through.
 
     Raises ValueError where "triton" was asked for and cannot run, with the reason.
@@ -35,19 +36,52 @@ def select_ops(kernels: str | Ops = "auto", device: str | torch.device = "cpu") 
         raise ValueError(f"unknown kernels {kernels!r}: use auto, triton or torch")
     if kernels == "torch":
         return _torch_ops("asked for")
-    missing = _why_not_triton(torch.device(device))
+    missing = _why_not_triton(torch.device(device), head_dim)
     if missing and kernels == "triton":
         raise ValueError(f"kernels 'triton' cannot run: {missing}; use --kernels torch")
-    return _torch_ops(missing)
+    if missing:
+        return _torch_ops(missing)
+    # Interpreted kernels are exact but thousands of times slower: only for those who ask.
+    if kernels == "auto" and torch.device(device).type == "cpu":
+        return _torch_ops("on a CPU the Triton kernels are only interpreted")
+    return _triton_ops("asked for" if kernels == "triton" else "a GPU they run on")
 
 
 def _torch_ops(reason: str) -> Ops:
-    r = reference
-    return Ops("torch", reason, r.attention, r.layer_norm, r.cross_entropy, r.linear_cross_entropy)
+    from triton_kernels import reference as r
+
+    return Ops(
+        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy,
+        r.linear_cross_entropy,
+    )  # fmt: skip
 
 
-def _why_not_triton(device: torch.device) -> str:
+def _triton_ops(reason: str) -> Ops:
+    import triton_kernels as t
+    from triton_kernels import reference
+
+    return Ops(
+        "triton", reason, t.attention, reference.cached_attention, t.layer_norm, t.cross_entropy,
+        t.linear_cross_entropy,
+    )  # fmt: skip
+
+
+def _why_not_triton(device: torch.device, head_dim: int) -> str:
     """Empty where the Triton kernels run, else the reason why they do not."""
-    if device.type != "cuda":
-        return f"the Triton kernels need a CUDA GPU and the device is {device.type!r}"
-    return "this version has no Triton kernels yet"
+    try:
+        from triton_kernels.attention import INTERPRETED, MAX_HEAD_DIM
+    except ModuleNotFoundError:
+        return "Triton is not installed"
+    if head_dim > MAX_HEAD_DIM:
+        return (
+            f"the Triton kernels need a head dimension of at most {MAX_HEAD_DIM}, the model has "
+            f"{head_dim}"
+        )
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        old = torch.version.hip is None and major < 8
+        needed = "the Triton kernels need compute capability 8.0, this GPU has"
+        return f"{needed} {major}.{minor}" if old else ""
+    if device.type == "cpu" and INTERPRETED:
+        return ""
+    return f"the Triton kernels need a CUDA GPU and the device is {device.type!r}"

@@ -140,8 +140,10 @@ def test_sample_errors(script, tmp_path, train_config):
     assert "does not occur in the text" in one_line_error(unknown)
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
     assert "no such checkpoint" in one_line_error(script("sample", tmp_path / "nowhere"))
-    triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
-    assert "need a CUDA GPU" in one_line_error(triton)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+        triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
+    assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
 
 
 @pytest.mark.parametrize("mode", ["online", "offline"])

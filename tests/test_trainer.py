@@ -170,7 +170,6 @@ def test_samples_while_training(train_config, capsys):
     "changes, message",
     [
         (dict(tokens_per_step=250), "nearest valid tokens_per_step are 128 and 256"),
-        (dict(kernels="triton"), "cannot run: the Triton kernels need a CUDA GPU"),
         (dict(device="cuda:99"), "cuda"),
         (dict(device="tpu"), "unknown device 'tpu'"),
         (dict(vocab_size=50), "smaller than the 65 entries"),

@@ -5,25 +5,212 @@ table's comment says how its figures were found: "ahead of time" (registers, spi
 or "measured" (where and when).
 """
 
+import contextlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
+import triton
+
+Entry = TypeVar("Entry")
 
 
 @dataclass(frozen=True)
 class StaticConfig:
-    """One shipped kernel configuration, described so that it compiles without a GPU
-    (benchmarks/static.py)."""
+    """A shipped kernel configuration, described so that benchmarks/static.py can compile it."""
 
     op: str  # "attention fwd", "layer_norm bwd", ...
     shape: str  # the GPT-2 shape that the figures below are for, as text
     kernel: Any  # the @triton.jit function
     signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
     constexprs: dict[str, Any]
-    divisible_by_16: tuple[
-        str, ...
-    ]  # arguments whose value or address the launcher knows to divide by 16
+    divisible_by_16: tuple[str, ...]  # arguments known to be so, in value or address
     num_warps: int
     num_stages: int
     bytes: int = 0  # least memory traffic of the operation at that shape
     flops: int = 0  # tensor-core work at that shape
     options: dict[str, Any] = field(default_factory=dict)  # further compile options
+
+
+def architecture(device: torch.device) -> str:
+    """The tables' key for a device: "interpret" for the CPU, "sm_90" for CUDA, "gfx942" for HIP."""
+    if device.type == "cpu":
+        return "interpret"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
+    """The table's entry for arch, or for the nearest lower known one (sm_86 takes sm_80's)."""
+    if arch in table:
+        return table[arch]
+    if arch.startswith("gfx"):
+        return table["gfx942"]
+    known = sorted(int(key[3:]) for key in table if key.startswith("sm_"))
+    lower = [number for number in known if number <= int(arch[3:])]
+    return table[f"sm_{(lower or known)[-1 if lower else 0]}"]
+
+
+def device_guard(kernel: Any, name: str, tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The context to launch kernel on tensor's device in; ValueError where it cannot run there."""
+    if tensor.device.type == "cuda":
+        return torch.cuda.device(tensor.device)
+    if tensor.device.type == "cpu" and not isinstance(kernel, triton.JITFunction):
+        return contextlib.nullcontext()  # decorated under TRITON_INTERPRET=1
+    raise ValueError(
+        f"{name} is on {tensor.device}, where Triton kernels do not run: move it to a CUDA device, "
+        "call triton_kernels.reference instead, or set TRITON_INTERPRET=1 before the first import "
+        "(CPU, for tests)"
+    )
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AttentionTiles:
+    """A tile of scores, and the warps and pipeline stages of the program that walks over them."""
+
+    block_m: int  # queries
+    block_n: int  # keys
+    num_warps: int
+    num_stages: int
+
+
+def _t(block_m: int, block_n: int, num_warps: int, num_stages: int) -> AttentionTiles:
+    return AttentionTiles(block_m, block_n, num_warps, num_stages)
+
+
+# architecture -> kernel -> head dimension up to -> length up to -> tiles, for fp16 and bf16.
+# All of it chosen ahead of time, none measured: compiled by benchmarks/static.py with Triton 3.7.1
+# (sm_90 with 3.6.0 too), with and without documents, D = 32 to 128. The rules, in this order:
+# 1. no spills; 2. two programs a multiprocessor or more where registers and shared memory allow it,
+# since a program waits for its own matrix products before each exponential, and only another
+# program's products can fill that time; 3. the largest tile left. sm_80's fit in 99 KB of shared
+# memory, because sm_86 and sm_89 use them. Where 1 rules out 2 the line says so.
+_ANY = 1 << 62
+ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
+    "interpret": {  # small, so that short tests meet full, diagonal and ragged tiles
+        "fwd": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dq": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dkv": {128: {_ANY: _t(32, 64, 4, 1)}},
+    },
+    "sm_80": {  # 128x64 in 4 warps spills with documents; dk/dv 64x64 spills
+        "fwd": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(128, 32, 8, 2)}},
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dkv": {64: {_ANY: _t(32, 64, 4, 2)}, 128: {_ANY: _t(32, 64, 8, 2)}},
+    },
+    "sm_90": {
+        # Up to 256 tokens a 64-row tile wastes less of its work above the diagonal.
+        # D = 128 forward: one program of 8 warps; 128x128 spills, 64x64 loads twice as much.
+        "fwd": {
+            64: {256: _t(64, 64, 4, 3), _ANY: _t(128, 64, 4, 3)},
+            128: {_ANY: _t(128, 64, 8, 3)},
+        },
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 64, 4, 2)}},
+        # D = 128: 64x64 and 64x128 spill at any number of warps.
+        "dkv": {64: {_ANY: _t(64, 64, 4, 2)}, 128: {_ANY: _t(32, 128, 8, 2)}},
+    },
+    "sm_100": {  # accumulators live in tensor memory, and 128 rows fill a tcgen05 instruction
+        "fwd": {128: {_ANY: _t(128, 64, 8, 3)}},
+        "dq": {128: {_ANY: _t(128, 64, 8, 2)}},
+        "dkv": {128: {_ANY: _t(64, 128, 8, 2)}},
+    },
+    "sm_120": {  # 99 KB of shared memory, mma.sync
+        "fwd": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dq": {64: {_ANY: _t(64, 64, 4, 3)}, 128: {_ANY: _t(64, 32, 4, 2)}},
+        "dkv": {64: {_ANY: _t(32, 64, 4, 2)}, 128: {_ANY: _t(32, 64, 8, 2)}},
+    },
+    "gfx942": {  # 64 KB of shared memory
+        "fwd": {128: {_ANY: _t(128, 32, 4, 1)}},
+        "dq": {128: {_ANY: _t(64, 32, 4, 1)}},
+        "dkv": {128: {_ANY: _t(32, 64, 4, 1)}},
+    },
+}
+
+# fp32 products are exact (IEEE), so not on tensor cores: small tiles, for checking, not for speed.
+ATTENTION_FP32: dict[str, dict[int, dict[int, AttentionTiles]]] = {
+    "fwd": {128: {_ANY: _t(32, 16, 4, 2)}},
+    "dq": {128: {_ANY: _t(32, 16, 4, 2)}},
+    "dkv": {128: {_ANY: _t(16, 16, 4, 2)}},
+}
+
+
+def attention_tiles(
+    kernel: str, arch: str, itemsize: int, head_dim: int, length: int
+) -> AttentionTiles:
+    """Tiles of kernel "fwd", "dq" or "dkv" for inputs of itemsize bytes an element."""
+    small = itemsize == 4 and arch != "interpret"
+    table = ATTENTION_FP32 if small else for_architecture(ATTENTION, arch)
+    lengths = table[kernel][min(limit for limit in table[kernel] if head_dim <= limit)]
+    return lengths[min(limit for limit in lengths if length <= limit)]
+
+
+# --- layer norm and cross entropy ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerNormTile:
+    """Tiles of one row width, rounded up to a power of two."""
+
+    fwd_rows: int  # rows that a forward program normalises
+    fwd_warps: int
+    bwd_rows: int  # rows that a backward program holds at a time
+    bwd_warps: int
+    bwd_programs: int  # backward programs per multiprocessor; each leaves a partial dw and db
+    bwd_stages: int = 1  # more than 1: the next rows are fetched through shared memory meanwhile
+    dw_parts: int = 128  # partial rows and columns that a second-stage program adds at a time;
+    dw_cols: int = 16  # 16 columns give 96 programs at width 768
+
+
+@dataclass(frozen=True)
+class CrossEntropyTile:
+    """A row of logits is read in whole tiles and then, masked, in tail tiles."""
+
+    block: int
+    tail: int
+    warps: int
+
+
+# Ahead of time (sm_90, bf16 rows, fp32 weight): registers a thread, none spills, rows move 16 bytes
+# at a time. Width 768: forward 72, backward 96 and 12 KiB of shared memory; width 1600: forward 80,
+# backward 99 and 24 KiB. Four backward rows a program instead of two need 159 registers; one row
+# halves the bytes in flight. The other architectures differ by a few registers and do not spill.
+_NORM = {
+    256: LayerNormTile(8, 4, 8, 4, 4),
+    1024: LayerNormTile(4, 4, 2, 4, 4, bwd_stages=2),
+    2048: LayerNormTile(2, 4, 2, 8, 2, bwd_stages=2),
+    4096: LayerNormTile(1, 8, 1, 8, 2),
+    16384: LayerNormTile(1, 16, 1, 16, 1),
+}
+LAYER_NORM = {  # architecture -> width up to -> tile
+    "interpret": {
+        1024: LayerNormTile(8, 1, 4, 1, 3, dw_parts=2, dw_cols=512),
+        16384: LayerNormTile(2, 1, 2, 1, 3, dw_parts=2, dw_cols=512),
+    },
+    "sm_80": _NORM,
+    "sm_90": _NORM,
+    "sm_100": _NORM,
+    "sm_120": _NORM,
+    "gfx942": _NORM,
+}
+
+# Ahead of time (sm_90, bf16): 49 registers with 16 warps, so that two rows are at home on a
+# multiprocessor. Their 2 x 100 kB fit in its L1, and all rows at home in half of the L2, for the
+# second reading. Blocks of 8192 with 16 warps need 72 registers, and with 32 warps leave room for
+# one row only, whose reductions nothing would hide.
+CROSS_ENTROPY = {
+    "interpret": CrossEntropyTile(block=4096, tail=1024, warps=1),
+    "sm_80": CrossEntropyTile(block=4096, tail=2048, warps=16),
+    "sm_90": CrossEntropyTile(block=4096, tail=2048, warps=16),
+    "sm_100": CrossEntropyTile(block=4096, tail=2048, warps=16),
+    "sm_120": CrossEntropyTile(block=4096, tail=2048, warps=16),
+    "gfx942": CrossEntropyTile(block=4096, tail=2048, warps=8),
+}
+
+
+def layer_norm_tile(arch: str, width: int) -> LayerNormTile:
+    table = for_architecture(LAYER_NORM, arch)
+    return table[min(limit for limit in table if limit >= width)]

@@ -20,37 +20,34 @@ def pretrain(config: TrainConfig) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
     group = distributed.start(config.device)
-    try:
-        resumed = _find_checkpoint(config)
-        manifest = read_manifest(config.data)
-        data_tokenizer = tokenizer.from_dict(
-            manifest["tokenizer"] if manifest else {"name": "gpt2"}
+    resumed = _find_checkpoint(config)
+    manifest = read_manifest(config.data)
+    data_tokenizer = tokenizer.from_dict(manifest["tokenizer"] if manifest else {"name": "gpt2"})
+    torch.manual_seed(config.seed)
+    model = _make_model(config, data_tokenizer, group.device)
+    block_size = config.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size {block_size} is longer than the context of {config.init_from}, "
+            f"{model.config.block_size}"
         )
-        torch.manual_seed(config.seed)
-        model = _make_model(config, data_tokenizer, group.device)
-        block_size = config.block_size or model.config.block_size
-        if block_size > model.config.block_size:
-            raise ValueError(
-                f"block_size {block_size} is longer than the context of {config.init_from}, "
-                f"{model.config.block_size}"
-            )
 
-        def load(split: str) -> TokenLoader:
-            return TokenLoader(
-                find_shards(config.data, split), block_size, config.seed, split == "train",
-                vocab_size=data_tokenizer.vocab_size, backend=config.loader,
-            )  # fmt: skip
+    def load(split: str) -> TokenLoader:
+        return TokenLoader(
+            find_shards(config.data, split), block_size, config.seed, split == "train",
+            vocab_size=data_tokenizer.vocab_size, backend=config.loader,
+        )  # fmt: skip
 
-        val_data = load("val") if config.eval_every else None
-        objective = LanguageModeling(model)
-        trainer = Trainer(config, objective, load("train"), val_data, data_tokenizer, group)
-        if resumed is not None:
-            trainer.resume(resumed)
-            if group.is_main:
-                _show_changes(config, resumed)
-        trainer.run()
-    finally:
-        distributed.stop(group)
+    val_data = load("val") if config.eval_every else None
+    objective = LanguageModeling(model)
+    trainer = Trainer(config, objective, load("train"), val_data, data_tokenizer, group)
+    if resumed is not None:
+        trainer.resume(resumed)
+        if group.is_main:
+            _show_changes(config, resumed)
+    trainer.run()
+    # Only here: a rank that failed must end at once, not wait for the others to end too.
+    distributed.stop(group)
 
 
 def _make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
