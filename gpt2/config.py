@@ -204,8 +204,8 @@ class PrepareConfig:
     field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
     split: str = "train"  # of --hf: the split to read
     val: str = ""  # a file or folder (for --hf a split) that is val; default: see val_fraction
-    val_fraction: float | None = None  # of one's own data, default 0.1: of less than 100 texts the
-    # end of each; else this part of the documents, by a hash of their text
+    # Below 100 text files each gives its end to val; otherwise a hash of a document's text decides.
+    val_fraction: float | None = None  # part of your own data that becomes val; default 0.1
     max_documents: int | None = None  # read only this many, of each of the source's splits
     max_shards: int | None = None  # of a data set of token shards: fetch only this many for train
     out: str = ""  # folder to write; default data/NAME

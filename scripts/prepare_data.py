@@ -1,11 +1,11 @@
 """Turns text into token shards.
 
-python scripts/prepare_data.py shakespeare_char             # a registered data set
-python scripts/prepare_data.py --text my_book.txt           # your own text, GPT-2 tokens
-python scripts/prepare_data.py --text notes/ --tokenizer char --out data/notes
-python scripts/prepare_data.py --jsonl wiki/ --field text --val wiki/val.jsonl.xz
-python scripts/prepare_data.py --hf roneneldan/TinyStories --split train --val validation
-python scripts/prepare_data.py --verify data/notes          # checks every byte of its shards
+    python scripts/prepare_data.py shakespeare_char             # a registered data set
+    python scripts/prepare_data.py --text my_book.txt           # your own text, GPT-2 tokens
+    python scripts/prepare_data.py --text notes/ --tokenizer char --out data/notes
+    python scripts/prepare_data.py --jsonl wiki/ --field text --val wiki/val.jsonl.xz
+    python scripts/prepare_data.py --hf roneneldan/TinyStories --split train --val validation
+    python scripts/prepare_data.py --verify data/notes          # checks every byte of its shards
 
 The same command again goes on where an interrupted one stopped, and does nothing when it is done.
 """

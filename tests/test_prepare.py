@@ -26,6 +26,7 @@ from gpt2.data import datasets as registry
 from gpt2.data import find_shards, open_shards, read_manifest, write_shard
 from gpt2.data import prepare as module
 from gpt2.data.prepare import prepare
+from gpt2.data.progress import Progress
 from gpt2.data.verify import verify
 from gpt2.tokenizer import from_dict
 
@@ -371,7 +372,8 @@ m.CHECKPOINT_S = 0.02
 m.make_chunks.__defaults__ = (20_000,)
 for out in sys.stdin:
     if pid := os.fork():
-        print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
     else:
         os.dup2(2, 1)
         try:
@@ -388,23 +390,26 @@ for out in sys.stdin:
 def test_killed_at_random_moments_it_ends_the_same(tmp_path, how, n_kills):
     """Processes with workers, killed at moments that nothing chose."""
     path = write_jsonl(tmp_path / "a.jsonl", texts(20_000))
-    with subprocess.Popen(
+    with open(tmp_path / "err", "w") as err, subprocess.Popen(
         [sys.executable, "-c", FORKS, str(path)], text=True, bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
     ) as forks:  # fmt: skip
         rng, kills, n = random.Random(how), 0, 0
         forks.stdin.write(f"{tmp_path / 'whole'}\n")
-        assert forks.stdout.readline().endswith(" 0\n")
+        forks.stdout.readline()
+        start = time.monotonic()
+        assert forks.stdout.readline() == "0\n"
+        whole_s = time.monotonic() - start
         expected = hashes(tmp_path / "whole")
         assert len(expected) > 5
         while kills < n_kills:
             out = tmp_path / f"cut{n}"
             forks.stdin.write(f"{out}\n")
-            pid = child_of(forks.pid)
-            time.sleep(0.6 * rng.random())
+            pid = int(forks.stdout.readline())
+            time.sleep(whole_s * rng.random())
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, how)
-            status = int(forks.stdout.readline().split()[1])
+            status = int(forks.stdout.readline())
             if status:
                 kills += 1
                 assert status == (-how if how == signal.SIGKILL else 130)
@@ -413,17 +418,26 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, how, n_kills):
                 assert hashes(out) == expected and verify(out) == []
                 n += 1
         forks.stdin.write(f"{out}\n")
-        assert forks.stdout.readline().endswith(" 0\n")
+        assert (forks.stdout.readline(), forks.stdout.readline())[1] == "0\n"
         assert hashes(out) == expected
-        forks.stdin.close()
-        err = forks.stderr.read()
-    assert "going on after" in err
+    assert "going on after" in (tmp_path / "err").read_text()
 
 
-def child_of(pid: int) -> int:
-    while not (children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
-        time.sleep(0.001)
-    return int(children[0])
+def test_progress_in_lines_and_in_a_terminal(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("gpt2.data.progress.time.monotonic", lambda: now[0])
+    with Progress("x") as progress:
+        for now[0], fraction in ((1.0, 0.5), (5.0, 0.55), (21.0, 0.6), (22.0, 0.61), (31.0, None)):
+            progress.update(1000, 2_000_000, 42, fraction)
+    assert capsys.readouterr().err.splitlines() == [
+        "x: 1,000 documents, 2,000,000 tokens, 2/s, 60.0%, ETA 1:20",
+        "x: 1,000 documents, 2,000,000 tokens, 1/s",
+    ]
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("in a terminal") as progress:
+        progress.update(1000, 2_000_000, 42, 0.5)
+    assert "in a terminal" in capsys.readouterr().err
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path):

@@ -137,10 +137,10 @@ class _Texts:
     def __init__(self, config: PrepareConfig, name: str):
         if config.max_shards is not None:
             raise ValueError("max_shards goes with data sets of token shards: use max_documents")
-        self.name = name
+        self.name, dataset = name, find_dataset(config.name) if config.name else None
         self.source = make_source(config)
-        own = find_dataset(config.name).tokenizer if config.name else "gpt2"
-        self.kind = config.tokenizer or own
+        self.kind = config.tokenizer or (dataset.tokenizer if dataset else "gpt2")
+        self.expected = dataset.tokens if dataset and config.max_documents is None else None
         self.shard_tokens = config.shard_tokens
         self.workers = default_workers() if config.workers is None else config.workers
         self.made_from = {
@@ -192,12 +192,16 @@ class _Texts:
                         self._checkpoint(*state)
                         saved = time.monotonic()
                     documents, tokens = self._counts()
-                    progress.update(documents, tokens, tokens - before, source.fraction_read())
+                    progress.update(documents, tokens, tokens - before, self._fraction(tokens))
             except (KeyboardInterrupt, OSError):
                 if state is not None:
                     with contextlib.suppress(OSError):  # the disk may be full
                         self._checkpoint(*state)
                 raise
+
+    def _fraction(self, tokens: int) -> float | None:
+        read = self.source.fraction_read()
+        return min(1.0, tokens / self.expected) if read is None and self.expected else read
 
     def _write(self, encoded: Encoded) -> bool:
         finished = False

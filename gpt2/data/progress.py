@@ -7,15 +7,14 @@ LINE_S = 10.0  # seconds between lines where there is no terminal
 
 
 class Progress:
-    """documents, tokens, tokens/s and the time left, on stderr; use it in a `with` block.
+    """documents, tokens, tokens/s and the time left, on stderr; use it in a `with` block."""
 
-    fraction: how much was done before, 0 to 1.
-    """
-
-    def __init__(self, title: str, fraction: float = 0.0):
+    def __init__(self, title: str):
         self.title = title
         self._start = self._shown = time.monotonic()
-        self._first_fraction = fraction
+        # What a run that goes on skipped says nothing about the time left: it counts from its first
+        # tokens on.
+        self._first: tuple[float, float] | None = None
         self._bar = _live_bar(title) if sys.stderr.isatty() else None
 
     def __enter__(self) -> "Progress":
@@ -31,15 +30,18 @@ class Progress:
         """new_tokens: of this run, for the speed; fraction: done of all, None where not known."""
         now = time.monotonic()
         seconds = now - self._start
+        if self._first is None and fraction is not None:
+            self._first = now, fraction
         if self._bar is None and now - self._shown < LINE_S:
             return
         self._shown = now
         speed = new_tokens / max(seconds, 1e-9)
         text = f"{documents:,} documents, {tokens:,} tokens, {speed:,.0f}/s"
         if fraction is not None:
-            done = fraction - self._first_fraction
-            left = seconds * (1 - fraction) / done if done > 0 else 0.0
-            text += f", {fraction:.1%}, ETA {_clock(left)}"
+            since, first = self._first
+            text += f", {fraction:.1%}"
+            if fraction > first:
+                text += f", ETA {_clock((now - since) * (1 - fraction) / (fraction - first))}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=fraction or 0.0, text=text)
         else:
