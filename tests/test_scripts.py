@@ -89,7 +89,7 @@ def test_export(script, tmp_path, shakespeare):
 def test_shakespeare_is_nanogpts_split(shakespeare, tmp_path):
     from gpt2.config import PrepareConfig
     from gpt2.data import find_shards, open_shards
-    from gpt2.data.datasets import prepare
+    from gpt2.data.prepare import prepare
 
     counts = [open_shards(find_shards(shakespeare, s))[0].n_tokens for s in ("train", "val")]
     assert counts == [1_003_854, 111_540]
@@ -111,7 +111,7 @@ def test_folder_of_texts_is_separated_by_end_of_text(script, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     train = [s.tokens().tolist() for s in open_shards(find_shards(out, "train"))]
-    assert sum(train, []) == [97] * 9 + [256] + [98] * 9 + [256]
+    assert sum(train, []) == [256] + [97] * 9 + [256] + [98] * 9
     assert [len(t) for t in train] == [8, 8, 4]
 
 
