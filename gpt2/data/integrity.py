@@ -164,6 +164,8 @@ def _check_record(record: dict) -> None:
     for key, kind in (("file", str), ("tokens", int), ("bytes", int), ("sha256", str)):
         if type(record[key]) is not kind:
             raise ValueError(f"{key} is {record[key]!r}")
+    if Path(record["file"]).name != record["file"]:
+        raise ValueError(f"file is {record['file']!r}, not a file's name")
     if not re.fullmatch("[0-9a-f]{64}", record["sha256"]):
         raise ValueError(f"sha256 is {record['sha256']!r}")
     blocks = record.get(BLOCK_KEY)

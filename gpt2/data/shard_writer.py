@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from gpt2.data.integrity import BLOCK_BYTES, BLOCK_KEY
 from gpt2.data.shards import HEADER_BYTES, shard_header
-
-BLOCK_BYTES = 1 << 22  # of a file; each has a hash of its own, so that damage has a place
 
 
 class ShardWriter:
@@ -139,7 +138,7 @@ def file_hashes(path: Path) -> dict:
             whole.update(block)
             blocks.append(xxhash.xxh3_64_hexdigest(block))
             size += len(block)
-    return {"bytes": size, "sha256": whole.hexdigest(), "xxh3_64_of_4MiB": blocks}
+    return {"bytes": size, "sha256": whole.hexdigest(), BLOCK_KEY: blocks}
 
 
 def write_json(path: Path, value) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import xxhash
 
-from gpt2.data.shard_writer import BLOCK_BYTES
+from gpt2.data.integrity import BLOCK_BYTES, BLOCK_KEY, manifest_records
 from gpt2.data.shards import find_shards, open_shards, read_manifest
 
 
@@ -23,11 +23,11 @@ def verify(folder: str | Path) -> list[str]:
     if manifest is None or "splits" not in manifest:
         return [problem for name in sorted(there) for problem in _check_header(folder / name)]
     problems = []
-    for split, shard in _records(folder, manifest):
-        path = folder / shard["file"]
+    for name, shard in manifest_records(folder).items():
+        path = folder / name
         there.discard(path.name)
         if not path.is_file():
-            problems.append(f"{path}: missing; the manifest has it in split {split}")
+            problems.append(f"{path}: missing, but the manifest has it")
             continue
         problems += _check_header(path) or _check_content(path, shard)
     problems += [f"{folder / name}: not in the manifest, but training would read it"
@@ -42,24 +42,6 @@ def _found(folder: Path, split: str) -> list[Path]:
         if not folder.is_dir():
             raise
         return []
-
-
-def _records(folder: Path, manifest: dict) -> list[tuple[str, dict]]:
-    try:
-        records = [
-            (split, shard) for split, v in manifest["splits"].items() for shard in v["shards"]
-        ]
-        for _, shard in records:
-            if not isinstance(shard["file"], str) or Path(shard["file"]).name != shard["file"]:
-                raise ValueError(f"no file name: {shard['file']!r}")
-            for key, kind in (("bytes", int), ("tokens", int), ("sha256", str)):
-                if not isinstance(shard[key], kind):
-                    raise ValueError(f"{key} of {shard['file']} is {shard[key]!r}")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{folder / 'manifest.json'}: damaged ({error!r}); prepare the data again"
-        ) from error
-    return records
 
 
 def _check_header(path: Path) -> list[str]:
@@ -78,7 +60,7 @@ def _check_content(path: Path, shard: dict) -> list[str]:
     (opened,) = open_shards(path)
     if opened.n_tokens != shard["tokens"]:
         return [f"{path}: {opened.n_tokens} tokens, the manifest has {shard['tokens']}"]
-    whole, expected, problems = hashlib.sha256(), shard.get("xxh3_64_of_4MiB", []), []
+    whole, expected, problems = hashlib.sha256(), shard.get(BLOCK_KEY, []), []
     with open(path, "rb") as file:
         for number in range(-(-size // BLOCK_BYTES)):
             block = file.read(BLOCK_BYTES)
