@@ -134,7 +134,7 @@ def litdata_loader(folder: Path, rows: int) -> Batches:
     dataset = StreamingDataset(
         str(folder / "litdata"), item_loader=TokensLoader(block_size=T + 1), shuffle=True
     )
-    return windows_of(forever(StreamingDataLoader(dataset, rows, drop_last=True, num_workers=0)))
+    return windows_of(forever(StreamingDataLoader(dataset, batch_size=rows, drop_last=True)))
 
 
 def _litdata_shard(path: str):
