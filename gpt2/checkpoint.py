@@ -142,16 +142,16 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     path = Path(path_or_name)
     if _is_hf_folder(path):
         return hf.load_hf(path, device, kernels)
-    if path.exists():
+    if _is_ours(path):
         checkpoint = read_checkpoint(path)
         model = GPT(checkpoint.model, kernels, device)
         load_training_state(checkpoint, model)
         return model
-    if _may_be_hub_name(str(path_or_name)):
+    if str(path_or_name) in hf.HUB_NAMES or not path.exists() and _may_be_hub_name(path_or_name):
         return hf.load_hf(hf.download(str(path_or_name)), device, kernels)
     raise OSError(
         errno.ENOENT,
-        "no such checkpoint, run or Hugging Face folder, and no name of the hub "
+        "no checkpoint, run or Hugging Face folder, and no name of the hub "
         f"({', '.join(hf.HUB_NAMES)}, or owner/name)",
         str(path_or_name),
     )
@@ -160,7 +160,7 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     """The tokenizer that a model was trained with; of Hugging Face models, GPT-2's."""
     path = Path(path_or_name)
-    if path.exists() and not _is_hf_folder(path):
+    if _is_ours(path):
         return tokenizer.from_dict(read_checkpoint(path).tokenizer)
     return tokenizer.GPT2Tokenizer()
 
@@ -265,6 +265,10 @@ def _is_hf_folder(path: Path) -> bool:
     return (path / "config.json").exists() and not (path / META).exists()
 
 
-def _may_be_hub_name(name: str) -> bool:
-    owner_and_name = name.split("/")
-    return name in hf.HUB_NAMES or (len(owner_and_name) == 2 and all(owner_and_name))
+def _is_ours(path: Path) -> bool:
+    return (path / META).exists() or (path / "checkpoints").is_dir()
+
+
+def _may_be_hub_name(name: str | Path) -> bool:
+    owner_and_name = str(name).split("/")
+    return len(owner_and_name) == 2 and all(owner_and_name)

@@ -267,21 +267,46 @@ class PrepareConfig:
     """Options of scripts/prepare_data.py."""
 
     name: str = ""  # a registered data set; see the list above
-    text: str = ""  # or a UTF-8 text file, or a folder of .txt files, of your own
+    text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
+    jsonl: str = ""  # or a file of one JSON object a line, or a JSON list of them, or a folder
+    parquet: str = ""  # or a parquet file, or a folder of them
+    hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
+    verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
+    field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
+    split: str = "train"  # of --hf: the split to read
+    val: str = ""  # a file or folder (for --hf a split) that is val; default: see val_fraction
+    # Below 100 text files each gives its end to val; otherwise a hash of a document's text decides.
+    val_fraction: float | None = None  # part of your own data that becomes val; default 0.1
+    max_documents: int | None = None  # read only this many, of each of the source's splits
+    max_shards: int | None = None  # of a data set of token shards: fetch only this many for train
     out: str = ""  # folder to write; default data/NAME
-    tokenizer: Literal["", "gpt2", "byte", "char"] = (
-        ""  # default: the data set's own; gpt2 for text
-    )
-    val_fraction: float = 0.1  # of a text of one's own: its last part becomes the val split
-    shard_tokens: int = 100_000_000
+    tokenizer: Literal["", "gpt2", "byte", "char"] = ""  # default: the data set's own, or gpt2
+    shard_tokens: int = 100_000_000  # tokens in a shard; the last one of a split has fewer
+    workers: int | None = None  # tokenizing processes; 0: none besides this; default: one a CPU
 
     def __post_init__(self):
-        if bool(self.name) == bool(self.text):
-            raise ValueError("give either the NAME of a data set or --text FILE, not both")
-        if not 0.0 < self.val_fraction < 1.0:
+        sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
+        if sum(bool(getattr(self, s)) for s in sources) != 1:
+            raise ValueError(
+                "give either the NAME of a data set or one of --text, --jsonl, --parquet, --hf, "
+                "--verify"
+            )
+        if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
-        if self.shard_tokens < 1:
-            raise ValueError(f"shard_tokens must be at least 1, got {self.shard_tokens}")
+        if self.name and (self.val or self.val_fraction is not None):
+            raise ValueError(f"val and val_fraction go with your own data; {self.name} has its own")
+        if self.val and self.val_fraction is not None:
+            raise ValueError("give either val or val_fraction, not both")
+        if self.field != "text" and not (self.jsonl or self.parquet or self.hf):
+            raise ValueError("field goes with jsonl, parquet and hf")
+        if self.split != "train" and not self.hf:
+            raise ValueError("split goes with hf")
+        for name in ("shard_tokens", "max_documents", "max_shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
 
 
 @dataclass(frozen=True)
@@ -321,7 +346,9 @@ def parse(cls, description: str, argv: list[str] | None = None):
         else:
             argv = [f"--{fields[0].name}", first, *argv]
     default = cls(**values) if values else None
-    return tyro.cli(cls, args=argv, default=default, description=description)
+    # Switches take a value like all other options: --doc_mask True.
+    config = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(cls, args=argv, default=default, description=description, config=config)
 
 
 def read_yaml(cls, path: str | Path) -> dict:
@@ -409,6 +436,9 @@ def run_script(main) -> None:
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         print(f"error{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr, flush=True)
+        if rank:  # at once, without waiting for other ranks: torchrun then ends them
+            sys.stdout.flush()
+            os._exit(1)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+CPU_LOGITS = 1 << 24  # that many at a time on a CPU, 64 MB: 333 rows of GPT-2's vocabulary
+
 
 @dataclass(frozen=True)
 class Ops:
@@ -35,25 +37,31 @@ def select_ops(
     if kernels not in ("auto", "triton", "torch"):
         raise ValueError(f"unknown kernels {kernels!r}: use auto, triton or torch")
     if kernels == "torch":
-        return _torch_ops("asked for")
+        return _torch_ops("asked for", device)
     missing = _why_not_triton(torch.device(device), head_dim)
     if missing and kernels == "triton":
         raise ValueError(f"kernels 'triton' cannot run: {missing}; use --kernels torch")
     if missing:
-        return _torch_ops(missing)
+        return _torch_ops(missing, device)
     # Interpreted kernels are exact but thousands of times slower: only for those who ask.
     if kernels == "auto" and torch.device(device).type == "cpu":
-        return _torch_ops("on a CPU the Triton kernels are only interpreted")
+        return _torch_ops("on a CPU the Triton kernels are only interpreted", device)
     return _triton_ops("asked for" if kernels == "triton" else "a GPU they run on")
 
 
-def _torch_ops(reason: str) -> Ops:
+def _torch_ops(reason: str, device: str | torch.device) -> Ops:
     from triton_kernels import reference as r
 
+    loss = r.linear_cross_entropy
+    if torch.device(device).type == "cpu":
+
+        def loss(x, weight, targets, **kwargs):
+            chunk_rows = max(CPU_LOGITS // weight.shape[0], 1)
+            return r.linear_cross_entropy(x, weight, targets, chunk_rows=chunk_rows, **kwargs)
+
     return Ops(
-        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy,
-        r.linear_cross_entropy,
-    )  # fmt: skip
+        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy, loss
+    )
 
 
 def _triton_ops(reason: str) -> Ops:
@@ -73,11 +81,15 @@ def _why_not_triton(device: torch.device, head_dim: int) -> str:
     except ModuleNotFoundError:
         return "Triton is not installed"
     if head_dim > MAX_HEAD_DIM:
-        return f"they need a head dimension of at most {MAX_HEAD_DIM}, the model has {head_dim}"
+        return (
+            f"the Triton kernels need a head dimension of at most {MAX_HEAD_DIM}, the model has "
+            f"{head_dim}"
+        )
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         old = torch.version.hip is None and major < 8
-        return f"they need compute capability 8.0, this GPU has {major}.{minor}" if old else ""
+        needed = "the Triton kernels need compute capability 8.0, this GPU has"
+        return f"{needed} {major}.{minor}" if old else ""
     if device.type == "cpu" and INTERPRETED:
         return ""
-    return f"they need a CUDA GPU and the device is {device.type!r}"
+    return f"the Triton kernels need a CUDA GPU and the device is {device.type!r}"

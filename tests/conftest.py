@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from gpt2.config import GPTConfig, PrepareConfig, TrainConfig
 from gpt2.data import write_shard
-from gpt2.data.datasets import prepare
+from gpt2.data.prepare import prepare
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65, bias=True)
 

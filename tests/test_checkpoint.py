@@ -122,7 +122,7 @@ def test_damaged_and_newer_checkpoints(tiny, tmp_path):
         read_checkpoint(path)
     with pytest.raises(OSError, match="no checkpoint"):
         read_checkpoint(tmp_path / "checkpoints")
-    with pytest.raises(OSError, match="no such checkpoint"):
+    with pytest.raises(OSError, match="no checkpoint, run"):
         load_model(tmp_path / "nowhere" / "at" / "all")
 
 

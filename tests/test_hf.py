@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gpt2
 from gpt2 import hf
+from gpt2.checkpoint import load_tokenizer
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.train.objectives import LanguageModeling
@@ -127,6 +128,16 @@ def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch):
     assert gpt2.load_model("gpt2-medium", kernels="torch").config == ODD
     assert gpt2.load_model("someone/model", kernels="torch").config == ODD
     assert asked == ["openai-community/gpt2-medium", "someone/model"]
+
+
+def test_a_folder_of_the_same_name_does_not_hide_the_hub(tmp_path, monkeypatch):
+    """As the package's own folder would, for a script run in the checkout."""
+    save(theirs_like(ODD), tmp_path / "downloaded")
+    (tmp_path / "gpt2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "downloaded")
+    assert gpt2.load_model("gpt2", kernels="torch").config == ODD
+    assert load_tokenizer("gpt2").name == "gpt2"
 
 
 def test_download_that_fails():

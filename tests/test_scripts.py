@@ -89,7 +89,7 @@ def test_export(script, tmp_path, shakespeare):
 def test_shakespeare_is_nanogpts_split(shakespeare, tmp_path):
     from gpt2.config import PrepareConfig
     from gpt2.data import find_shards, open_shards
-    from gpt2.data.datasets import prepare
+    from gpt2.data.prepare import prepare
 
     counts = [open_shards(find_shards(shakespeare, s))[0].n_tokens for s in ("train", "val")]
     assert counts == [1_003_854, 111_540]
@@ -111,7 +111,7 @@ def test_folder_of_texts_is_separated_by_end_of_text(script, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     train = [s.tokens().tolist() for s in open_shards(find_shards(out, "train"))]
-    assert sum(train, []) == [97] * 9 + [256] + [98] * 9 + [256]
+    assert sum(train, []) == [256] + [97] * 9 + [256] + [98] * 9
     assert [len(t) for t in train] == [8, 8, 4]
 
 
@@ -143,11 +143,11 @@ def test_sample_errors(script, tmp_path, train_config):
     unknown = script("sample", run, "--prompt", "\N{SNOWMAN}")
     assert "does not occur in the text" in one_line_error(unknown)
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
-    assert "no such checkpoint" in one_line_error(script("sample", tmp_path / "nowhere"))
+    assert "no checkpoint, run" in one_line_error(script("sample", tmp_path / "nowhere"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
-    assert "'triton' cannot run: they need a CUDA GPU" in one_line_error(triton)
+    assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
 
 
 def test_show_batch_prints_what_a_rank_saw(script, tmp_path):

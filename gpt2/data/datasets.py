@@ -1,134 +1,236 @@
-"""The data sets that prepare_data knows, and how text becomes shards and a manifest.
-
-A prepared folder holds train_000000.bin, val_000000.bin, ... and manifest.json, which says how it
-was made and holds the tokenizer that training and sampling then use.
-"""
+"""The data sets that prepare_data knows, and how its options name a source of text."""
 
 import errno
-import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import urllib.request
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-import numpy as np
-
-import gpt2.tokenizer as tok
 from gpt2.config import PrepareConfig, suggest
-from gpt2.data.shards import read_manifest, write_shard
+from gpt2.data.readers import (
+    JSON_SUFFIXES,
+    TEXT_SUFFIXES,
+    HubRows,
+    JsonRows,
+    ParquetRows,
+    TextFiles,
+    find_files,
+)
+from gpt2.data.sources import ByHash, Source, Tail, Whole
+
+# Fewer text files than this are each cut, and the end is for validation; by hash, a split of so few
+# documents would be empty or far from its fraction.
+FEW_TEXTS = 100
+VAL_FRACTION = 0.1  # of one's own data
+WIKITEXT_ARTICLE = r" = [^=]"  # a first-level heading, as in " = Robert Boulter = "
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A registered data set: what it is, and its tokenizer ("gpt2", "byte" or "char")."""
+    """A registered data set.
+
+    kind: where source lies. "asset": a file of gpt2/assets; "url": an archive with one text file;
+    "hub": a data set on the Hugging Face hub; "shards": token files on the hub, already prepared.
+    splits: the hub's names of train and, where there is one, val. val: how val is made. "own": the
+    source has it; "tail": the text from `fractions` on; "hash": documents by their text's hash;
+    "first": the first shard.
+    tokens: about how many come out, all splits together.
+    """
 
     summary: str
+    kind: str
+    source: str
     licence: str
-    tokenizer: str
-    asset: str  # the file in gpt2/assets that holds its text
+    tokens: int
+    tokenizer: str = "gpt2"
+    config: str = ""
+    field: str = "text"
+    splits: tuple[str, ...] = ("train",)
+    val: str = "own"
+    fractions: tuple[float, ...] = (0.9,)  # where the splits after the first begin; hash: 1 - val's
+    revision: str | None = None
+    starts: str | None = None  # of a row that starts a document; None: each row is one
+    train_shards: int = 0  # kind "shards": how many there are, numbered from 1
+
+
+def _shakespeare(tokenizer: str, tokens: int) -> Dataset:
+    words = {"gpt2": "GPT-2 tokens", "char": "characters"}[tokenizer]
+    return Dataset(
+        f"tiny Shakespeare, {words}", "asset", "tiny_shakespeare.txt", "public domain", tokens,
+        tokenizer, val="tail",
+    )  # fmt: skip
+
+
+def _wikitext(number: int, tokens: int) -> Dataset:
+    return Dataset(
+        f"WikiText-{number}, raw; an article is a document", "hub", "Salesforce/wikitext",
+        "CC BY-SA 3.0", tokens, config=f"wikitext-{number}-raw-v1",
+        splits=("train", "validation"), starts=WIKITEXT_ARTICLE,
+    )  # fmt: skip
 
 
 DATASETS = {
-    "shakespeare": Dataset(
-        "tiny Shakespeare, 1.1 MB, GPT-2 tokens", "public domain", "gpt2", "tiny_shakespeare.txt"
+    "fineweb10B": Dataset(
+        "FineWeb, sample of 10B tokens; the first shard is val", "hub", "HuggingFaceFW/fineweb",
+        "ODC-By 1.0", 10_300_000_000, config="sample-10BT", val="first",
     ),
-    "shakespeare_char": Dataset(
-        "tiny Shakespeare, 1.1 MB, characters", "public domain", "char", "tiny_shakespeare.txt"
+    "fineweb_edu10B": Dataset(
+        "FineWeb-Edu, sample of 10B tokens; the first shard is val", "hub",
+        "HuggingFaceFW/fineweb-edu", "ODC-By 1.0", 9_950_000_000, config="sample-10BT", val="first",
     ),
-}
+    "fineweb10B_tokens": Dataset(
+        "FineWeb's 10B, already GPT-2 tokens in llm.c's shards", "shards", "kjj0/fineweb10B-gpt2",
+        "ODC-By 1.0", 10_300_000_000, train_shards=103,
+    ),
+    "fineweb_edu10B_tokens": Dataset(
+        "FineWeb-Edu's 10B, already GPT-2 tokens in llm.c's shards", "shards",
+        "kjj0/finewebedu10B-gpt2", "ODC-By 1.0", 9_950_000_000, train_shards=99,
+    ),
+    "openwebtext": Dataset(
+        "OpenWebText; 0.05% of the documents are val", "hub", "Skylion007/openwebtext", "CC0 1.0",
+        9_040_000_000, val="hash", fractions=(0.9995,), revision="refs/convert/parquet",
+    ),
+    "tinystories": Dataset(
+        "TinyStories", "hub", "roneneldan/TinyStories", "CDLA-Sharing 1.0", 480_000_000,
+        splits=("train", "validation"),
+    ),
+    "wikitext103": _wikitext(103, 119_000_000),
+    "wikitext2": _wikitext(2, 2_700_000),
+    "shakespeare": _shakespeare("gpt2", 338_025),
+    "shakespeare_char": _shakespeare("char", 1_115_394),
+    "enwik8": Dataset(
+        "100 MB of Wikipedia's XML as bytes; 90/5/5 train, val, test", "url",
+        "http://mattmahoney.net/dc/enwik8.zip", "CC BY-SA 3.0", 100_000_000, "byte", val="tail",
+        fractions=(0.9, 0.95),
+    ),
+    "text8": Dataset(
+        "100 MB of Wikipedia, a-z and space, as bytes; 90/5/5 train, val, test", "url",
+        "http://mattmahoney.net/dc/text8.zip", "CC BY-SA 3.0", 100_000_000, "byte", val="tail",
+        fractions=(0.9, 0.95),
+    ),
+}  # fmt: skip
 
 
-def prepare(config: PrepareConfig) -> Path:
-    """Tokenises what config names into its folder, unless it is there; returns the folder.
+def listing() -> str:
+    """The registered data sets as a table for people."""
+    rows = [
+        f"    {name:<23}{d.tokens:>14,} tokens  {d.licence:<18}{d.summary}"
+        for name, d in DATASETS.items()
+    ]
+    return "\n".join(rows)
 
-    Raises ValueError (unknown data set, text that is not UTF-8, too little text) and OSError
-    (missing file, a folder that
-    holds something else, no room).
+
+def find_dataset(name: str) -> Dataset:
+    """Raises ValueError for an unknown name."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}: {suggest(name, DATASETS)}")
+    return DATASETS[name]
+
+
+@dataclass
+class UrlText(TextFiles):
+    """One archive of the web with one text file, read as bytes; fetch() comes first."""
+
+    url: str = ""
+
+    def fingerprint(self) -> dict:
+        return {"url": self.url}
+
+    def fetch(self, folder: Path) -> None:
+        """Brings the archive into the folder, unless it is there. Raises OSError."""
+        path = folder / "download"
+        if not path.exists():
+            partial = folder / "download.partial"
+            try:
+                with urllib.request.urlopen(self.url, timeout=60) as response:
+                    with open(partial, "wb") as file:
+                        shutil.copyfileobj(response, file, 1 << 20)
+            except OSError as error:
+                raise OSError(
+                    f"{self.url} cannot be fetched ({error}); check the network, or fetch and "
+                    "unpack it elsewhere and read it with --text"
+                ) from error
+            partial.replace(path)
+        self.files = [path]
+
+
+def make_source(config: PrepareConfig) -> Source:
+    """The source that the options name, without reading any text.
+
+    Raises ValueError (unknown data set) and OSError (missing files).
     """
-    if config.name and config.name not in DATASETS:
-        raise ValueError(f"unknown data set {config.name!r}: {suggest(config.name, DATASETS)}")
-    source = config.name or str(Path(config.text).resolve())
-    out = Path(config.out or Path("data") / (config.name or Path(config.text).stem))
-    kind = config.tokenizer or (DATASETS[config.name].tokenizer if config.name else "gpt2")
-    made_from = {"source": source, "tokenizer": kind, "val_fraction": config.val_fraction,
-                 "shard_tokens": config.shard_tokens}  # fmt: skip
-    if out.exists():
-        manifest = read_manifest(out) if out.is_dir() else None
-        if manifest is not None and manifest.get("made_from") == made_from:
-            print(f"{out} is prepared already: {manifest['tokens']}")
-            return out
-        raise OSError(
-            errno.EEXIST, "exists and holds something else: choose another --out", str(out)
-        )
-    documents = list(_documents(config))
-    tokenizer = _make_tokenizer(kind, documents)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        tokens = {}
-        for split, texts in _split(documents, config.val_fraction).items():
-            tokens[split] = _write_split(temporary, split, texts, tokenizer, config.shard_tokens)
-            if not tokens[split]:
-                raise ValueError(f"{source}: too little text, the {split} split would be empty")
-        manifest = {"made_from": made_from, "tokenizer": tokenizer.to_dict(), "tokens": tokens}
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        os.rename(temporary, out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    counts = ", ".join(f"{n:,} {split} tokens" for split, n in tokens.items())
-    print(f"{out}: {counts}, {tokenizer.name} tokenizer with {tokenizer.vocab_size:,} entries")
-    return out
-
-
-def _documents(config: PrepareConfig) -> Iterator[str]:
     if config.name:
-        asset = DATASETS[config.name].asset
-        yield (resources.files("gpt2") / "assets" / asset).read_text(encoding="utf-8")
-        return
-    path = Path(config.text)
-    if not path.exists():
-        raise OSError(errno.ENOENT, "no such text file or folder", str(path))
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-    if not files:
-        raise OSError(errno.ENOENT, "no .txt files in this folder", str(path))
-    for file in files:
-        try:
-            yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{file}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#04x}; "
-                "convert it first, for instance with iconv"
-            ) from error
+        source = _registered(find_dataset(config.name))
+    elif config.text:
+        source = _texts(config)
+    else:
+        source = _rows(config)
+    return replace(source, max_documents=config.max_documents)
 
 
-def _make_tokenizer(kind: str, documents: list[str]) -> tok.Tokenizer:
-    if kind == "char":
-        return tok.CharTokenizer("".join(sorted(set().union(*documents))))
-    return tok.from_dict({"name": kind})
+def _registered(d: Dataset) -> Source:
+    names = ("train", "val", "test")[: len(d.fractions) + 1]
+    if d.kind == "asset":
+        path = resources.files("gpt2") / "assets" / d.source
+        return Source([(TextFiles([Path(str(path))]), Tail(d.fractions))], names, separate=False)
+    if d.kind == "url":
+        reader = UrlText([], encoding="latin-1", url=d.source)
+        return Source([(reader, Tail(d.fractions))], names, separate=False)
+    readers = [
+        HubRows(d.source, d.config, split, d.field, d.revision, d.starts) for split in d.splits
+    ]
+    if d.val == "hash":
+        return Source([(readers[0], ByHash(round(1 - d.fractions[0], 9)))])
+    if d.val == "first":
+        return Source([(readers[0], Whole(0))], first_val=True)
+    return Source([(reader, Whole(split)) for split, reader in enumerate(readers)])
 
 
-def _split(documents: list[str], val_fraction: float) -> dict[str, list[str]]:
-    """The last part of each document is for validation, so that any text gives both splits."""
-    cuts = [int(len(d) * (1 - val_fraction)) for d in documents]
-    return {
-        "train": [d[:cut] for d, cut in zip(documents, cuts, strict=True)],
-        "val": [d[cut:] for d, cut in zip(documents, cuts, strict=True)],
-    }
+def _texts(config: PrepareConfig) -> Source:
+    files = find_files(config.text, TEXT_SUFFIXES, "text")
+    if config.val:
+        val = find_files(config.val, TEXT_SUFFIXES, "text")
+        files = _without(files, val, config.text)
+        separate = len(files) > 1 or len(val) > 1
+        parts = [(TextFiles(files), Whole(0)), (TextFiles(val), Whole(1))]
+        return Source(parts, separate=separate)
+    by_hash = len(files) >= FEW_TEXTS
+    fraction = _fraction(config)
+    rule = ByHash(fraction) if by_hash else Tail((1 - fraction,))
+    return Source([(TextFiles(files), rule)], separate=len(files) > 1)
 
 
-def _write_split(
-    folder: Path, split: str, texts: Iterable[str], tokenizer: tok.Tokenizer, shard_tokens: int
-) -> int:
-    """Writes shards of shard_tokens tokens; if there are several texts, each ends with eot."""
-    texts = list(texts)
-    parts = []
-    for text in texts:
-        end = [tokenizer.eot] if len(texts) > 1 and tokenizer.eot is not None else []
-        parts.append(np.array(tokenizer.encode(text) + end, dtype=np.uint16))
-    tokens = np.concatenate(parts)
-    for i, start in enumerate(range(0, len(tokens), shard_tokens)):
-        write_shard(folder / f"{split}_{i:06}.bin", tokens[start : start + shard_tokens])
-    return len(tokens)
+def _rows(config: PrepareConfig) -> Source:
+    rule = ByHash(_fraction(config))
+    if config.hf:
+        repo, _, name = config.hf.partition(":")
+        train = HubRows(repo, name, config.split, config.field)
+        if config.val:
+            val = HubRows(repo, name, config.val, config.field)
+            return Source([(train, Whole(0)), (val, Whole(1))])
+        return Source([(train, rule)])
+    path, kind, suffixes, what = (
+        (config.jsonl, JsonRows, JSON_SUFFIXES, "JSON")
+        if config.jsonl
+        else (config.parquet, ParquetRows, (".parquet",), "parquet")
+    )
+    files = find_files(path, suffixes, what)
+    if config.val:
+        val = find_files(config.val, suffixes, what)
+        train = kind(_without(files, val, path), field=config.field)
+        return Source([(train, Whole(0)), (kind(val, field=config.field), Whole(1))])
+    return Source([(kind(files, field=config.field), rule)])
+
+
+def _fraction(config: PrepareConfig) -> float:
+    return VAL_FRACTION if config.val_fraction is None else config.val_fraction
+
+
+def _without(files: list[Path], val: list[Path], path: str) -> list[Path]:
+    """The files that are not also for validation."""
+    val = [v.resolve() for v in val]
+    rest = [f for f in files if f.resolve() not in val]
+    if not rest:
+        raise OSError(errno.ENOENT, "no files besides those of --val here", path)
+    return rest

@@ -38,6 +38,14 @@ class Shard:
         return np.memmap(self.path, "<u2", "r", self.offset, (self.n_tokens,))
 
 
+def shard_header(n_tokens: int) -> bytes:
+    """The 1024 bytes before n_tokens tokens in the native format."""
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:2] = MAGIC, VERSION
+    header[2:4] = np.array([n_tokens], dtype="<i8").view("<i4")
+    return header.tobytes()
+
+
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """Writes tokens in the native format: complete under its name, or not there at all.
 
@@ -55,13 +63,10 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
             f"{path}: tokens must lie in [0, 65535] to fit uint16, "
             f"got {tokens.min()} to {tokens.max()}"
         )
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:2] = MAGIC, VERSION
-    header[2:4] = np.array([tokens.size], dtype="<i8").view("<i4")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(header.tobytes())
+            file.write(shard_header(tokens.size))
             file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
             file.flush()
             os.fsync(file.fileno())

@@ -20,30 +20,28 @@ def pretrain(config: TrainConfig) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
     group = distributed.start(config.device)
-    try:
-        resumed = _find_checkpoint(config)
-        data_tokenizer = find_tokenizer(config.data)
-        torch.manual_seed(config.seed)
-        model = _make_model(config, data_tokenizer, group.device)
-        block_size = config.block_size or model.config.block_size
-        if block_size > model.config.block_size:
-            raise ValueError(
-                f"block_size {block_size} is longer than the context of {config.init_from}, "
-                f"{model.config.block_size}"
-            )
-
-        share = (group.rank, group.world_size)
-        val_data = open_data(config, "val", block_size, share) if config.eval_every else None
-        objective = LanguageModeling(model)
-        train_data = open_data(config, "train", block_size, share)
-        trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
-        if resumed is not None:
-            trainer.resume(resumed)
-            if group.is_main:
-                _show_changes(config, resumed)
-        trainer.run()
-    finally:
-        distributed.stop(group)
+    resumed = _find_checkpoint(config)
+    data_tokenizer = find_tokenizer(config.data)
+    torch.manual_seed(config.seed)
+    model = _make_model(config, data_tokenizer, group.device)
+    block_size = config.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size {block_size} is longer than the context of {config.init_from}, "
+            f"{model.config.block_size}"
+        )
+    share = (group.rank, group.world_size)
+    val_data = open_data(config, "val", block_size, share) if config.eval_every else None
+    train_data = open_data(config, "train", block_size, share)
+    objective = LanguageModeling(model)
+    trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
+    if resumed is not None:
+        trainer.resume(resumed)
+        if group.is_main:
+            _show_changes(config, resumed)
+    trainer.run()
+    # Only here: a rank that failed must end at once, not wait for the others to end too.
+    distributed.stop(group)
 
 
 def find_tokenizer(data: str) -> tokenizer.Tokenizer:

@@ -1,0 +1,213 @@
+"""How fast prepare_data tokenizes, beside bare tiktoken processes, and how much memory it takes.
+
+python benchmarks/prepare.py TEXT.jsonl [--repeats 5] [--workers 2] [--megabytes 50 1000]
+
+Text: the `text` field of the file's rows (JSON lines, compressed or not), over again up to a size.
+Bare: the documents are in each process already, an equal share each; the time is from the moment
+when all are ready to the last one's end, and the tokens are thrown away. By encode_ordinary_batch,
+as people do it, and by encode_to_numpy, which is faster and what the workers here use.
+prepare: scripts/prepare_data.py's function on the same documents in a file of JSON lines: reading,
+parsing, splitting by hash, starting and feeding the processes, writing, syncing and hashing the
+shards are all in its time. Its tokens are compared with tiktoken's first.
+Memory: the sum of the processes' proportional set sizes (a page shared by n counts 1/n in each),
+at its highest of a look every 50 ms; the page cache of files is not part of it.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import cycle
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.common import markdown_table, provenance, write_json  # noqa: E402
+from gpt2.config import PrepareConfig  # noqa: E402
+from gpt2.data import find_shards, open_shards  # noqa: E402
+from gpt2.data.encode import default_workers  # noqa: E402
+from gpt2.data.prepare import prepare  # noqa: E402
+from gpt2.data.readers import JsonRows  # noqa: E402
+from gpt2.tokenizer import from_dict  # noqa: E402
+
+SPEED_MB = 80  # of text, for the comparison of speeds
+BATCH = 256  # documents in one call of encode_ordinary_batch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("text", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=default_workers())
+    parser.add_argument("--megabytes", type=int, nargs="*", default=[50, 1000])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/prepare.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        speeds = compare_speeds(options.text, Path(folder), options.workers, options.repeats)
+        memory = [
+            measure_memory(options.text, Path(folder), options.workers, size, form)
+            for form in ("jsonl", "text")
+            for size in options.megabytes
+        ]
+    about = {
+        "cpu": _cpu(), "cpus": os.cpu_count(), "load_1min": os.getloadavg()[0],
+        "workers": options.workers, "text": options.text.name,
+    }  # fmt: skip
+    write_json(options.out, {**provenance(), **about, "speeds": speeds, "memory": memory})
+    base = speeds[0]["median"]
+    tables = [
+        markdown_table(
+            ["tokens/s, median of repeats", "lowest", "highest", "of bare"],
+            [[f"{s['name']}: {s['median'] / 1e6:.2f} M", f"{min(s['all']) / 1e6:.2f} M",
+              f"{max(s['all']) / 1e6:.2f} M", f"{s['median'] / base:.0%}"] for s in speeds],
+        ),
+        markdown_table(
+            ["text", "peak, all processes", "peak, main process", "seconds", "tokens/s"],
+            [[f"{m['megabytes']} MB, {m['form']}", f"{m['peak_mb']:.0f} MB",
+              f"{m['main_mb']:.0f} MB", f"{m['seconds']:.1f}",
+              f"{m['tokens'] / m['seconds'] / 1e6:.2f} M"] for m in memory],
+        ),
+    ]  # fmt: skip
+    text = "\n\n".join([f"{about['cpu']}, {about['workers']} processes", *tables])
+    options.out.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+def compare_speeds(text: Path, folder: Path, workers: int, repeats: int) -> list[dict]:
+    """The three ways on the same documents, taking turns."""
+    documents = list(_documents(text, SPEED_MB * 1_000_000))
+    _write_rows(folder / "speed.jsonl", documents)
+    encoding = from_dict({"name": "gpt2"}).encoding
+    n_tokens = sum(map(len, encoding.encode_ordinary_batch(documents)))
+    found: dict[str, list[float]] = {}
+    for repeat in range(repeats):
+        for method in ("encode_ordinary_batch", "encode_to_numpy"):
+            seconds = _bare(documents, workers, method)
+            found.setdefault(f"bare, {method}", []).append(n_tokens / seconds)
+        start = time.perf_counter()
+        out = prepare(PrepareConfig(
+            jsonl=str(folder / "speed.jsonl"), out=str(folder / f"out{repeat}"), workers=workers
+        ))  # fmt: skip
+        found.setdefault("prepare", []).append(n_tokens / (time.perf_counter() - start))
+        if repeat == 0:
+            shards = [s for split in ("train", "val") for s in open_shards(find_shards(out, split))]
+            written = sum(s.n_tokens for s in shards)
+            separators = sum(int(np.count_nonzero(s.tokens() == 50256)) for s in shards)
+            if written - separators != n_tokens or separators != len(documents):
+                raise RuntimeError(f"{written} tokens with {separators} separators: not tiktoken's")
+    return [
+        {"name": name, "median": statistics.median(all_), "all": all_, "tokens": n_tokens}
+        for name, all_ in found.items()
+    ]
+
+
+def measure_memory(text: Path, folder: Path, workers: int, megabytes: int, form: str) -> dict:
+    """Peak memory of scripts/prepare_data.py and its processes on so much text."""
+    path, out = folder / f"memory.{form}", folder / f"memory_{form}_{megabytes}"
+    documents = _documents(text, megabytes * 1_000_000)
+    if form == "jsonl":
+        _write_rows(path, documents)
+    else:
+        with open(path, "w") as file:
+            file.writelines(f"{d}\n\n" for d in documents)
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/prepare_data.py", f"--{form}", path, "--out", out,
+         "--workers", str(workers)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ,
+        "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    peak = main_peak = 0.0
+    while process.poll() is None:
+        main_mb = _pss_mb(process.pid)
+        main_peak = max(main_peak, main_mb)
+        peak = max(peak, main_mb + sum(map(_pss_mb, _children(process.pid))))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - start
+    if process.returncode:
+        raise RuntimeError(f"prepare_data failed on {path}")
+    shards = [s for split in ("train", "val") for s in open_shards(find_shards(out, split))]
+    path.unlink()
+    return {
+        "form": form, "megabytes": megabytes, "peak_mb": peak, "main_mb": main_peak,
+        "seconds": seconds, "tokens": sum(s.n_tokens for s in shards),
+    }  # fmt: skip
+
+
+def _documents(path: Path, characters: int):
+    """About so many characters of the file's documents, which come again and again."""
+    documents = [row.text for row in JsonRows([path]).items() if row.text]
+    for document in cycle(documents):
+        if characters <= 0:
+            return
+        yield document
+        characters -= len(document)
+
+
+def _write_rows(path: Path, documents) -> None:
+    with open(path, "w") as file:
+        file.writelines(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+
+
+def _bare(documents: list[str], n: int, method: str) -> float:
+    """Seconds in which n processes tokenize an equal share of documents each."""
+    context = multiprocessing.get_context("fork")  # so that the documents are there already
+    barrier, ends = context.Barrier(n + 1), context.SimpleQueue()
+    encoding = from_dict({"name": "gpt2"}).encoding
+
+    def work(share: list[str]) -> None:
+        barrier.wait()
+        for i in range(0, len(share), BATCH):
+            if method == "encode_ordinary_batch":
+                encoding.encode_ordinary_batch(share[i : i + BATCH], num_threads=1)
+            else:
+                for document in share[i : i + BATCH]:
+                    encoding.encode_to_numpy(document, disallowed_special=())
+        ends.put(time.perf_counter())
+
+    processes = [context.Process(target=work, args=(documents[i::n],)) for i in range(n)]
+    for process in processes:
+        process.start()
+    barrier.wait()
+    start = time.perf_counter()
+    last = max(ends.get() for _ in processes)
+    for process in processes:
+        process.join()
+    return last - start
+
+
+def _pss_mb(pid: int) -> float:
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1000
+    except OSError:
+        pass  # it has ended
+    return 0.0
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _cpu() -> str:
+    names = [
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
