@@ -189,9 +189,14 @@ void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t
   const int64_t faults = major_faults();
   // Each file is looked at once a batch: a system call a row would cost as much as the copying.
   std::vector<char> checked(shards_.size(), 0);
+  int64_t next = 0;  // where the next row begins
   for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
     if (samples[row] == SKIP) continue;
-    int64_t position = window_start(samples[row]);
+    int64_t position = row > 0 && samples[row - 1] != SKIP ? next : window_start(samples[row]);
+    if (row + 1 < rows && samples[row + 1] != SKIP) {
+      next = window_start(samples[row + 1]);
+      fetch_lines(next);
+    }
     // The window's block_size + 1 tokens may lie in several shards; `done` counts those already
     // widened.
     for (int64_t done = 0; done <= block_size_;) {
@@ -223,6 +228,15 @@ void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t
     }
   }
   if (major_faults() > faults) cold_batches_.store(COLD_BATCHES, std::memory_order_relaxed);
+}
+
+void TokenLoader::fetch_lines(int64_t position) const {
+  constexpr int64_t LINE = 32;  // tokens in the 64 bytes of a cache line
+  const size_t s = shard_of(position);
+  const int64_t offset = position - starts_[s];
+  const int64_t count = std::min(block_size_ + 1, shards_[s].n_tokens() - offset);
+  const uint16_t* tokens = shards_[s].tokens() + offset;
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(tokens + i);
 }
 
 void TokenLoader::check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const {

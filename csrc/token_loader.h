@@ -108,6 +108,8 @@ class TokenLoader {
   mutable std::atomic<int> cold_batches_{0};  // prefetches that are still to be made; advice only
 
   size_t shard_of(int64_t position) const;
+  // Has the processor fetch a window from memory meanwhile; never waits for the disk.
+  void fetch_lines(int64_t position) const;
   // Throws if one of the shard's tokens [offset, offset + count) lies beyond the vocabulary.
   void check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const;
 };

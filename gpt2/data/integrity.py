@@ -26,7 +26,7 @@ class Verifier:
     """Checks shards against their manifests: their sizes at once, their content as `verify` says.
 
     verify: "off", nothing. "open", all content at once. "background", all content in a thread that
-    start() starts and whose first finding raise_found() raises.
+    check() starts and whose first finding it raises from then on.
     share: (i, n) leaves the content of all shards but every n-th from the i-th on to others.
     Attributes: n_shards, n_known (those whose hashes are known).
     Raises ValueError (another file than the manifest's, damaged content or manifest, "open" without
@@ -56,18 +56,14 @@ class Verifier:
                 check_content(path, record)
             self._todo = []
 
-    def start(self) -> None:
-        """Starts the thread, once, if there is something for it to do."""
+    def check(self) -> None:
+        """Starts the thread, once, where there is something for it to do; raises what it found."""
         if self._todo and self._thread is None:
             with self._lock:
                 if self._thread is None:
-                    # Only the list is shared: the thread holds on to no loader. It ends with the
-                    # process.
+                    # It reads files by name and holds on to no loader; it ends with the process.
                     self._thread = threading.Thread(target=self._run, daemon=True)
                     self._thread.start()
-
-    def raise_found(self) -> None:
-        """Raises what the thread has found, now and whenever it is called again."""
         if self._found is not None:
             raise self._found
 

@@ -116,11 +116,13 @@ class TokenLoader:
 
         Raises ValueError where out has another number of rows, and as batch does.
         """
-        if any(len(part) != len(samples) for part in out):
-            raise ValueError(f"needs buffers of {len(samples)} rows, got {len(out[0])}")
-        self.verifier.start()
-        self.verifier.raise_found()
-        self._backend.fill(samples, *(t.numpy() for t in out), *[self.eot] * self.doc_mask)
+        self.verifier.check()
+        if self.doc_mask:
+            x, y, doc_start = out
+            self._backend.fill(samples, x.numpy(), y.numpy(), doc_start.numpy(), self.eot)
+        else:
+            x, y = out
+            self._backend.fill(samples, x.numpy(), y.numpy())
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Starts reading samples from a cold disk, and returns at once."""

@@ -11,7 +11,8 @@ import numpy as np
 from gpt2.data.shards import Shard
 
 ROUNDS = 8
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
 MAX_BLOCK = 1 << 30
 SKIP = -1  # the sample of a row that fill leaves as it is
 
@@ -57,10 +58,12 @@ class NumpyBackend:
         if not self.shuffle:
             return index * self.block_size
         key = _epoch_key(self.seed, epoch)
-        shift = int(_mix(key)[0] % np.uint64(self.block_size))
+        shift = _mix(key) % self.block_size
         return _permute(index, self.n_windows, key) * self.block_size + shift
 
     def fill(self, samples: np.ndarray, x, y, doc_start=None, eot: int = -1) -> None:
+        if any(part.shape != (len(samples), self.block_size) for part in (x, y)):
+            raise ValueError(f"x and y must have the shape ({len(samples)}, {self.block_size})")
         for row, sample in enumerate(samples.tolist()):
             if sample == SKIP:
                 continue
@@ -117,30 +120,26 @@ def _map(file, shard: Shard) -> np.ndarray:
     return np.frombuffer(tokens, "<u2", shard.n_tokens, shard.offset)
 
 
-def _mix(z: np.ndarray) -> np.ndarray:
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+# Python's integers, cut to 64 bits by hand: numpy's take ten times as long for a single value.
+def _mix(z: int) -> int:
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
 
 
-def _epoch_key(seed: int, epoch: int) -> np.ndarray:
-    # Arrays of one element: numpy's scalars warn when uint64 arithmetic wraps around, arrays do
-    # not.
-    seeded = _mix(np.array([seed], dtype=np.uint64) + GOLDEN)
-    return _mix(seeded + GOLDEN * np.array([epoch + 1], dtype=np.uint64))
+def _epoch_key(seed: int, epoch: int) -> int:
+    return _mix(_mix(seed + GOLDEN & MASK) + GOLDEN * (epoch + 1) & MASK)
 
 
-def _permute(index: int, n: int, key: np.ndarray) -> int:
+def _permute(index: int, n: int, key: int) -> int:
     bits = max(2, (n - 1).bit_length())
     low_bits = bits // 2
-    low_mask = np.uint64((1 << low_bits) - 1)
-    high_mask = np.uint64((1 << (bits - low_bits)) - 1)
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
     while True:
-        value = np.array([index], dtype=np.uint64)
-        low, high = value & low_mask, value >> np.uint64(low_bits)
+        low, high = index & low_mask, index >> low_bits
         for r in range(0, ROUNDS, 2):
-            low ^= _mix(high + key + GOLDEN * np.array([r + 1], dtype=np.uint64)) & low_mask
-            high ^= _mix(low + key + GOLDEN * np.array([r + 2], dtype=np.uint64)) & high_mask
-        index = int(((high << np.uint64(low_bits)) | low)[0])
+            low ^= _mix(high + key + GOLDEN * (r + 1) & MASK) & low_mask
+            high ^= _mix(low + key + GOLDEN * (r + 2) & MASK) & high_mask
+        index = high << low_bits | low
         if index < n:
             return index

@@ -2,7 +2,7 @@
 PNG.
 
 Logged keys: train/loss train/lr train/grad_norm train/tokens_per_s train/mfu train/step_ms
-val/loss. A line's `step` is the
+train/data_ms (of a step, what the loop waited for its batch) val/loss. A line's `step` is the
 number of optimizer steps done.
 """
 

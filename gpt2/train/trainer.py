@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from gpt2 import checkpoint
 from gpt2.config import TrainConfig, write_yaml
 from gpt2.data import Mixture, TokenLoader
+from gpt2.data.feed import Feed
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.distributed import Distributed, peak_flops
@@ -49,6 +50,8 @@ class Trainer:
         self.config, self.group, self.tokenizer = config, group, tokenizer
         self.objective, self.model = objective, objective.model
         self.train_data, self.val_data = train_data, val_data
+        self.train_feed = Feed(train_data, group.device)
+        self.val_feed = Feed(val_data, group.device) if val_data is not None else None
         self.folder = Path(config.out_dir) / config.run_name
         block_size = train_data.block_size
         self.grad_accum_steps = config.grad_accum_steps(block_size, group.world_size)
@@ -95,6 +98,9 @@ class Trainer:
                 f"{self.folder}"
             ) from error
         finally:
+            self.train_feed.close()
+            if self.val_feed is not None:
+                self.val_feed.close()
             if self.metrics is not None:
                 self.metrics.close()
         if group.is_main:
@@ -126,7 +132,11 @@ class Trainer:
                 # Reading the loss waits for the device, so it happens only here.
                 mean_loss = self.group.sum(loss_sum).item() / (done - since)
                 seconds = (time.perf_counter() - started) / (done - since)
-                self._log(done, mean_loss, learning_rate(step, config), grad_norm.item(), seconds)
+                data_ms = self.train_feed.waited_s / (done - since) * 1e3
+                self.train_feed.waited_s = 0.0
+                self._log(
+                    done, mean_loss, learning_rate(step, config), grad_norm.item(), seconds, data_ms
+                )
                 loss_sum, since, started = torch.zeros_like(loss_sum), done, time.perf_counter()
 
     def train_step(self, step: int, params: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -135,12 +145,12 @@ class Trainer:
         if self.model.config.dropout:
             # A function of (seed, step, rank), so no random state needs saving.
             torch.manual_seed(hash((config.seed, step, group.rank)) & (1 << 62) - 1)
-        data = self.train_data.batch(step, self.rows_per_step, group.rank, group.world_size)
-        n_targets = group.sum((data[1] != IGNORE_INDEX).sum().to(group.device))
+        data = self.train_feed.batch(step, self.rows_per_step, group.rank, group.world_size)
+        n_targets = group.sum((data[1] != IGNORE_INDEX).sum())
         total = torch.zeros((), device=group.device)
         micro_batches = zip(*(part.split(config.micro_batch_size) for part in data), strict=True)
         for micro_step, micro_batch in enumerate(micro_batches):
-            batch = self._to_device(*micro_batch)
+            batch = _name(micro_batch)
             if self.ddp is not None:
                 # Gradients are exchanged once, in the backward pass of the last micro step.
                 self.ddp.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
@@ -168,15 +178,13 @@ class Trainer:
         totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss, targets
         self.objective.eval()
         for i in range(-(-n_rows // rows)):
-            idx, targets, *doc_start = data.batch(i, rows, group.rank, group.world_size)
+            parts = self.val_feed.batch(i, rows, group.rank, group.world_size)
             # The last batch is filled up with rows that do not count, so that all have one shape.
             first = i * rows + group.rank * config.micro_batch_size
-            targets[max(n_rows - first, 0) :] = IGNORE_INDEX
+            parts[1][max(n_rows - first, 0) :] = IGNORE_INDEX
             with self._autocast():
-                loss_sum, _ = self.eval_forward(self._to_device(idx, targets, *doc_start))
-            totals += torch.stack(
-                [loss_sum.double(), (targets != IGNORE_INDEX).sum().to(loss_sum.device)]
-            )
+                loss_sum, _ = self.eval_forward(_name(parts))
+            totals += torch.stack([loss_sum.double(), (parts[1] != IGNORE_INDEX).sum()])
         self.objective.train()
         loss, count = group.sum(totals).tolist()
         return loss / count
@@ -232,26 +240,20 @@ class Trainer:
             rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
         return rows
 
-    def _to_device(self, *parts: Tensor) -> Batch:
-        batch = dict(zip(("idx", "targets", "doc_start"), parts, strict=False))
-        if self.group.device.type == "cuda":
-            # The allocator keeps each pinned buffer until its copy is done.
-            batch = {
-                k: v.pin_memory().to(self.group.device, non_blocking=True) for k, v in batch.items()
-            }
-        return batch
-
     def _autocast(self):
         enabled = self.dtype != torch.float32
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=enabled)
 
-    def _log(self, step: int, loss: float, lr: float, grad_norm: float, seconds: float) -> None:
+    def _log(
+        self, step: int, loss: float, lr: float, grad_norm: float, seconds: float, data_ms: float
+    ) -> None:
         if self.metrics is None:
             return
         tokens_per_s = self.config.tokens_per_step / seconds
         values = {
             "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
             "train/tokens_per_s": tokens_per_s, "train/step_ms": seconds * 1e3,
+            "train/data_ms": data_ms,
         }  # fmt: skip
         if self.peak_flops:
             flops = tokens_per_s * self.model.flops_per_token()
@@ -305,6 +307,10 @@ class Trainer:
         print(f", val loss {val[-1]:.4f}" if val else "")
         print(f"loss curve: {folder / 'loss.png'}")
         print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")
+
+
+def _name(parts: tuple[Tensor, ...]) -> Batch:
+    return dict(zip(("idx", "targets", "doc_start"), parts, strict=False))
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -1,0 +1,116 @@
+"""Batches on the device, the next one on its way while this one is used.
+
+On a GPU a thread fills a pinned buffer (the C++ loader needs no interpreter lock for it) and queues
+its copy on a stream of its own, one batch ahead. The buffers form a ring, each with an event that
+its copy records: a buffer is filled again only after that event, since an earlier refill would
+change a batch that is still being copied. The stream that computes waits for the event too, and the
+device memory is marked as used by it, so that the allocator does not hand it out early.
+
+On a CPU the loader is called when the batch is asked for: it takes well below a thousandth of the
+time of a step, so a thread could gain nothing.
+"""
+
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from gpt2.data.loader import rank_rows
+
+Parts = tuple[Tensor, ...]
+SLOTS = 2  # one batch being copied, one being filled
+
+
+class CudaCopies:
+    """Copies from pinned memory on a stream of their own."""
+
+    pin_memory = True
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def send(self, parts: Parts) -> tuple[Parts, torch.cuda.Event]:
+        """Queues the copies; returns what they will fill, and an event that comes after them."""
+        with torch.cuda.stream(self.stream):
+            sent = tuple(part.to(self.device, non_blocking=True) for part in parts)
+            done = torch.cuda.Event()
+            done.record(self.stream)
+        return sent, done
+
+    def receive(self, sent: Parts, done: torch.cuda.Event) -> None:
+        """Makes the current stream wait for the copies, without the host waiting."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        for part in sent:
+            part.record_stream(current)
+
+
+class Feed:
+    """A source of batches, as tensors on a device.
+
+    source: batch(step, global_batch_size, rank, world_size) -> tensors, a pure function, as
+    TokenLoader and Mixture have; if it has buffers(rows, pin_memory=) as well, batch must take them
+    as out. A batch on a CPU is written over by the next but one.
+    copies: None copies nothing (CPU); default: CudaCopies where device is CUDA.
+    Attribute waited_s: how long the host waited in batch(), seconds; the caller may reset it.
+    """
+
+    def __init__(self, source, device: torch.device, copies="auto"):
+        if copies == "auto":
+            copies = CudaCopies(device) if device.type == "cuda" else None
+        self.source, self.copies, self.waited_s = source, copies, 0.0
+        self._buffers: list[Parts | None] = [None] * SLOTS
+        self._done: list = [None] * SLOTS  # what each buffer's last copy ends with
+        self._slot = 0
+        self._ahead: tuple[tuple, Future] | None = None
+        self._thread = ThreadPoolExecutor(1, "feed") if copies is not None else None
+
+    def batch(self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1) -> Parts:
+        """As source.batch, on the device; then starts on the next step's. Raises as source does."""
+        start = time.perf_counter()
+        key = (step, global_batch_size, rank, world_size)
+        if self.copies is None:
+            parts = self._fill(key)
+        else:
+            ahead, self._ahead = self._ahead, None
+            # One thread: what was started for another step ends before this one is begun.
+            future = ahead[1] if ahead is not None and ahead[0] == key else self._start(key)
+            parts, done = future.result()
+            self.copies.receive(parts, done)
+            following = (step + 1, *key[1:])
+            self._ahead = following, self._start(following)
+        self.waited_s += time.perf_counter() - start
+        return parts
+
+    def close(self) -> None:
+        """Ends the thread, after the batch it is at."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _start(self, key: tuple) -> Future:
+        return self._thread.submit(self._send, key)
+
+    def _send(self, key: tuple):
+        if self._done[self._next_slot()] is not None:
+            self._done[self._next_slot()].synchronize()
+        parts, slot = self._fill(key), self._slot
+        if self.copies.pin_memory and not parts[0].is_pinned():
+            parts = tuple(part.pin_memory() for part in parts)
+            self._buffers[slot] = parts  # alive until its copy is done
+        sent, self._done[slot] = self.copies.send(parts)
+        return sent, self._done[slot]
+
+    def _next_slot(self) -> int:
+        return (self._slot + 1) % SLOTS
+
+    def _fill(self, key: tuple) -> Parts:
+        """The batch in the next slot's buffers, which become the current one's."""
+        self._slot = slot = self._next_slot()
+        if not hasattr(self.source, "buffers"):
+            return self.source.batch(*key)
+        rows, buffers = rank_rows(*key)[1], self._buffers[slot]
+        if buffers is None or len(buffers[0]) != rows:
+            pin_memory = self.copies is not None and self.copies.pin_memory
+            buffers = self._buffers[slot] = self.source.buffers(rows, pin_memory=pin_memory)
+        return self.source.batch(*key, out=buffers)
