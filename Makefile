@@ -1,7 +1,8 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
+# make slow    runs the tests that take minutes each
 # make gpu     on a machine with a GPU: parity tests at full size, then the kernel benchmarks
-# The first two work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+# The first three work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +15,7 @@ export GOMP_SPINCOUNT ?= 1000
 # make gpu needs PyTorch for CUDA and pytest, no installation; everything it finds lies in OUT.
 OUT ?= benchmarks/results/gpu
 
-.PHONY: train test gpu clean
+.PHONY: train test slow gpu clean
 
 train: .venv/.train
 	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
@@ -33,6 +34,10 @@ test: .venv/.test
 	@echo "== Running ruff and the tests"
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest
+
+slow: .venv/.test
+	@echo "== The long tests: 12,000 broken shards, 200 kills, sanitizers, every kernel for every GPU"
+	@$(BIN)/python -m pytest -m slow
 
 .venv/.train: $(SOURCES)
 	@$(MAKE) --no-print-directory install EXTRA=train

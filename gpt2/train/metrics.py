@@ -1,9 +1,8 @@
-"""What a run shows and keeps: progress in the terminal, metrics.jsonl, W&B, the loss curve as a
-PNG.
+"""What a run shows and keeps: progress in the terminal, metrics.jsonl, W&B, the loss curve.
 
 Logged keys: train/loss train/lr train/grad_norm train/tokens_per_s train/mfu train/step_ms
-train/data_ms (of a step, what the loop waited for its batch) val/loss. A line's `step` is the
-number of optimizer steps done.
+train/data_ms (what a step waited for its batch) val/loss. A line's `step` is the number of
+optimizer steps done.
 """
 
 import json
