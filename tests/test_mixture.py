@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gpt2.config import DataSource, PrepareConfig, TrainConfig, data_sources, parse
 from gpt2.data import Mixture, TokenLoader, write_shard
-from gpt2.data.datasets import prepare
 from gpt2.data.mixture import Ratio
+from gpt2.data.prepare import prepare
 from gpt2.train.pretrain import open_data, pretrain
 
 from .conftest import losses

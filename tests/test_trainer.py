@@ -8,7 +8,7 @@ import torch
 
 from gpt2.checkpoint import list_checkpoints, load_model
 from gpt2.config import PrepareConfig, TrainConfig, parse
-from gpt2.data.datasets import prepare
+from gpt2.data.prepare import prepare
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.metrics import draw_curve, read_metrics
 from gpt2.train.objectives import LanguageModeling
