@@ -296,12 +296,7 @@ def draw(results: list[dict], path: Path) -> None:
         colors = ["#c33" if "cpp" in r["loader"] else "#9ab" for r in at]
         shown = axes.barh([r["loader"] for r in at], values, color=colors)
         axes.bar_label(shown, [f"{v:,.4g}" for v in values], padding=2, fontsize=8)
-        axes.set(
-            xscale="log",
-            xlim=(1, 2000) if cache == "warm" else (1, 100),
-            title=f"{rows}x{T}, {cache}",
-            xlabel="million tokens a second",
-        )
+        axes.set(title=f"{rows}x{T}, {cache}", xlabel="million tokens a second")
         axes.tick_params(labelsize=8)
         axes.margins(x=0.15)
     figure.savefig(path)
