@@ -362,14 +362,23 @@ def run(tmp_path, name, options) -> Path:
 
 
 # Prepares into each folder that it reads, in a process of its own (a fork: imports take seconds).
+# SIGINT waits until run_script can see it: before, and between its end and os._exit, it would only
+# interrupt this harness.
 FORKS = """
-import os, sys
+import os, signal, sys
 import gpt2.data.prepare as m
 from gpt2.config import PrepareConfig, run_script
 from gpt2.tokenizer import from_dict
 from_dict({"name": "gpt2"})
 m.CHECKPOINT_S = 0.02
 m.make_chunks.__defaults__ = (20_000,)
+MASK = signal.pthread_sigmask
+MASK(signal.SIG_BLOCK, [signal.SIGINT])
+def main(out):
+    MASK(signal.SIG_UNBLOCK, [signal.SIGINT])
+    m.prepare(PrepareConfig(
+        jsonl=sys.argv[1], out=out.strip(), workers=2, shard_tokens=100_000))
+    MASK(signal.SIG_BLOCK, [signal.SIGINT])
 for out in sys.stdin:
     if pid := os.fork():
         print(pid, flush=True)
@@ -377,8 +386,7 @@ for out in sys.stdin:
     else:
         os.dup2(2, 1)
         try:
-            run_script(lambda: m.prepare(PrepareConfig(
-                jsonl=sys.argv[1], out=out.strip(), workers=2, shard_tokens=100_000)))
+            run_script(lambda: main(out))
             os._exit(0)
         except SystemExit as error:
             os._exit(error.code)
