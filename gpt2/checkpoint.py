@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from gpt2 import hf, tokenizer
-from gpt2.config import GPTConfig, coerce
+from gpt2.cli import coerce
+from gpt2.config import GPTConfig
 from gpt2.model import GPT
 
 FORMAT = 1

@@ -1,18 +1,11 @@
-"""Every option of the project, in frozen dataclasses; the command lines and their help are
-generated from them.
+"""Every option of the project, in frozen dataclasses; gpt2.cli makes command lines of them.
 
-Order: defaults < preset < YAML file < command line. A YAML file is flat: one `key: value` a line,
-the keys of TrainConfig; an unknown key is an error. `python scripts/train_gpt2.py --help` shows the
-same words.
+`python scripts/train_gpt2.py --help` shows the same words.
 """
 
 import dataclasses
 import difflib
-import os
 import re
-import sys
-import types
-import typing
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -328,65 +321,6 @@ class ShowBatchConfig:
     rows: int = 4  # print at most so many rows
 
 
-def parse(cls, description: str, argv: list[str] | None = None):
-    """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
-
-    A first word that is no option is a YAML file, or else the value of cls's first field.
-    Raises ValueError for a bad file or value; exits with status 2 and a message for a bad option.
-    """
-    import tyro
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    fields = dataclasses.fields(cls)
-    values = {}
-    if argv and not argv[0].startswith("-"):
-        first = argv.pop(0)
-        if first.endswith((".yaml", ".yml")):
-            values = read_yaml(cls, first)
-        else:
-            argv = [f"--{fields[0].name}", first, *argv]
-    default = cls(**values) if values else None
-    # Switches take a value like all other options: --doc_mask True.
-    config = (tyro.conf.FlagConversionOff,)
-    return tyro.cli(cls, args=argv, default=default, description=description, config=config)
-
-
-def read_yaml(cls, path: str | Path) -> dict:
-    """The values in a YAML file, as the types of cls's fields.
-
-    Raises OSError (missing) and ValueError (unknown key with the nearest known one, wrong type).
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
-    return coerce(cls, values, str(path))
-
-
-def write_yaml(config, path: str | Path) -> None:
-    """Writes a config as a file that read_yaml takes."""
-    import yaml
-
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-
-
-def coerce(cls, values: dict, source: str) -> dict:
-    """values with each one as the type of its field; source names them in errors."""
-    hints = typing.get_type_hints(cls)
-    result = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), hints)}")
-        if cls is TrainConfig and key == "data" and isinstance(value, list):
-            value = spell_sources(value, f"{source}: data")
-        result[key] = _coerce_value(hints[key], value, f"{source}: {key}")
-    return result
-
-
 def suggest(word: str, known) -> str:
     """'did you mean X?' if a known word is close, else the list of known words."""
     close = difflib.get_close_matches(word, list(known), n=1)
@@ -397,53 +331,3 @@ def nearest_multiples(value: int, of: int) -> str:
     """The multiples around value, as text for an error message."""
     below = value // of * of
     return f"{below} and {below + of}" if below else str(of)
-
-
-def _coerce_value(hint, value, where: str):
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        # YAML reads a bare on and off as booleans.
-        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        if value not in options:
-            raise ValueError(f"{where}: must be one of {', '.join(options)}, got {value!r}")
-        return value
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
-            return None
-        hint = next(t for t in options if t is not type(None))
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
-    if type(value) is not hint:
-        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
-    return value
-
-
-def run_script(main) -> None:
-    """Runs a script's main; what the user can mend ends it with one line on stderr and status 1.
-
-    `python -X dev script.py` shows where such an error came from.
-    """
-    rank = os.environ.get("RANK")
-    try:
-        main()
-    except (ValueError, OSError, ImportError) as error:
-        if _dev_mode():
-            raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"error{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr, flush=True)
-        if rank:  # at once, without waiting for other ranks: torchrun then ends them
-            sys.stdout.flush()
-            os._exit(1)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def _dev_mode() -> bool:
-    return sys.flags.dev_mode

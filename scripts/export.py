@@ -4,7 +4,8 @@ python scripts/export.py runs/gpt2 --out exported/gpt2
 """
 
 from gpt2.checkpoint import load_model, load_tokenizer
-from gpt2.config import ExportConfig, parse, run_script
+from gpt2.cli import parse, run_script
+from gpt2.config import ExportConfig
 from gpt2.hf import export_hf
 
 

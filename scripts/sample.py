@@ -12,7 +12,8 @@ import codecs
 import sys
 
 from gpt2.checkpoint import load_model, load_tokenizer
-from gpt2.config import SampleConfig, parse, run_script
+from gpt2.cli import parse, run_script
+from gpt2.config import SampleConfig
 from gpt2.generate import generate
 from gpt2.train.distributed import select_device
 

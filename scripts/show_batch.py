@@ -10,7 +10,8 @@ the row of the global batch, and a document is counted from the start of its sha
 from pathlib import Path
 
 from gpt2.checkpoint import load_model
-from gpt2.config import ShowBatchConfig, TrainConfig, parse, read_yaml, run_script
+from gpt2.cli import parse, read_yaml, run_script
+from gpt2.config import ShowBatchConfig, TrainConfig
 from gpt2.data.loader import rank_rows
 from gpt2.train.pretrain import find_tokenizer, open_data
 

@@ -6,7 +6,8 @@ python scripts/train_gpt2.py configs/gpt2_124m.yaml --lr 3e-4             # over
 python scripts/train_gpt2.py configs/gpt2_124m.yaml --resume auto         # goes on with a run
 """
 
-from gpt2.config import TrainConfig, parse, run_script
+from gpt2.cli import parse, run_script
+from gpt2.config import TrainConfig
 from gpt2.train.pretrain import pretrain
 
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.config import PRESETS, GPTConfig, SampleConfig, TrainConfig, parse
+from gpt2.cli import parse
+from gpt2.config import PRESETS, GPTConfig, SampleConfig, TrainConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.config import DataSource, PrepareConfig, TrainConfig, data_sources, parse
+from gpt2.cli import parse
+from gpt2.config import DataSource, PrepareConfig, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, write_shard
 from gpt2.data.mixture import Ratio
 from gpt2.data.prepare import prepare

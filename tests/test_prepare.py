@@ -367,7 +367,8 @@ def run(tmp_path, name, options) -> Path:
 FORKS = """
 import os, signal, sys
 import gpt2.data.prepare as m
-from gpt2.config import PrepareConfig, run_script
+from gpt2.cli import run_script
+from gpt2.config import PrepareConfig
 from gpt2.tokenizer import from_dict
 from_dict({"name": "gpt2"})
 m.CHECKPOINT_S = 0.02

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.config import run_script
+from gpt2.cli import run_script
 from gpt2.data import write_shard
 from gpt2.tokenizer import ByteTokenizer
 
@@ -22,7 +22,7 @@ def script(capfd, monkeypatch):
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        monkeypatch.setattr("gpt2.config._dev_mode", lambda: False)
+        monkeypatch.setattr("gpt2.cli._dev_mode", lambda: False)
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

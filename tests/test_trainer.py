@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gpt2.checkpoint import list_checkpoints, load_model
-from gpt2.config import PrepareConfig, TrainConfig, parse
+from gpt2.cli import parse
+from gpt2.config import PrepareConfig, TrainConfig
 from gpt2.data.prepare import prepare
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.metrics import draw_curve, read_metrics

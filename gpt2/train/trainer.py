@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
-from gpt2.config import TrainConfig, write_yaml
+from gpt2.cli import write_yaml
+from gpt2.config import TrainConfig
 from gpt2.data import Mixture, TokenLoader
 from gpt2.data.feed import Feed
 from gpt2.generate import generate
