@@ -1,69 +1,14 @@
-"""Every option of the project, in frozen dataclasses; gpt2.cli makes command lines of them.
-
-`python scripts/train_gpt2.py --help` shows the same words.
-"""
+"""Options of a training run."""
 
 import dataclasses
-import difflib
 import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
-Switch = Literal["auto", "on", "off"]
-Kernels = Literal["auto", "triton", "torch"]
-
-
-@dataclass(frozen=True)
-class GPTConfig:
-    """The shape of a model; saved with it."""
-
-    n_layer: int
-    n_head: int
-    n_embd: int  # channels; a multiple of n_head
-    block_size: int = 1024  # longest context, tokens
-    vocab_size: int = 50257
-    dropout: float = 0.0  # on the embeddings and on what each sublayer adds; 0 for pretraining
-    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
-
-    def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}; the nearest are "
-                f"{nearest_multiples(self.n_embd, self.n_head)}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of the embedding table: whole tensor-core tiles and 16-byte rows of logits.
-
-        50257 becomes 50304. The padding is zero, stays zero, and is never seen outside the model.
-        """
-        multiple = 128 if self.vocab_size > 1024 else 8
-        return -(-self.vocab_size // multiple) * multiple
-
-
-PRESETS: dict[str, GPTConfig] = {
-    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),  # 124M
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 350M
-    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
-    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
-    # The depths and widths of Eldan and Li, TinyStories (2023); their names do not count
-    # embeddings.
-    "tinystories-1m": GPTConfig(n_layer=8, n_head=4, n_embd=64, block_size=512),
-    "tinystories-8m": GPTConfig(n_layer=8, n_head=8, n_embd=256, block_size=512),
-    "tinystories-28m": GPTConfig(n_layer=8, n_head=8, n_embd=512, block_size=512),
-    "tinytiny": GPTConfig(n_layer=6, n_head=10, n_embd=640),  # 62M, half of gpt2
-    # nanoGPT's CPU recipe for characters; vocab_size is that of tiny Shakespeare.
-    "char": GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False),
-}
+from gpt2.config.model import PRESETS, GPTConfig
+from gpt2.config.words import Kernels, Schedule, Switch, nearest_multiples, suggest
 
 
 @dataclass(frozen=True)
@@ -238,96 +183,3 @@ class TrainConfig:
                 f"{nearest_multiples(self.tokens_per_step, per_micro_step)}"
             )
         return self.tokens_per_step // per_micro_step
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of scripts/sample.py."""
-
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
-    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    seed: int | None = None  # the same seed gives the same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """Options of scripts/prepare_data.py."""
-
-    name: str = ""  # a registered data set; see the list above
-    text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
-    jsonl: str = ""  # or a file of one JSON object a line, or a JSON list of them, or a folder
-    parquet: str = ""  # or a parquet file, or a folder of them
-    hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
-    verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
-    field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
-    split: str = "train"  # of --hf: the split to read
-    val: str = ""  # a file or folder (for --hf a split) that is val; default: see val_fraction
-    # Below 100 text files each gives its end to val; otherwise a hash of a document's text decides.
-    val_fraction: float | None = None  # part of your own data that becomes val; default 0.1
-    max_documents: int | None = None  # read only this many, of each of the source's splits
-    max_shards: int | None = None  # of a data set of token shards: fetch only this many for train
-    out: str = ""  # folder to write; default data/NAME
-    tokenizer: Literal["", "gpt2", "byte", "char"] = ""  # default: the data set's own, or gpt2
-    shard_tokens: int = 100_000_000  # tokens in a shard; the last one of a split has fewer
-    workers: int | None = None  # tokenizing processes; 0: none besides this; default: one a CPU
-
-    def __post_init__(self):
-        sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
-        if sum(bool(getattr(self, s)) for s in sources) != 1:
-            raise ValueError(
-                "give either the NAME of a data set or one of --text, --jsonl, --parquet, --hf, "
-                "--verify"
-            )
-        if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
-            raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
-        if self.name and (self.val or self.val_fraction is not None):
-            raise ValueError(f"val and val_fraction go with your own data; {self.name} has its own")
-        if self.val and self.val_fraction is not None:
-            raise ValueError("give either val or val_fraction, not both")
-        if self.field != "text" and not (self.jsonl or self.parquet or self.hf):
-            raise ValueError("field goes with jsonl, parquet and hf")
-        if self.split != "train" and not self.hf:
-            raise ValueError("split goes with hf")
-        for name in ("shard_tokens", "max_documents", "max_shards"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Options of scripts/export.py."""
-
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name
-    out: str  # folder to write; must not exist
-
-
-@dataclass(frozen=True)
-class ShowBatchConfig:
-    """Options of scripts/show_batch.py."""
-
-    run: str  # a run's folder, or the YAML file of a recipe
-    step: int = 0
-    rank: int = 0
-    world_size: int = 1
-    rows: int = 4  # print at most so many rows
-
-
-def suggest(word: str, known) -> str:
-    """'did you mean X?' if a known word is close, else the list of known words."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
-
-
-def nearest_multiples(value: int, of: int) -> str:
-    """The multiples around value, as text for an error message."""
-    below = value // of * of
-    return f"{below} and {below + of}" if below else str(of)

@@ -1,0 +1,87 @@
+"""Options of the scripts that do not train."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt2.config.words import Kernels
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Options of scripts/sample.py."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
+    max_new_tokens: int = 200
+    temperature: float = 0.8  # 0 takes the most likely token always
+    top_k: int | None = None  # keep only this many of the most likely tokens
+    top_p: float | None = None  # keep the most likely tokens that together reach this probability
+    seed: int | None = None  # the same seed gives the same text
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Options of scripts/prepare_data.py."""
+
+    name: str = ""  # a registered data set; see the list above
+    text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
+    jsonl: str = ""  # or a file of one JSON object a line, or a JSON list of them, or a folder
+    parquet: str = ""  # or a parquet file, or a folder of them
+    hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
+    verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
+    field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
+    split: str = "train"  # of --hf: the split to read
+    val: str = ""  # a file or folder (for --hf a split) that is val; default: see val_fraction
+    # Below 100 text files each gives its end to val; otherwise a hash of a document's text decides.
+    val_fraction: float | None = None  # part of your own data that becomes val; default 0.1
+    max_documents: int | None = None  # read only this many, of each of the source's splits
+    max_shards: int | None = None  # of a data set of token shards: fetch only this many for train
+    out: str = ""  # folder to write; default data/NAME
+    tokenizer: Literal["", "gpt2", "byte", "char"] = ""  # default: the data set's own, or gpt2
+    shard_tokens: int = 100_000_000  # tokens in a shard; the last one of a split has fewer
+    workers: int | None = None  # tokenizing processes; 0: none besides this; default: one a CPU
+
+    def __post_init__(self):
+        sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
+        if sum(bool(getattr(self, s)) for s in sources) != 1:
+            raise ValueError(
+                "give either the NAME of a data set or one of --text, --jsonl, --parquet, --hf, "
+                "--verify"
+            )
+        if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
+            raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
+        if self.name and (self.val or self.val_fraction is not None):
+            raise ValueError(f"val and val_fraction go with your own data; {self.name} has its own")
+        if self.val and self.val_fraction is not None:
+            raise ValueError("give either val or val_fraction, not both")
+        if self.field != "text" and not (self.jsonl or self.parquet or self.hf):
+            raise ValueError("field goes with jsonl, parquet and hf")
+        if self.split != "train" and not self.hf:
+            raise ValueError("split goes with hf")
+        for name in ("shard_tokens", "max_documents", "max_shards"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers must not be negative, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Options of scripts/export.py."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name
+    out: str  # folder to write; must not exist
+
+
+@dataclass(frozen=True)
+class ShowBatchConfig:
+    """Options of scripts/show_batch.py."""
+
+    run: str  # a run's folder, or the YAML file of a recipe
+    step: int = 0
+    rank: int = 0
+    world_size: int = 1
+    rows: int = 4  # print at most so many rows
