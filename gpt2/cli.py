@@ -83,9 +83,16 @@ def _coerce_value(hint, value, where: str):
             raise ValueError(f"{where}: must be one of {', '.join(options)}, got {value!r}")
         return value
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and type(None) in options:
             return None
-        hint = next(t for t in options if t is not type(None))
+        words = [w for t in options if typing.get_origin(t) is Literal for w in typing.get_args(t)]
+        if value in words:
+            return value
+        hint = next(t for t in options if isinstance(t, type) and t is not type(None))
+        if words and type(value) is not hint:
+            raise ValueError(
+                f"{where}: must be {', '.join(words)} or {hint.__name__}, got {value!r}"
+            )
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as text
             return float(value)

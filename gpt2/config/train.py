@@ -93,7 +93,8 @@ class TrainConfig:
     bias: bool | None = None  # default: the preset's
 
     tokens_per_step: int = 524288  # over all ranks and micro steps
-    micro_batch_size: int = 32  # rows of block_size tokens in one forward pass on one device
+    # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
+    micro_batch_size: int | Literal["auto"] = 32
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 700  # steps in which lr rises linearly to its peak
     lr: float = 6e-4  # peak learning rate
@@ -133,8 +134,9 @@ class TrainConfig:
             raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
         positive = ("tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr")
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value != "auto" and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
         not_negative = (
             "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
             "sample_every", "save_every", "keep_last", "seed",
@@ -173,7 +175,10 @@ class TrainConfig:
         return dataclasses.replace(preset, **changes)
 
     def grad_accum_steps(self, block_size: int, world_size: int) -> int:
-        """Micro steps that make up one step. Raises ValueError with the nearest valid numbers."""
+        """Micro steps that make up one step, once micro_batch_size is a number.
+
+        Raises ValueError with the nearest valid numbers.
+        """
         per_micro_step = self.micro_batch_size * block_size * world_size
         if self.tokens_per_step % per_micro_step:
             raise ValueError(
