@@ -125,7 +125,7 @@ def test_the_peak_is_what_a_step_allocates(name, micro_steps):
 
 
 def test_activation_checkpointing_keeps_the_inputs_of_blocks(monkeypatch):
-    plain, s = CASES["wide"], setting(GPTConfig(6, 4, 256, 64, 65), 8, micro_steps=1)
+    s = setting(GPTConfig(6, 4, 256, 64, 65), 8, micro_steps=1)
     again = replace(s, activation_checkpointing=True)
     real = gpt2_model.Block.forward
     monkeypatch.setattr(
@@ -137,7 +137,7 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks(monkeypatch):
     ours = parts.peak - parts.parameters - parts.optimizer - parts.batches
     assert ours == pytest.approx(really_allocated(again), rel=0.05)
     assert memory(again).activations < 0.2 * memory(s).activations
-    assert memory(replace(plain, activation_checkpointing=True)).peak < memory(plain).peak
+    assert memory(again).peak < 0.6 * memory(s).peak
 
 
 def test_layouts_divide_what_they_should():

@@ -11,7 +11,8 @@ residual stream,
 so 36 C bytes a token and block in bfloat16 and 64 C in float32. The peak is the largest of five
 moments: the loss with its logits; the start of the backward pass, where the head's gradient is
 there twice; the backward pass of the last MLP and of the first; its end, where the embedding's
-gradient meets the head's. tests/test_preflight.py compares both sums with what a CPU really saves and allocates.
+gradient meets the head's. tests/test_preflight.py compares both sums with what a CPU really saves
+and allocates.
 
 B rows, T time, N = B T tokens of a micro batch, C channels, L layers, V vocabulary with padding.
 Left out: the allocator's rounding, cuBLAS's and NCCL's buffers (gpt2.train.preflight keeps a

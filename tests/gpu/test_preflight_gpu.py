@@ -1,4 +1,7 @@
-"""The pre-flight's formula against what a GPU really allocates. Needs a CUDA GPU."""
+"""The pre-flight's formula against what a CUDA GPU really allocates.
+
+Run: python -m pytest -m gpu tests/gpu/test_preflight_gpu.py
+"""
 
 from dataclasses import replace
 
@@ -15,7 +18,7 @@ from gpt2.train.preflight import measure_ceilings
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
 
 GPT2 = GPTConfig(12, 12, 768)
