@@ -138,6 +138,7 @@ class TrainConfig:
     out_dir: str = "runs"  # folder of all runs
     resume: str = "never"  # never, auto (newest checkpoint of this run, if any), or a checkpoint
     wandb_project: str = ""  # log to Weights & Biases too, under this project
+    gpu_hour_price: float = 0.0  # what an hour of one GPU costs, for the report; 0: not known
 
     def __post_init__(self):
         data_sources(self.data)
@@ -154,6 +155,7 @@ class TrainConfig:
         not_negative = (
             "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
             "sample_every", "save_every", "keep_last", "keep_every", "seed", "spike_z",
+            "gpu_hour_price",
         )  # fmt: skip
         for name in not_negative:
             if getattr(self, name) < 0:

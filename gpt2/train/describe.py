@@ -6,7 +6,6 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.data import Mixture, TokenLoader
-from gpt2.train.metrics import draw_curve
 
 
 def derived(trainer) -> list[tuple[str, str]]:
@@ -55,6 +54,7 @@ def derived(trainer) -> list[tuple[str, str]]:
     if isinstance(data, Mixture):
         for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
             rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
+    rows += trainer.preflight.rows()
     if trainer.first_step:
         rows.append(("resumed", f"from step {trainer.first_step}"))
     elif not c.init_from:
@@ -63,26 +63,21 @@ def derived(trainer) -> list[tuple[str, str]]:
 
 
 def show_result(trainer) -> None:
-    """Draws the loss curve; prints what came out."""
+    """Prints what came out."""
     lines, folder = trainer.metrics.lines, trainer.folder
     seconds = [line["train/step_ms"] for line in lines if "train/step_ms" in line]
     val = [line["val/loss"] for line in lines if "val/loss" in line]
-    draw_curve(
-        lines,
-        folder / "loss.png",
-        f"{trainer.config.run_name}: {trainer.model.n_params():,} parameters",
-    )
     print(f"done: {trainer.config.max_steps:,} steps", end="")
     print(
         f", {sorted(seconds)[len(seconds) // 2]:.1f} ms a step (median)" if seconds else "",
         end="",
     )
     print(f", val loss {val[-1]:.4f}" if val else "")
-    print(f"loss curve: {folder / 'loss.png'}")
+    print(f"loss curve: {folder / 'loss.png'}, report: {folder / 'report.html'}")
     print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")
 
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

@@ -44,6 +44,7 @@ class Setting:
     activation_checkpointing: bool = False  # blocks keep their inputs only and compute again
     layout: Literal["ddp", "zero1", "fsdp"] = "ddp"  # what is divided among the ranks
     world_size: int = 1
+    exact_reduction: bool = False  # partial sums of gradients are kept; see gpt2.train.exact
     host_copies: int = 0  # of weights and moments, in host memory: checkpoints, snapshots
 
     @property
@@ -102,6 +103,10 @@ def _moments(s: Setting) -> list[tuple[int, int, int, int, int]]:
     # DDP's buckets stay; otherwise .grad is there from the second micro step on.
     kept = s.micro_steps > 1 or s.world_size > 1
     before = all_gradients if kept else 0
+    if s.exact_reduction:  # one sum for each level of the tree; two buffers for an exchange
+        levels = (s.micro_steps & -s.micro_steps).bit_length() - 1
+        before = max(levels, 1) * all_gradients if s.micro_steps > 1 else 0
+        all_gradients *= max(levels + 1, 3 if s.world_size > 1 else 1)
     mlp = N * (4 * C * w + 4 * C)  # gradients on both sides of the GELU in turn, and of the stream
     mlp += block if s.activation_checkpointing else 0
     # When the backward pass comes to the first block, the gradients behind it are there.

@@ -44,11 +44,18 @@ class Metrics:
         """Whether a key was already logged at a step."""
         return any(line["step"] == step and key in line for line in self.lines)
 
-    def show_step(self, step: int, values: dict[str, float], eta_s: float) -> None:
-        """One line of training progress, or the live display's new state."""
+    def show_step(
+        self, step: int, values: dict[str, float], eta_s: float, predicted_s: float | None = None
+    ) -> None:
+        """One line of training progress, or the live display's new state.
+
+        predicted_s: the pre-flight's least time of a step.
+        """
+        step_ms = values["train/step_ms"]
+        of_predicted = f" ({step_ms / predicted_s / 1e3:.1f}x predicted)" if predicted_s else ""
         text = (
             f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
-            f"norm {values['train/grad_norm']:.2f}  {values['train/step_ms']:.1f} ms  "
+            f"norm {values['train/grad_norm']:.2f}  {step_ms:.1f} ms{of_predicted}  "
             f"{values['train/tokens_per_s']:,.0f} tok/s"
         )
         if "train/mfu" in values:

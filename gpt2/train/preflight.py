@@ -44,6 +44,10 @@ class Preflight:
     disk_free: int
     where: str  # the device, in words
 
+    def predicted(self) -> dict[str, float]:
+        """What the receipt keeps."""
+        return {"step_ms": self.step_seconds * 1e3, "peak_bytes": self.memory.peak}
+
     @property
     def step_seconds(self) -> float:
         """The least time that a step can take."""
@@ -95,27 +99,28 @@ class Preflight:
 def preflight(
     config: TrainConfig,
     model: GPT,
+    optimizer: torch.optim.Optimizer,
     group: Distributed,
     *,
     block_size: int,
     bfloat16: bool,
     compiled: bool,
     resumed: Checkpoint | None = None,
-    host_copies: int = 0,
 ) -> tuple[TrainConfig, Preflight]:
     """Checks that the run fits; returns config with its micro_batch_size as a number, and findings.
 
-    All ranks call it. block_size: tokens in a training row. host_copies: of weights and moments
-    that checkpoints and snapshots hold in host memory.
+    All ranks call it. block_size: tokens in a training row.
     A resumed run with micro_batch_size auto keeps the checkpoint's where that fits, so that its
     additions keep their order.
     Raises ValueError where memory cannot suffice, naming the largest micro batch that fits; OSError
     where the disk cannot.
     """
-    s = _setting(config, model, group, block_size, bfloat16, compiled, host_copies)
-    available = available_bytes(group.device, 4 * s.n_params)
-    mine = torch.tensor([largest_fit(s, available), available], dtype=torch.float64)
-    largest, available = (int(x) for x in _all_ranks(group, mine).amin(0))
+    s = _setting(config, model, group, block_size, bfloat16, compiled)
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    held = sum(t.nbytes for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor))
+    available = available_bytes(group.device, held)
+    available = min(group.gather(available))
+    largest = largest_fit(s, available)
     rows = s.rows * s.micro_steps
     chosen = config.micro_batch_size
     if chosen == "auto":
@@ -128,13 +133,14 @@ def preflight(
     plan = memory(s)
     if not largest or chosen > largest:
         raise ValueError(_refusal(config, s, plan.peak, available, largest, group.device))
+    _check_host_memory(s, group)
     resolved = replace(config, micro_batch_size=chosen)
     first_step = 0 if resumed is None else resumed.step
     one, n = _checkpoint_bytes(model), _n_checkpoints(config, first_step)
     free = _check_disk(config, group, one, n)
     ceilings = measure_ceilings(group.device, s)
-    speeds = torch.tensor([ceilings.flops, ceilings.bandwidth], dtype=torch.float64)
-    ceilings = Ceilings(*_all_ranks(group, speeds).amin(0).tolist())
+    every = group.gather((ceilings.flops, ceilings.bandwidth))
+    ceilings = Ceilings(*(min(values) for values in zip(*every, strict=True)))
     where = str(group.device) if s.cuda else "the CPU's memory"
     if group.world_size > 1:
         where += ", the least of all ranks"
@@ -254,7 +260,6 @@ def _setting(
     block_size: int,
     bfloat16: bool,
     compiled: bool,
-    host_copies: int,
 ) -> Setting:
     per_row = block_size * group.world_size
     if config.tokens_per_step % per_row:
@@ -274,7 +279,9 @@ def _setting(
         n_params=sum(p.numel() for p in parameters),
         n_trained=sum(p.numel() for p in parameters if p.requires_grad),
         compiled=compiled, doc_mask=config.doc_mask, world_size=group.world_size,
-        host_copies=host_copies,
+        exact_reduction=config.exact_reduction,
+        # One for the checkpoint being written, two to roll back to.
+        host_copies=1 + 2 * (config.guard == "rollback"),
     )  # fmt: skip
 
 
@@ -294,11 +301,16 @@ def _refusal(config, s: Setting, peak: int, available: int, largest: int, device
     )
 
 
-def _all_ranks(group: Distributed, values: torch.Tensor) -> torch.Tensor:
-    """values (n,) of every rank: (ranks, n)."""
-    table = torch.zeros(group.world_size, len(values), dtype=values.dtype, device=group.device)
-    table[group.rank] = values.to(group.device)
-    return group.sum(table).cpu()
+def _check_host_memory(s: Setting, group: Distributed) -> None:
+    """The copies of a GPU's state must fit its host; on a CPU they are part of the peak."""
+    needed = s.host_copies * 4 * (s.n_params + 2 * s.n_trained) if s.cuda else 0
+    free = int(available_bytes(torch.device("cpu")))
+    if any(group.gather(needed > free)):
+        raise ValueError(
+            f"{s.host_copies} copies of weights and moments for checkpoints and rollback need "
+            f"{size(needed)} of host memory for each rank, {size(free)} are usable: use fewer "
+            "ranks on a host, or guard skip"
+        )
 
 
 def _checkpoint_bytes(model: GPT) -> int:
@@ -309,10 +321,13 @@ def _checkpoint_bytes(model: GPT) -> int:
 
 def _n_checkpoints(config: TrainConfig, first_step: int) -> int:
     """How many lie on the disk at the same time, the one being written included."""
-    due = (config.max_steps - 1) // config.save_every if config.save_every else 0
-    done = first_step // config.save_every if config.save_every else 0
-    saves = max(due - done, 0) + 1
-    return min(config.keep_last + 1, saves) if config.keep_last else saves
+    periods = (config.save_every, config.eval_every, config.sample_every)
+    due = {step for n in periods if n for step in range(n, config.max_steps, n)}
+    saves = len([step for step in due if step > first_step]) + 1
+    if not config.keep_last:
+        return saves
+    kept = config.max_steps // config.keep_every if config.keep_every else 0
+    return min(config.keep_last + kept + 1, saves)
 
 
 def _check_disk(config: TrainConfig, group: Distributed, one: int, n: int) -> int:
@@ -324,8 +339,7 @@ def _check_disk(config: TrainConfig, group: Distributed, one: int, n: int) -> in
     if config.keep_last:
         free += sum(f.stat().st_size for path in kept for f in path.iterdir())
     # Only the main rank writes, perhaps on a disk of its own; its finding is everyone's.
-    found = torch.tensor([float(group.is_main and free < n * one)])
-    if _all_ranks(group, found).any():
+    if group.broadcast(free < n * one):
         raise OSError(
             errno.ENOSPC,
             f"{n} checkpoints of {size(one)} lie there at a time (keep_last {config.keep_last}), "

@@ -38,6 +38,9 @@ from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.metrics import Metrics
 from gpt2.train.objectives import IGNORE_INDEX, Batch
 from gpt2.train.optim import learning_rate, make_optimizer
+from gpt2.train.preflight import Preflight, preflight
+from gpt2.train.receipt import Receipt
+from gpt2.train.report import write_report
 from gpt2.train.rollback import Snapshots
 from gpt2.train.saver import Saver
 from gpt2.train.signals import Interrupted, StopSignals
@@ -70,9 +73,7 @@ class Trainer:
         self.val_feed = Feed(val_data, group.device) if val_data is not None else None
         self.names = getattr(train_data, "names", NAMES)
         self.folder = Path(config.out_dir) / config.run_name
-        block_size = train_data.block_size
-        self.grad_accum_steps = config.grad_accum_steps(block_size, group.world_size)
-        self.rows_per_step = config.tokens_per_step // block_size
+        self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.dtype = _select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
         self.optimizer = make_optimizer(self.model, config)
@@ -83,12 +84,13 @@ class Trainer:
         self.snapshots = Snapshots()
         self.saved_step = -1
         self.signals = StopSignals()
+        self.resumed: checkpoint.Checkpoint | None = None
+        self.preflight: Preflight | None = None
         self.ddp = self.tree = None
+        if config.micro_batch_size != "auto":  # else when it is known, in run()
+            self._divide_step()
         forward = objective
-        if config.exact_reduction:
-            micro_batches = self.grad_accum_steps * group.world_size
-            self.tree = TreeSum(micro_batches, group.rank, group.world_size)
-        elif group.world_size > 1:
+        if group.world_size > 1 and not config.exact_reduction:
             forward = self.ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         compiled = (
             config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
@@ -101,6 +103,7 @@ class Trainer:
 
     def resume(self, from_checkpoint: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint's step with its weights, moments and guard."""
+        self.resumed = from_checkpoint
         checkpoint.load_training_state(from_checkpoint, self.model, self.optimizer)
         self.first_step = self.step = self.saved_step = from_checkpoint.step
         self.data_offset = from_checkpoint.state.get("data_offset", 0)
@@ -115,13 +118,23 @@ class Trainer:
         if signals is None:
             with StopSignals() as signals:
                 return self.run(signals)
-        config, group = self.config, self.group
+        self.config, self.preflight = preflight(
+            self.config, self.model, self.optimizer, self.group,
+            block_size=self.train_data.block_size, bfloat16=self.dtype == torch.bfloat16,
+            compiled=self.compiled, resumed=self.resumed,
+        )  # fmt: skip
+        self._divide_step()
+        config, group, end = self.config, self.group, "failed"
         self.signals, self.metrics, self.saver = signals, None, None
         self.heartbeat = Heartbeat(group.rank, group.world_size)
         if group.is_main:
             self._open_run_folder()
         try:
             self._loop()
+            end = "finished"
+        except Interrupted as interrupted:
+            end = f"stopped by {interrupted.signal_name}"
+            raise
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"out of memory on {group.device}: lower micro_batch_size "
@@ -144,9 +157,20 @@ class Trainer:
                 try:
                     self.saver.close()
                 finally:
+                    self._report(end)
                     self.metrics.close()
         if group.is_main:
             show_result(self)
+
+    def _divide_step(self) -> None:
+        """Into micro steps; micro_batch_size is a number by now."""
+        group = self.group
+        self.grad_accum_steps = self.config.grad_accum_steps(
+            self.train_data.block_size, group.world_size
+        )
+        if self.config.exact_reduction:
+            micro_batches = self.grad_accum_steps * group.world_size
+            self.tree = TreeSum(micro_batches, group.rank, group.world_size)
 
     def _open_run_folder(self) -> None:
         config = self.config
@@ -157,6 +181,10 @@ class Trainer:
         for name, value in derived(self):
             print(f"{name:<22}{value}")
         self.metrics = Metrics(self.folder, config, dataclasses.asdict(config), self.first_step)
+        self.receipt = Receipt(
+            self.folder, config, self.model, self.group, first_step=self.first_step,
+            predicted=self.preflight.predicted(),
+        )  # fmt: skip
         self.saver = Saver(
             self.folder,
             keep_last=config.keep_last,
@@ -369,8 +397,18 @@ class Trainer:
             self.metrics.say(f"stopped at step {self.step}; {where}; go on with --resume auto")
         raise Interrupted(self.signals.received or "a signal to another rank")
 
+    def _report(self, end: str) -> None:
+        """Brings receipt and report up to date; end: how the launch ended, or "running"."""
+        try:
+            self.receipt.update(self.step, end)
+            price = self.config.gpu_hour_price
+            write_report(self.folder, gpu_hour_price=price, png=end != "running")
+        except (OSError, ImportError) as error:
+            self.metrics.say(f"no report: {error}")
+
     def _on_saved(self, step: int, path: Path, times: dict) -> None:
         self.metrics.log(step, times)
+        self._report("running")
         self.metrics.say(
             f"step {step:>6}/{self.config.max_steps}  saved {path}  (held training "
             f"{times['checkpoint/held_ms']:.0f} ms, took {times['checkpoint/write_ms']:.0f} ms)"
@@ -405,7 +443,8 @@ class Trainer:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (self.peak_flops * self.group.world_size)
         self.metrics.log(step, values)
-        self.metrics.show_step(step, values, (self.config.max_steps - step) * seconds)
+        predicted = self.preflight.step_seconds if self.preflight is not None else None
+        self.metrics.show_step(step, values, (self.config.max_steps - step) * seconds, predicted)
 
     def _validate(self) -> None:
         started, step = time.perf_counter(), self.step
@@ -425,7 +464,10 @@ class Trainer:
         tokens = generate(
             self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50, seed=0
         )
-        self.metrics.say(f"sample: {self.tokenizer.decode(tokens[0])!r}")
+        text = self.tokenizer.decode(tokens[0])
+        self.metrics.say(f"sample: {text!r}")
+        if not self.metrics.logged(self.step, "sample"):
+            self.metrics.log(self.step, {"sample": text})
 
 
 def _due(step: int, every: int) -> bool:
