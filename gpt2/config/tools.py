@@ -85,3 +85,34 @@ class ShowBatchConfig:
     rank: int = 0
     world_size: int = 1
     rows: int = 4  # print at most so many rows
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Options of scripts/report.py."""
+
+    run: str  # a run's folder
+    gpu_hour_price: float = 0.0  # what an hour of one GPU costs; 0: not known
+
+    def __post_init__(self):
+        if self.gpu_hour_price < 0:
+            raise ValueError(f"gpu_hour_price must not be negative, got {self.gpu_hour_price}")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Options of scripts/verify_run.py."""
+
+    run: str  # a run's folder
+    checkpoint: str = ""  # its name or path, or start for step 0; default: the newest but one
+    steps: int = 0  # to repeat at least; 0: 10, and in any case up to the next logged loss
+    # Largest relative difference of a loss. Default: 0 where machine, versions and ranks are those
+    # of the run, on a CPU; else 1e-4 for float32 and 1e-2 for bfloat16.
+    tolerance: float | None = None
+    device: str = ""  # default: the run's option
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps must not be negative, got {self.steps}")
+        if self.tolerance is not None and self.tolerance < 0:
+            raise ValueError(f"tolerance must not be negative, got {self.tolerance}")

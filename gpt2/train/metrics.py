@@ -142,9 +142,9 @@ def draw_curve(lines: list[dict], path: str | Path, title: str) -> None:
             axes.plot(
                 *zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.4f}", **style
             )
+            axes.legend()
     axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
     figure.savefig(path)
 
 

@@ -20,10 +20,10 @@ def pretrain(config: TrainConfig) -> None:
 
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
-    launch(config, partial(_make_trainer, config))
+    launch(config, partial(make_trainer, config))
 
 
-def _make_trainer(config: TrainConfig, group: Distributed) -> Trainer:
+def make_trainer(config: TrainConfig, group: Distributed) -> Trainer:
     data_tokenizer = find_tokenizer(config.data)
     torch.manual_seed(config.seed)
     model = _make_model(config, data_tokenizer, group.device)

@@ -1,0 +1,26 @@
+"""Draws the report of a run again: report.md, report.html and loss.png in its folder.
+
+python scripts/report.py runs/gpt2_124m --gpu_hour_price 2.5
+
+Training does this itself, at checkpoints and when it ends; this is for another price, and for runs
+that were killed.
+"""
+
+from pathlib import Path
+
+from gpt2.cli import parse, run_script
+from gpt2.config import ReportConfig
+from gpt2.train.report import write_report
+
+
+def main() -> None:
+    config = parse(ReportConfig, __doc__)
+    run = Path(config.run)
+    if not (run / "metrics.jsonl").exists():
+        raise OSError(f"{run}: no run here: it has no metrics.jsonl")
+    write_report(run, gpu_hour_price=config.gpu_hour_price)
+    print(f"{run / 'report.html'}, {run / 'report.md'}")
+
+
+if __name__ == "__main__":
+    run_script(main)

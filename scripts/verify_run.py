@@ -1,0 +1,25 @@
+"""Repeats some steps of a run from one of its checkpoints and compares the losses with its log.
+
+    python scripts/verify_run.py runs/shakespeare_char                # from the last but one
+    python scripts/verify_run.py runs/shakespeare_char --checkpoint step_00000500 --steps 100
+    torchrun --nproc-per-node 2 scripts/verify_run.py runs/mine       # of a run on 2 ranks
+
+First the data is compared with the hashes in the run's receipt. Then the trainer itself trains on
+with the stored options, in a temporary folder: the run's own is only read. The exit status is 0
+where everything agrees, and 1 where it does not.
+"""
+
+import sys
+
+from gpt2.cli import parse, run_script
+from gpt2.config import VerifyConfig
+from gpt2.train.verify import verify_run
+
+
+def main() -> None:
+    if not verify_run(parse(VerifyConfig, __doc__)):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    run_script(main)
