@@ -83,4 +83,5 @@ def nice_ticks(low: float, high: float) -> list[float]:
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 8)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    last = max(last, first + 1)
     return [round(i * step, 10) for i in range(first, last + 1)]

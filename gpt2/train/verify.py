@@ -24,7 +24,7 @@ from gpt2.train import distributed
 from gpt2.train.distributed import Distributed
 from gpt2.train.metrics import read_metrics
 from gpt2.train.pretrain import make_trainer
-from gpt2.train.receipt import describe_data, hardware, read_receipt, versions
+from gpt2.train.receipt import describe_data, git_state, hardware, read_receipt, versions
 from gpt2.train.signals import Interrupted
 
 LEAST_STEPS = 10
@@ -60,9 +60,13 @@ def verify_run(options: VerifyConfig) -> bool:
     say(f"data        {'; '.join(changes) or 'the same as in the receipt, by ' + _how(receipt)}")
     if changes:
         return False
+    launch = [x for x in receipt["launches"] if x["first_step"] <= first][-1]
+    say(f"code        {_code(launch['git'], git_state())}")
+    if group.device.type == "cpu" and launch["device"] == "cpu":
+        torch.set_num_threads(launch["hardware"]["threads"])  # another number adds in another order
     say(f"repeating   steps {first + 1:,} to {wanted[-1][1]:,}, on {group.world_size} ranks")
     found = _repeat(config, options, from_checkpoint, first, wanted[-1][1], group)
-    tolerance, why = _tolerance(options, receipt, config, first, group)
+    tolerance, why = _tolerance(options, launch, config, group)
     say(f"tolerance   {tolerance:g} ({why})")
     agreed = _compare(lines, found, wanted, tolerance, say)
     distributed.stop(group)
@@ -154,10 +158,16 @@ def _repeat(config, options, from_checkpoint, first: int, to: int, group: Distri
         }
 
 
-def _tolerance(options, receipt: dict, config, first: int, group) -> tuple[float, str]:
+def _code(then: dict, now: dict) -> str:
+    if then["commit"] is None or now["commit"] is None:
+        return "commit not known"
+    old, new = (s["commit"][:10] + " with changes" * bool(s["dirty"]) for s in (then, now))
+    return f"the same commit, {new}" if old == new else f"trained by {old}, here {new}"
+
+
+def _tolerance(options, launch: dict, config, group) -> tuple[float, str]:
     if options.tolerance is not None:
         return options.tolerance, "asked for"
-    launch = [x for x in receipt["launches"] if x["first_step"] <= first][-1]
     here, there = (
         {"device": device, "ranks": ranks, "CPU": h["cpu"], "threads": h["threads"], **v}
         for device, ranks, h, v in (

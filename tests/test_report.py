@@ -1,0 +1,326 @@
+"""Receipt, report and verify_run: of real runs, and of run folders that something happened to."""
+
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.checkpoint import list_checkpoints
+from gpt2.cli import write_yaml
+from gpt2.config import ReportConfig, TrainConfig, VerifyConfig
+from gpt2.train import receipt as receipts
+from gpt2.train.curve import MOST_POINTS, curve_svg, nice_ticks, thin
+from gpt2.train.metrics import read_metrics
+from gpt2.train.page import Table, Verbatim, to_html, to_markdown
+from gpt2.train.pretrain import pretrain
+from gpt2.train.receipt import git_state, read_receipt
+from gpt2.train.report import FINEWEB, OPENWEBTEXT, comparable_losses, describe, write_report
+from gpt2.train.trainer import Trainer
+from gpt2.train.verify import verify_run
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(shakespeare, tmp_path_factory) -> Path:
+    """A run of 24 steps with checkpoints at 6, 12, 18 and 24, logged every 4 steps."""
+    out = tmp_path_factory.mktemp("runs")
+    pretrain(TrainConfig(
+        preset="char", n_layer=2, n_head=2, n_embd=32, block_size=32, data=str(shakespeare),
+        tokens_per_step=256, micro_batch_size="auto", max_steps=24, warmup_steps=2, lr=1e-2,
+        eval_every=12, eval_steps=2, save_every=6, sample_every=12, keep_last=0, log_every=4,
+        run_name="run", out_dir=str(out), device="cpu", dropout=0.1,
+    ))  # fmt: skip
+    return out / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy that a test may change."""
+    return Path(shutil.copytree(finished, tmp_path / "run", symlinks=True))
+
+
+def test_receipt_says_what_ran(finished, shakespeare):
+    receipt = read_receipt(finished)
+    (launch,) = receipt["launches"]
+    assert (launch["first_step"], launch["last_step"], launch["end"]) == (0, 24, "finished")
+    assert launch["start"] <= launch["stop"] and launch["seconds"] > 0
+    assert launch["versions"]["torch"] == torch.__version__
+    assert launch["versions"]["python"] == sys.version.split()[0]
+    assert launch["hardware"]["threads"] == torch.get_num_threads()
+    assert "pytest" in launch["command"] and launch["world_size"] == 1
+    assert launch["predicted"]["step_ms"] > 0
+    (data,) = receipt["data"]
+    manifest = shakespeare / "manifest.json"
+    assert data["manifest_sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
+    shard = shakespeare / "train_000000.bin"
+    assert data["shards"][shard.name] == hashlib.sha256(shard.read_bytes()).hexdigest()
+    # micro_batch_size auto became a number: the 8 rows of a step.
+    assert "micro_batch_size: 8\n" in (finished / "config.yaml").read_text()
+
+
+def test_git_state_is_that_of_this_tree(tmp_path, monkeypatch):
+    head = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    if head.returncode:
+        pytest.skip("the tests do not run in a git repository")
+    assert git_state()["commit"] == head.stdout.strip()
+    # A copy inside of somebody else's repository is not theirs.
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(receipts, "__file__", str(tmp_path / "receipt.py"))
+    assert git_state() == {"commit": None, "dirty": None}
+
+
+def test_a_resumed_run_adds_a_launch(train_config, monkeypatch):
+    real = Trainer.train_step
+
+    def stopping(self, step, params):
+        if step == 4:
+            raise KeyboardInterrupt
+        return real(self, step, params)
+
+    run = Path(train_config.out_dir) / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Trainer, "train_step", stopping)
+        pretrain(train_config)
+    assert "stopped at step 4 of 6: failed" in (run / "report.md").read_text()
+    pretrain(replace(train_config, resume="auto"))
+    first, second = read_receipt(run)["launches"]
+    assert (first["end"], first["last_step"]) == ("failed", 4)
+    assert (second["first_step"], second["last_step"], second["end"]) == (3, 6, "finished")
+    text = (run / "report.md").read_text()
+    assert "Restarted 1 time." in text and "| state | finished |" in text
+
+
+class Page(HTMLParser):
+    """What a page would fetch, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.fetched, self.text, self.open = [], "", []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [v for k, v in attrs if k in ("src", "href", "xlink:href", "data")]
+        self.fetched += [tag] if tag in ("script", "link", "iframe", "img", "object") else []
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_report_is_whole_and_fetches_nothing(finished):
+    lines = read_metrics(finished / "metrics.jsonl")
+    page = Page((finished / "report.html").read_text())
+    assert page.fetched == []
+    markdown = (finished / "report.md").read_text()
+    last = [line["val/loss"] for line in lines if "val/loss" in line][-1]
+    sample = next(line["sample"] for line in lines if "sample" in line)
+    for text in (page.text, markdown):
+        assert f"{last:.4f}" in text and sample in text
+        assert "finished" in text and "Never restarted." in text
+        assert "not comparable here: the tokenizer is char" in text
+        assert torch.__version__ in text and "0, on a CPU" in text and "times that" in text
+    assert "![loss curve](loss.png)" in markdown
+    assert (finished / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+HOSTILE = "</pre><script>alert(1)</script>\n```\n# not a title | `x`"
+
+
+def test_text_of_others_is_shown_as_it_is():
+    sections = [("", [HOSTILE, Table([(HOSTILE, "b")]), Verbatim(HOSTILE)])]
+    page = Page(to_html(HOSTILE, "", sections))
+    assert page.fetched == [] and page.text.count("<script>alert(1)</script>") == 5
+    markdown = to_markdown("t", "", sections)
+    assert "````text\n" + HOSTILE + "\n````" in markdown
+    outside = markdown.replace(f"````text\n{HOSTILE}\n````", "")
+    assert "<script" not in outside.replace("\\<script", "") and "\n# not" not in outside
+    (row,) = (line for line in outside.splitlines() if "| b |" in line)
+    assert row.replace("\\|", "").count("|") == 3
+
+
+def line(step, **values):
+    return {"step": step, **{k.replace("_", "/", 1): v for k, v in values.items()}}
+
+
+def test_events_launches_and_cost_are_told():
+    launch = {
+        "start": "2026-01-01T00:00:00+00:00", "stop": "2026-01-01T01:00:00+00:00",
+        "seconds": 3600.0, "first_step": 0, "last_step": 10, "end": "running",
+        "command": "python x", "world_size": 8, "device": "cuda",
+        "git": {"commit": "0123456789abcdef", "dirty": True}, "versions": {"torch": "2.13.0"},
+        "hardware": {
+            "host": "h", "system": "Linux", "cpu": "c", "cpus": 4, "threads": 1,
+            "memory_bytes": 10**9, "gpu": "NVIDIA H100", "gpus": 8, "gpu_memory_bytes": 8 * 10**10,
+            "driver": None,
+        },
+        "predicted": {"step_ms": 50.0},
+    }  # fmt: skip
+    receipt = {"launches": [launch, launch | {"seconds": 1800.0, "end": "stopped by SIGTERM"}]}
+    lines = [line(i, train_loss=4.0 - i / 10, train_step_ms=100.0) for i in range(1, 6)]
+    lines += [line(3, guard_skipped=1, guard_reason="loss is nan", guard_data_step=2)]
+    lines += [line(5, eval_hellaswag=0.2945)]
+    text = to_markdown("t", "", describe(lines, receipt, {}, gpu_hour_price=2.5))
+    assert "| GPU hours | 12.000 |" in text and "30.00, at 2.5 a GPU hour" in text
+    assert "1 steps were skipped in 1 events." in text and "loss is nan" in text
+    assert "killed" in text and "stopped by SIGTERM" in text and "Restarted 1 time." in text
+    assert "it took 2.00 times that" in text and "0123456789 with changes" in text
+    assert "| this run | 29.45% |" in text and "| GPT-2 124M | 29.45% |" in text
+
+
+def fineweb(**config) -> tuple[dict, dict]:
+    data = {"source": "HuggingFaceFW/fineweb", "tokenizer": "gpt2"}
+    run = {"block_size": 1024, "eval_steps": 20, "tokens_per_step": 524288} | config
+    return {"data": [data | run.pop("data", {})], "model": {"block_size": 1024}}, run
+
+
+def test_losses_stand_beside_gpt2s_only_where_they_are_the_same_measure():
+    assert comparable_losses(*fineweb())[0] == FINEWEB
+    owt = {"source": "Skylion007/openwebtext"}
+    assert comparable_losses(*fineweb(data=owt))[0] == OPENWEBTEXT
+    for changes, why in (
+        ({"eval_steps": 10}, "5,242,880 validation tokens are read"),
+        ({"eval_steps": 0}, "all validation tokens are read"),
+        ({"block_size": 512}, "the context is 512"),
+        ({"doc_mask": True}, "doc_mask"),
+        ({"data": {"source": "HuggingFaceFW/fineweb-edu"}}, "the text is another"),
+        ({"data": {"tokenizer": "byte"}}, "another unit"),
+    ):
+        anchors, note = comparable_losses(*fineweb(**changes))
+        assert anchors == {} and "not comparable" in note and why in note
+    receipt, run = fineweb()
+    assert comparable_losses({"data": receipt["data"] * 2}, run)[0] == {}
+
+
+def test_a_report_of_what_is_left_of_a_run(run, tmp_path):
+    """Whatever is missing, the rest is told."""
+    for name in ("receipt.json", "config.yaml", "loss.png"):
+        (run / name).unlink()
+        write_report(run, png=False)
+        assert "train loss" in (run / "report.md").read_text()
+    (run / "metrics.jsonl").write_text('{"step": 1, "train/loss": NaN}\n{"step": 2, "cut')
+    write_report(run)
+    assert "No loss was logged." in (run / "report.html").read_text()
+    (run / "receipt.json").write_text("{}")
+    with pytest.raises(ValueError, match="receipt.json: damaged"):
+        write_report(run)
+
+
+def test_the_curve_is_svg_of_the_losses():
+    lines = [line(i, train_loss=5.0 - i / 1000) for i in range(1, 3001)]
+    lines += [line(3000, val_loss=2.5), line(7, train_loss=math.nan)]
+    svg = ElementTree.fromstring(curve_svg(lines))
+    names = [t.text for t in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert "train, last 2.0000" in names and "val, last 2.5000" in names
+    polyline = next(svg.iter("{http://www.w3.org/2000/svg}polyline")).get("points").split()
+    assert MOST_POINTS * 0.5 < len(polyline) <= MOST_POINTS
+    ys = [float(p.split(",")[1]) for p in polyline]
+    assert ys == sorted(ys) and 0 <= ys[0] < ys[-1] <= 360
+    assert thin([(1, 2.0)]) == [(1, 2.0)]
+    for low, high in ((2.0, 5.0), (0.31, 0.32), (1.0, 1.0), (0, 120), (0, 19073)):
+        ticks = nice_ticks(low, high)
+        assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 10
+
+
+def test_verify_repeats_a_run_bit_for_bit(finished, capsys):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert verify_run(VerifyConfig(str(finished)))
+    out = capsys.readouterr().out
+    # The last checkpoint but one is that of step 18; 17-20 was logged as one mean, so it is left.
+    assert "steps 19 to 24" in out and "21-24" in out and "17-20" not in out
+    assert "the hashes of manifest and shards" in out and "the same commit" in out
+    assert "same bits" in out and "repeated: 1 of 1" in out
+    assert verify_run(VerifyConfig(str(finished), checkpoint="start", steps=9))
+    out = capsys.readouterr().out
+    assert "steps 1 to 12" in out and out.count("same bits\n") == 4
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def edit_lines(run: Path, change) -> None:
+    lines = read_metrics(run / "metrics.jsonl")
+    for entry in lines:
+        change(entry)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+
+def scale(entry: dict, factor: float) -> None:
+    if "train/loss" in entry:
+        entry["train/loss"] *= factor
+
+
+def test_verify_notices_another_loss(run, capsys):
+    def nudge(entry):
+        if entry["step"] == 24 and "train/loss" in entry:
+            entry["train/loss"] = math.nextafter(entry["train/loss"], 9.0)
+
+    edit_lines(run, nudge)
+    assert not verify_run(VerifyConfig(str(run)))
+    assert "NOT repeated: 0 of 1" in capsys.readouterr().out
+    assert verify_run(VerifyConfig(str(run), tolerance=1e-9))
+    assert "(asked for)" in capsys.readouterr().out
+
+
+def test_verify_names_a_tolerance_on_another_machine(run, capsys):
+    receipt = read_receipt(run)
+    receipt["launches"][0]["versions"]["torch"] = "2.0.0"
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    edit_lines(run, lambda e: scale(e, 1 + 5e-5))
+    assert verify_run(VerifyConfig(str(run)))
+    out = capsys.readouterr().out
+    assert f"0.0001 (torch 2.0.0, here {torch.__version__})" in out and "5.0e-05" in out
+
+
+def test_verify_compares_the_data_first(run, capsys, monkeypatch):
+    receipt = read_receipt(run)
+    receipt["data"][0]["shards"]["train_000000.bin"] = "0" * 64
+    (run / "receipt.json").write_text(json.dumps(receipt))
+    monkeypatch.setattr("gpt2.train.verify._repeat", None)
+    assert not verify_run(VerifyConfig(str(run)))
+    assert "train_000000.bin is another one" in capsys.readouterr().out
+
+
+def test_verify_says_what_it_cannot_do(run):
+    with pytest.raises(ValueError, match="no loss was logged for steps behind 24"):
+        verify_run(VerifyConfig(str(run), checkpoint="step_00000024"))
+    with pytest.raises(OSError, match="no checkpoint"):
+        verify_run(VerifyConfig(str(run), checkpoint="step_00000099"))
+    (run / "receipt.json").unlink()
+    with pytest.raises(OSError, match="no receipt.json"):
+        verify_run(VerifyConfig(str(run)))
+
+
+@pytest.mark.slow
+def test_the_scripts(run, tmp_path):
+    def script(name, *words):
+        command = [sys.executable, str(ROOT / "scripts" / name), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, _ = script("verify_run.py", str(run))
+    assert code == 0 and "verdict     repeated" in out
+    edit_lines(run, lambda e: scale(e, 1.01))
+    code, out, _ = script("verify_run.py", str(run))
+    assert code == 1 and "NOT repeated" in out
+    (run / "report.md").unlink()
+    code, out, _ = script("report.py", str(run), "--gpu_hour_price", "3")
+    assert code == 0 and (run / "report.md").exists()
+    code, _, err = script("report.py", str(tmp_path))
+    assert code == 1 and "no run here" in err
+    assert ReportConfig("x").gpu_hour_price == 0
+
+
+def test_configs_of_receipts_read_back(finished, tmp_path):
+    write_yaml(TrainConfig(micro_batch_size="auto"), tmp_path / "auto.yaml")
+    assert "micro_batch_size: auto" in (tmp_path / "auto.yaml").read_text()
+    assert len(list_checkpoints(finished)) == 4
