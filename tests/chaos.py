@@ -346,6 +346,27 @@ def nan(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     return good, count, "weights and moments untouched, the document named, one step lost"
 
 
+def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+    """A rank killed or frozen: the other one ends within the timeout and names it."""
+    good, longest = 0, 0.0
+    for n in range(count):
+        log, victim = work / f"lost_{n}.log", rng.randrange(2)
+        config = replace(small_run(work), run_name=f"lost_{n}", max_steps=10_000, timeout_s=8)
+        pids = spawn(config, 2, log)
+        while not names(run_of(config) / "checkpoints"):
+            time.sleep(0.01)
+        os.kill(pids[victim], signal.SIGKILL if n % 2 == 0 else signal.SIGSTOP)
+        started = time.monotonic()
+        _, status = os.waitpid(pids[1 - victim], 0)
+        longest = max(longest, time.monotonic() - started)
+        if n % 2:
+            os.kill(pids[victim], signal.SIGKILL)
+        os.waitpid(pids[victim], 0)
+        said = f"error (rank {1 - victim}): step " in (text := log.read_text())
+        good += said and f"lost rank {victim} " in text and os.waitstatus_to_exitcode(status) == 1
+    return good, count, f"half killed, half frozen; the longest wait {longest:.0f} s of 8 allowed"
+
+
 def torchrun(config: TrainConfig, *options: str, prefix: tuple = ()) -> subprocess.Popen:
     words = [f"--{k}={v}" for k, v in asdict(config).items() if v is not None and v != ""]
     command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options,
@@ -410,7 +431,13 @@ def hosts(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
                        "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400",
                        f"--rdzv-id={n}"]  # fmt: skip
-            started = [torchrun(cut, *options, prefix=prefix) for prefix in prefixes]
+            started = [
+                torchrun(
+                    cut, *options, f"--local-addr=10.77.0.{i + 1}",
+                    f"--rdzv-conf=is_host={int(i == 0)}", prefix=prefix,
+                )
+                for i, prefix in enumerate(prefixes)
+            ]  # fmt: skip
             alive = lambda ps=started: all(p.poll() is None for p in ps)  # noqa: E731
             kills = kill_workers(cut, 1, rng, alive)
             codes = [p.wait(300) for p in started]
@@ -473,7 +500,7 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
 
 ATTEMPTS = {  # name: (function, attempts)
     "kill": (kill, 100), "term": (term, 50), "disk": (disk, 4), "flip": (flip, 1000),
-    "nan": (nan, 10), "restart": (restart, 5), "hosts": (hosts, 3), "overhead": (overhead, 5),
+    "nan": (nan, 10), "lost": (lost, 6), "restart": (restart, 5), "hosts": (hosts, 3), "overhead": (overhead, 5),
 }  # fmt: skip
 
 
