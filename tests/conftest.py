@@ -72,6 +72,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data sets that are too large or not free to ship; beside the repository, if anywhere."""
+    beside = Path(__file__).parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("GPT2_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"the shared data are not at {folder} (GPT2_SHARED_DATA names another place)")
+    return folder
+
+
 def losses(run: Path, key: str = "train/loss") -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]

@@ -19,7 +19,8 @@ LAYERS = [
     ["gpt2.generate", "gpt2.hf", "gpt2.lora"],
     ["gpt2.checkpoint"],
     ["gpt2"],
-    ["gpt2.train", "gpt2.evals"],
+    ["gpt2.evals"],
+    ["gpt2.train"],
     ["benchmarks.common"],
     ["scripts", "benchmarks"],
 ]
