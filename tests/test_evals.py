@@ -311,6 +311,7 @@ def test_batches_keep_their_budget():
     for batch in batches:
         first, longest = sizes[batch[0]][0], max(sizes[i][2] for i in batch)
         assert len(batch) * (first + 4 * (longest - first)) <= 600
+        assert sizes[batch[-1]][0] - first < 8
     assert len(batches) < 15 and pack([(0, 1, 99)] * 2, 10) == [[0], [1]]
     assert evenly(range(10), 4) == [0, 2, 5, 7] and evenly([1, 2], 9) == [1, 2]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from gpt2.model import GPT, KVCache
 
 TOKENS_PER_BATCH = 8192  # fed to the model at once, padding included
+SPAN = 8  # tokens by which the shared beginnings of a batch may differ
 IGNORE_INDEX = -100
 Item = TypeVar("Item")
 Autocast = Callable[[], AbstractContextManager]
@@ -157,15 +158,17 @@ def pack(sizes: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
     """Cuts a sorted list of examples into batches, lists of indices, of at most budget tokens.
 
     sizes: (prefix, rows, longest) of each example: tokens that are run once for all its rows, its
-    rows, tokens of the longest row with the prefix. A batch runs its first example's prefix for
-    each example, and the rest in rows of one length. An example alone may be above the budget.
+    rows, tokens of the longest row with the prefix. A batch runs as much as its first example's
+    prefix for each example, and the rest in rows of one length; so its prefixes differ by less than
+    SPAN, even where the budget has room. An example alone may be above the budget.
     """
     batches: list[list[int]] = []
     first = longest = n_rows = 0
     for i, (prefix, rows, tokens) in enumerate(sizes):
         longest, n_rows = max(longest, tokens), n_rows + rows
         n_examples = len(batches[-1]) + 1 if batches else 0
-        if not batches or n_examples * first + n_rows * (longest - first) > budget:
+        full = n_examples * first + n_rows * (longest - first) > budget
+        if not batches or full or prefix - first >= SPAN:
             batches.append([])
             first, longest, n_rows = prefix, tokens, rows
         batches[-1].append(i)

@@ -5,6 +5,7 @@ A task is a data file and a function of this package; TASKS names them.
 
 import json
 import os
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -124,7 +125,8 @@ def evaluate(config: EvaluateConfig, group: Group, wait: Callable[[], None]) -> 
     results = {}
     for task in config.tasks:
         started = time.perf_counter()
-        results[task] = TASKS[task](subject)
+        same = [t for t in results if t.startswith("wikitext") and paths[t] == paths.get(task)]
+        results[task] = dict(results[same[0]]) if same else TASKS[task](subject)
         results[task]["seconds"] = round(time.perf_counter() - started, 2)
         if main:
             print(_line(task, results[task]), flush=True)
@@ -144,27 +146,31 @@ def evaluate(config: EvaluateConfig, group: Group, wait: Callable[[], None]) -> 
 
 def table(name: str, results: dict[str, dict]) -> str:
     """The results beside GPT-2's and GPT-3's, with the sources below."""
-    header = [
-        "", "this model", *(f"GPT-2 {s}" for s in GPT2_SIZES), *(f"GPT-3 {s}" for s in GPT3_SIZES)
-    ]  # fmt: skip
     rows, sources = [], []
     for (task, key), unit in SHOWN.items():
         if task not in results:
             continue
-        value = results[task][key] * (100 if unit else 1)
-        row = [f"{task} {key.replace('_', ' ')}{' ' + unit if unit else ''}", _number(value, unit)]
+        label = " ".join([task, *key.split("_"), *unit])
+        row = [label, _number(results[task][key] * (100 if unit else 1), unit)]
         known = PUBLISHED.get((task, key))
         if known is not None:
             row += [_number(v, unit) for v in (*known.gpt2, *known.gpt3)]
-            sources.append(f"{task} {key.replace('_', ' ')}: {known.source}.")
-        rows.append(row + ["-"] * (len(header) - len(row)))
+            sources.append(f"{label}: {known.source}.")
+        rows.append(row + ["-"] * (2 + len(GPT2_SIZES + GPT3_SIZES) - len(row)))
+    header = ["", "this model", *GPT2_SIZES, *GPT3_SIZES]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
         for row in [header, *rows]
     ]
-    rule = "-" * len(lines[0])
-    return "\n".join([f"{name}", lines[0], rule, *lines[1:], rule, *sources])
+    before = sum(widths[:2]) + 4
+    gpt2_width = sum(widths[2 : 2 + len(GPT2_SIZES)]) + 2 * len(GPT2_SIZES)
+    above = f"{name:<{before}}{'GPT-2, published':<{gpt2_width}}GPT-3, published"
+    wrap = textwrap.TextWrapper(
+        len(lines[0]), subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
+    )
+    notes = [wrap.fill(source) for source in sources]
+    return "\n".join([above, *lines, *notes])
 
 
 def _known(config: EvaluateConfig) -> dict:
@@ -184,9 +190,9 @@ def _known(config: EvaluateConfig) -> dict:
 
 def _line(task: str, result: dict) -> str:
     parts = [
-        f"{key} {value:,}" if isinstance(value, int) else f"{key} {value:.4f}"
+        f"{key.replace('_', ' ')} {value:,}"
         for key, value in result.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key != "seconds"
+        if type(value) is int  # the counts; the scores stand in the table
     ]
     return f"{task}: {', '.join(parts)} ({result['seconds']:.1f} s)"
 
