@@ -8,7 +8,6 @@ B batch, T time (new tokens), S time with the cached tokens, C channels = n_embd
 D = C / H, V vocabulary.
 """
 
-import copy
 import math
 from dataclasses import replace
 
@@ -46,17 +45,9 @@ class KVCache:
         kv[1, :, :, self.length :] = v
         return kv[0], kv[1]
 
-    def repeat(self, n: int, capacity: int) -> "KVCache":
-        """A cache with each row n times in a row, for continuations that share their beginning."""
-        _, _, batch_size, heads, _, head_dim = self.keys_values.shape
-        wide = copy.copy(self)
-        wide.capacity = capacity
-        wide.keys_values = self.keys_values.new_empty(
-            (*self.keys_values.shape[:2], batch_size * n, heads, capacity, head_dim)
-        )
-        seen = self.keys_values[..., : self.length, :]
-        wide.keys_values[..., : self.length, :] = seen.repeat_interleave(n, dim=2)
-        return wide
+    def select(self, rows: Tensor) -> None:
+        """Keeps only these rows of the batch, or repeats them; rows (B',) int64."""
+        self.keys_values = self.keys_values.index_select(2, rows)
 
 
 class LayerNorm(nn.Module):

@@ -116,10 +116,11 @@ def ending_losses(
     n_scored = [len(ending) for e in batch for ending in e.endings]
     cache = None
     if shared:
-        cache = cache_for(model, len(batch), shared)
+        device = model.lm_head.weight.device
+        cache = cache_for(model, len(batch), shared + max(map(len, rows)) - 1)
         prefixes = torch.tensor([e.context[:shared] for e in batch])  # (B, shared)
-        model.hidden(prefixes.to(model.lm_head.weight.device, non_blocking=True), cache=cache)
-        cache = cache.repeat(N_ENDINGS, shared + max(map(len, rows)) - 1)
+        model.hidden(prefixes.to(device, non_blocking=True), cache=cache)
+        cache.select(torch.arange(len(batch), device=device).repeat_interleave(N_ENDINGS))
     losses = token_losses(model, tails(model, rows, n_scored, cache)).sum(1)
     lengths = torch.tensor(n_scored, dtype=torch.float32, device=losses.device)
     return losses.view(len(batch), N_ENDINGS), lengths.view(len(batch), N_ENDINGS)
