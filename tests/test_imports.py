@@ -22,6 +22,7 @@ LAYERS = [
     ["gpt2.evals"],
     ["gpt2.train"],
     ["benchmarks.common"],
+    ["benchmarks.baseline", "benchmarks.step_profile"],
     ["scripts", "benchmarks"],
 ]
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
