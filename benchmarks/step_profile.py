@@ -131,6 +131,8 @@ def draw(results: list[dict], path: Path) -> None:
                 bars.append((f"{model['model']}\n{name}", record["profile"]["ms"]))
         if model.get("floors_ms"):
             bars.append((f"{model['model']}\nfloor", model["floors_ms"]))
+    if not bars:
+        return
     figure = Figure(figsize=(9, 1.2 + 0.7 * len(bars)), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -143,7 +145,7 @@ def draw(results: list[dict], path: Path) -> None:
         axes.text(left, row, f" {left:.1f} ms", va="center")
     axes.set(xlabel="ms a step", yticks=range(len(bars)))
     axes.set_yticklabels([label for label, _ in bars])
-    axes.margins(x=0.12)
+    axes.set_xlim(0, 1.15 * max(sum(ms.values()) for _, ms in bars))
     axes.invert_yaxis()
     axes.legend(ncols=len(KINDS), loc="lower center", bbox_to_anchor=(0.45, 1.0), frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
