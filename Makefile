@@ -1,8 +1,14 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
 # make slow    runs the tests that take minutes each
+<<<<<<< HEAD
 # make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
 # The first three work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+=======
+# make chaos   kills, poisons and damages runs some hundred times and counts what is lost
+# make gpu     on a machine with a GPU: parity tests at full size, then the kernel benchmarks
+# The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+>>>>>>> main
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -17,7 +23,7 @@ export GOMP_SPINCOUNT ?= 1000
 OUT ?= benchmarks/results/gpu
 MODELS ?= gpt2 gpt2-medium gpt2-xl
 
-.PHONY: train test slow gpu clean
+.PHONY: train test slow chaos gpu clean
 
 train: .venv/.train
 	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
@@ -40,6 +46,10 @@ test: .venv/.test
 slow: .venv/.test
 	@echo "== The long tests: 12,000 broken shards, 200 kills, sanitizers, every kernel for every GPU"
 	@$(BIN)/python -m pytest -m slow
+
+chaos: .venv/.test
+	@echo "== About 20 minutes; the random moments come from the seed that is printed"
+	@$(BIN)/python tests/chaos.py
 
 .venv/.train: $(SOURCES)
 	@$(MAKE) --no-print-directory install EXTRA=train

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpt2.checkpoint import load_model
 from gpt2.data import TokenLoader, write_shard
 from gpt2.train.pretrain import pretrain
 
@@ -49,6 +50,21 @@ def test_two_ranks_give_the_losses_of_one(train_config, free_port):
     pretrain(replace(one, run_name="two", resume="auto", max_steps=8))
     pretrain(replace(one, resume="auto", max_steps=8))
     assert losses(out / "two") == pytest.approx(losses(out / "one"), rel=1e-5)
+
+
+@pytest.mark.ddp
+def test_exact_reduction_is_bit_identical_for_any_number_of_ranks(train_config, free_port):
+    config = replace(train_config, micro_batch_size=2, exact_reduction=True, dropout=0.1)
+    pretrain(replace(config, run_name="one"))
+    done = torchrun(2, free_port, replace(config, run_name="two", max_steps=4))
+    assert done.returncode == 0, done.stderr
+    out = Path(train_config.out_dir)
+    # Two steps on one rank are left, after four on two.
+    pretrain(replace(config, run_name="two", resume="auto"))
+    assert losses(out / "two") == losses(out / "one")
+    assert losses(out / "two", "train/grad_norm") == losses(out / "one", "train/grad_norm")
+    one, two = (dict(load_model(out / run).named_parameters()) for run in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 @pytest.mark.ddp

@@ -117,7 +117,7 @@ class Trainer:
                 return self.run(signals)
         config, group = self.config, self.group
         self.signals, self.metrics, self.saver = signals, None, None
-        self.heartbeat = Heartbeat(group.rank, group.world_size)
+        self.heartbeat = Heartbeat(group)
         if group.is_main:
             self._open_run_folder()
         try:
@@ -131,9 +131,10 @@ class Trainer:
         except RuntimeError as error:
             if not _lost_connection(error):
                 raise
+            first = str(error).split(". ")[0]
             raise ConnectionError(
                 f"step {self.step}: {self.heartbeat.diagnose()}; the run goes on from its last "
-                f"checkpoint with --resume auto ({str(error).splitlines()[0]})"
+                f"checkpoint with --resume auto ({first})"
             ) from error
         finally:
             self.heartbeat.close()
