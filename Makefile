@@ -1,14 +1,9 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
 # make slow    runs the tests that take minutes each
-<<<<<<< HEAD
-# make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
-# The first three work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
-=======
 # make chaos   kills, poisons and damages runs some hundred times and counts what is lost
-# make gpu     on a machine with a GPU: parity tests at full size, then the kernel benchmarks
+# make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
 # The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
->>>>>>> main
 
 PYTHON ?= python3
 BIN := .venv/bin
