@@ -179,21 +179,16 @@ def test_the_report_says_which_bars_are_met(tmp_path):
     assert measured("gpt2-xl", tmp_path / "results") is None
 
 
-def test_one_call_from_the_command_line(tmp_path):
+def test_one_call_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Two processes of the trainer alone, and everything that is written."""
-    done = subprocess.run(
-        [
-            sys.executable, ROOT / "benchmarks" / "train_step.py", "--model", "char", "--alone",
-            "--rows", "2", "--accum", "1", "--steps", "2", "--rounds", "1", "--device", "cpu",
-            "--tokens", "5000", "--out", tmp_path,
-        ],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert (
-        "on a CPU: MFU, peak memory, idle time, floors and bars are not applicable" in done.stdout
+    options = (
+        "--model char --alone --rows 2 --accum 1 --steps 2 --rounds 1 --device cpu --tokens 5000"
     )
-    assert "MFU = tokens/s x (6 N + 12 L C T) / peak" in done.stdout
+    monkeypatch.setattr(sys, "argv", ["train_step", *options.split(), "--out", str(tmp_path)])
+    train_step.main()
+    shown = capsys.readouterr().out
+    assert "on a CPU: MFU, peak memory, idle time, floors and bars are not applicable" in shown
+    assert "MFU = tokens/s x (6 N + 12 L C T) / peak" in shown and "failed" not in shown
     content = json.loads((tmp_path / "train_step.json").read_text())
     ours = content["results"][0]["contestants"]["trainer"]
     assert len(ours["rounds_ms"]) == 1 and ours["mfu"] is None and content["commit"]
