@@ -1,8 +1,8 @@
 """Checkpoints: one format, one way out (save_checkpoint), one way in (load_model).
 
 RUN/checkpoints/step_00001000/
-    checkpoint.json         format, step, model shape, tokenizer, training options, and the size and
-                            xxh3-128 hash of each file
+    checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
+                            model, training options, and the size and xxh3-128 hash of each file
     model.safetensors       float32 weights under Hugging Face's names, without padding
     optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
 
@@ -40,6 +40,7 @@ class Checkpoint:
     model: GPTConfig
     tokenizer: dict
     train: dict  # the TrainConfig of the run, as plain values
+    chat_template: str | None = None  # of gpt2.data.chat; None: not trained on conversations
 
 
 def save_checkpoint(
@@ -50,6 +51,7 @@ def save_checkpoint(
     *,
     tokenizer: dict,
     train: dict,
+    chat_template: str | None = None,
     keep_last: int = 0,
 ) -> Path:
     """Writes RUN/checkpoints/step_<step>, deletes all but the newest keep_last, returns its path.
@@ -80,6 +82,8 @@ def save_checkpoint(
             "format": FORMAT, "step": step, "model": dataclasses.asdict(model.config),
             "tokenizer": tokenizer, "train": train, "files": files,
         }  # fmt: skip
+        if chat_template is not None:
+            meta["chat_template"] = chat_template
         with open(temporary / META, "w") as file:
             json.dump(meta, file, indent=2)
             file.flush()
@@ -129,7 +133,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                     f"{path / name}: {found}, should have {file['bytes']}: damaged; use another "
                     "checkpoint"
                 )
-        return Checkpoint(path, meta["step"], model, meta["tokenizer"], meta["train"])
+        return Checkpoint(
+            path, meta["step"], model, meta["tokenizer"], meta["train"], meta.get("chat_template")
+        )
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path / META}: damaged ({error!r}); use another checkpoint") from error
 
@@ -164,6 +170,12 @@ def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     if _is_ours(path):
         return tokenizer.from_dict(read_checkpoint(path).tokenizer)
     return tokenizer.GPT2Tokenizer()
+
+
+def load_chat_template(path_or_name: str | Path) -> str | None:
+    """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not."""
+    path = Path(path_or_name)
+    return read_checkpoint(path).chat_template if _is_ours(path) else None
 
 
 @torch.no_grad()
