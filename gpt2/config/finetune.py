@@ -53,6 +53,12 @@ class SFTConfig(TrainConfig):
                 "fine-tuning starts from a model: name a run, a checkpoint, a Hugging Face folder "
                 "or name as init_from"
             )
+        if self.preset != TrainConfig.preset:
+            raise ValueError(
+                f"preset {self.preset!r}: the shape comes from init_from: leave it out"
+            )
+        if self.doc_mask:
+            raise ValueError("doc_mask: conversations never see each other: leave it out")
         if self.epochs <= 0:
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
         if not 0.0 <= self.val_fraction < 1.0:

@@ -91,9 +91,7 @@ def open_data(
     return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
 
 
-def make_model(
-    config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device
-) -> tuple[GPT, int]:
+def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:
     """The model that training starts from, and the length of its rows.
 
     Raises ValueError for options that do not go with init_from, a vocabulary that is not the
