@@ -3,6 +3,7 @@
 `python scripts/train_gpt2.py --help` shows the same words.
 """
 
+from gpt2.config.finetune import DPOConfig, FineTuneConfig, SFTConfig
 from gpt2.config.lora import LORA_LAYERS, LoRAConfig, LoRAOptions
 from gpt2.config.model import PRESETS, GPTConfig
 from gpt2.config.tools import ExportConfig, PrepareConfig, SampleConfig, ShowBatchConfig
@@ -10,7 +11,8 @@ from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sourc
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
-    "LORA_LAYERS", "PRESETS", "DataSource", "ExportConfig", "GPTConfig", "LoRAConfig",
-    "LoRAOptions", "PrepareConfig", "SampleConfig", "ShowBatchConfig", "TrainConfig",
-    "data_sources", "nearest_multiples", "spell_sources", "suggest",
+    "LORA_LAYERS", "PRESETS", "DPOConfig", "DataSource", "ExportConfig", "FineTuneConfig",
+    "GPTConfig", "LoRAConfig", "LoRAOptions", "PrepareConfig", "SFTConfig", "SampleConfig",
+    "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples", "spell_sources",
+    "suggest",
 ]  # fmt: skip

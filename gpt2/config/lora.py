@@ -52,9 +52,16 @@ class LoRAOptions:
 
     @property
     def lora(self) -> LoRAConfig | None:
-        """The adapters that are asked for. Raises ValueError for options out of range."""
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
+        """The adapters that are asked for."""
         if self.lora_rank == 0:
             return None
         return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    def check_lora(self) -> None:
+        """Raises ValueError for options that are out of range, or would be ignored."""
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(LoRAOptions, name):
+                raise ValueError(f"{name} goes with adapters: set lora_rank, for instance to 8")
+        _ = self.lora  # has checks of its own

@@ -20,28 +20,26 @@ def pretrain(config: TrainConfig) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
     group = distributed.start(config.device)
-    resumed = _find_checkpoint(config)
+    resumed = find_checkpoint(config)
     data_tokenizer = find_tokenizer(config.data)
-    torch.manual_seed(config.seed)
-    model = _make_model(config, data_tokenizer, group.device)
-    block_size = config.block_size or model.config.block_size
-    if block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size {block_size} is longer than the context of {config.init_from}, "
-            f"{model.config.block_size}"
-        )
+    model, block_size = make_model(config, data_tokenizer, group.device)
     share = (group.rank, group.world_size)
     val_data = open_data(config, "val", block_size, share) if config.eval_every else None
     train_data = open_data(config, "train", block_size, share)
     objective = LanguageModeling(model)
     trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
+    run_trainer(trainer, resumed)
+
+
+def run_trainer(trainer: Trainer, resumed: checkpoint.Checkpoint | None) -> None:
+    """Trains from the start, or on from a checkpoint; the end of every kind of training."""
     if resumed is not None:
         trainer.resume(resumed)
-        if group.is_main:
-            _show_changes(config, resumed)
+        if trainer.group.is_main:
+            _show_changes(trainer.config, resumed)
     trainer.run()
     # Only here: a rank that failed must end at once, not wait for the others to end too.
-    distributed.stop(group)
+    distributed.stop(trainer.group)
 
 
 def find_tokenizer(data: str) -> tokenizer.Tokenizer:
@@ -93,9 +91,27 @@ def open_data(
     return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
 
 
-def _make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
-    if not config.init_from:
-        return GPT(config.model_config(data_tokenizer.vocab_size), config.kernels, device)
+def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:
+    """The model that training starts from, and the length of its rows.
+
+    Raises ValueError for options that do not go with init_from, a vocabulary that is not the
+    tokenizer's, and a block_size beyond the model's context.
+    """
+    torch.manual_seed(config.seed)
+    if config.init_from:
+        model = _load_initial(config, data_tokenizer, device)
+    else:
+        model = GPT(config.model_config(data_tokenizer.vocab_size), config.kernels, device)
+    block_size = config.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size {block_size} is longer than the context of {config.init_from}, "
+            f"{model.config.block_size}"
+        )
+    return model, block_size
+
+
+def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} comes from init_from {config.init_from!r}: leave it out")
@@ -110,7 +126,7 @@ def _make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device
     return model
 
 
-def _find_checkpoint(config: TrainConfig) -> checkpoint.Checkpoint | None:
+def find_checkpoint(config: TrainConfig) -> checkpoint.Checkpoint | None:
     """What config.resume names. Refuses to write over a run that is not to be continued."""
     run = Path(config.out_dir) / config.run_name
     if config.resume == "never":

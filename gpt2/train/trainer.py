@@ -286,6 +286,7 @@ class Trainer:
             path = checkpoint.save_checkpoint(
                 self.folder, step, self.model, self.optimizer,
                 tokenizer=self.tokenizer.to_dict(), train=dataclasses.asdict(self.config),
+                chat_template=getattr(self.train_data, "chat_template", None),
                 keep_last=self.config.keep_last,
             )  # fmt: skip
             self.metrics.say(f"step {step:>6}/{self.config.max_steps}  saved {path}")
