@@ -57,18 +57,18 @@ class Counts:
 
     rows: int = 0
     used: int = 0
-    cut: int = 0  # conversations that were cut to fit; they are used
+    cut: int = 0  # those that were cut to fit; they are used
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def leave_out(self, kind: str, text: str) -> None:
         n, first = self.left_out.get(kind, (0, text))
         self.left_out[kind] = n + 1, first
 
-    def lines(self) -> list[str]:
+    def lines(self, what: str = "conversations") -> list[str]:
         """For the log: one line for each reason."""
         found = [f"left out {n:,}: {kind}, first {text}" for kind, (n, text) in
                  self.left_out.items()]  # fmt: skip
-        return found + ([f"cut {self.cut:,} conversations to fit block_size"] if self.cut else [])
+        return found + ([f"cut {self.cut:,} {what} to fit block_size"] if self.cut else [])
 
 
 def listing() -> str:
@@ -115,7 +115,7 @@ def _open(name: str) -> tuple[Iterator[tuple[str, object]], str]:
     """The rows of a file, a folder or a known data set; the language to keep."""
     known = CHAT_DATASETS.get(name)
     if Path(name).exists():
-        return _local_rows(name), ""
+        return local_rows(name), ""
     if known is None:
         raise OSError(
             errno.ENOENT,
@@ -126,7 +126,7 @@ def _open(name: str) -> tuple[Iterator[tuple[str, object]], str]:
     if known.gated:
         local = Path("data") / name
         if local.exists():
-            return _local_rows(str(local)), known.lang
+            return local_rows(str(local)), known.lang
         raise OSError(
             errno.ENOENT,
             f"{known.repo} is gated: accept its licence ({known.licence}) at "
@@ -138,7 +138,8 @@ def _open(name: str) -> tuple[Iterator[tuple[str, object]], str]:
     return HubRows(known.repo, known.config).objects(), known.lang
 
 
-def _local_rows(name: str) -> Iterator[tuple[str, object]]:
+def local_rows(name: str) -> Iterator[tuple[str, object]]:
+    """(where it stands, the row) of a file, or of the files in a folder. Raises OSError."""
     parquet = ".parquet" in Path(name).suffixes
     if Path(name).is_dir():
         try:

@@ -103,7 +103,7 @@ def load_conversations(
         tokens.append(np.array(ids, dtype=np.uint16))
         learnt.append(np.array(targets, dtype=bool))
         where.append(place)
-        is_val.append(_question_hash(messages) < val_fraction * 2.0**64)
+        is_val.append(question_hash(messages) < val_fraction * 2.0**64)
     if not tokens:
         reasons = "; ".join(counts.lines()) or "it is empty"
         raise ValueError(f"{data}: no conversation to train on in {counts.rows:,} rows: {reasons}")
@@ -127,7 +127,8 @@ def _fit(ids, targets, longest: int, overlong: str, place: str, counts: Counts):
     return ids[:longest], targets[:longest]
 
 
-def _question_hash(messages: list[Message]) -> int:
+def question_hash(messages: list[Message]) -> int:
+    """64 bits of a conversation's first question, by which conversations become val."""
     first = next(m for m in messages if m["role"] == "user")
     return Row(f"{first['content'].strip()}\n{(first.get('input') or '').strip()}").hash()
 
