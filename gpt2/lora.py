@@ -57,7 +57,7 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, **place)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft and nn.Linear begin
         nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.dropout = config.alpha / config.rank, config.dropout
+        self.scale, self.dropout = config.scale, config.dropout
         self.switch = switch
         self.train(linear.training)
 
@@ -81,11 +81,12 @@ class Switch:
         self.on = True
 
 
-def add_lora(model: GPT, config: LoRAConfig) -> GPT:
+def add_lora(model: GPT, config: LoRAConfig, base: dict | None = None) -> GPT:
     """Puts adapters into a model, in place, and freezes all else; returns the model.
 
-    The adapters begin as no change: the model's output is the same. Raises ValueError for a model
-    that has adapters.
+    The adapters begin as no change: the model's output is the same.
+    base: what checkpoints are to say of the model as it is, {"path", "xxh3_128"}.
+    Raises ValueError for a model that has adapters.
     """
     if lora_config(model) is not None:
         raise ValueError("the model has adapters already: merge them first")
@@ -96,7 +97,7 @@ def add_lora(model: GPT, config: LoRAConfig) -> GPT:
             parent, name = layer.split(".")
             parent = getattr(block, parent)
             setattr(parent, name, LoRALinear(getattr(parent, name), config, switch))
-    model.lora = config
+    model.lora, model.lora_base = config, base
     return model
 
 
@@ -129,13 +130,25 @@ def merge(model: GPT) -> GPT:
         plain.weight += layer.update()
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, plain.train(layer.training))
-    model.lora = None
+    model.lora = model.lora_base = None
     return model.requires_grad_(True)
 
 
 def lora_layers(model: GPT) -> dict[str, LoRALinear]:
     """The layers with adapters by their names, such as transformer.h.0.attn.c_attn."""
     return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def weights_hash(model: GPT) -> str:
+    """xxh3-128 of a model's weights, by which adapters know the model that they are for."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        rows = model.config.vocab_size if name == "transformer.wte.weight" else len(parameter)
+        digest.update(name.encode())
+        digest.update(parameter[:rows].detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
 
 
 def adapter_parameters(model: GPT) -> dict[str, nn.Parameter]:
@@ -227,6 +240,18 @@ def read_adapter_config(folder: str | Path, tensors: dict[str, Tensor]) -> LoRAC
     if not found:
         raise ValueError(f"{Path(folder) / TENSORS}: holds no adapters of GPT-2's linear layers")
     return LoRAConfig(rank, alpha, config.get("lora_dropout") or 0.0, tuple(found))
+
+
+def base_name(folder: str | Path) -> str:
+    """What an adapter_config.json names as its base model. Raises ValueError where it does not."""
+    path = Path(folder) / CONFIG
+    try:
+        name = json.loads(path.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: does not name its base model, base_model_name_or_path")
+    return name
 
 
 def check_adapters(model: GPT, config: LoRAConfig, tensors: dict[str, Tensor], where: str) -> None:

@@ -33,6 +33,10 @@ class LoRAConfig:
                 raise ValueError(f"unknown lora target {target!r}: {suggest(target, LORA_TARGETS)}")
 
     @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
     def layers(self) -> tuple[str, ...]:
         """The linear layers of a block that are meant, in the block's order."""
         return tuple(

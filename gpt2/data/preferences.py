@@ -17,7 +17,7 @@ import torch
 from gpt2.data.chat import ChatError, Message, encode_chat, encode_prompt, find_template
 from gpt2.data.chat import messages_from_row as conversation
 from gpt2.data.conversations import Counts, local_rows, refuse
-from gpt2.data.loader import Batch, rank_rows
+from gpt2.data.loader import Batch, Provenance, rank_rows
 from gpt2.data.numpy_backend import epoch_key, permute
 from gpt2.data.sft import IGNORE_INDEX, Conversations, question_hash
 from gpt2.tokenizer import Tokenizer
@@ -291,6 +291,15 @@ class PairLoader:
         if self.reference is not None:
             parts.append(torch.from_numpy(self.reference[members]))
         return tuple(parts)
+
+    def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
+        """Where a pair of the global batch came from; document is its number."""
+        first, rows = rank_rows(step, global_batch_size)
+        if not 0 <= row < rows:
+            raise ValueError(f"row {row} is not one of the {rows} rows of a step")
+        pair = self.member(first + row)
+        half, token = divmod(token, self.length + 1)
+        return Provenance(self.pairs.where[2 * pair + half], token, pair)
 
     def set_reference(self, log_probs: np.ndarray) -> None:
         """From now on batches hold the reference's log probabilities, (n_windows, 2) float32."""

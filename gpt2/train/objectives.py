@@ -1,8 +1,9 @@
 """What a batch is trained for. DDP and torch.compile wrap an objective; checkpoints save .model.
 
-forward(batch) -> (loss_sum, metrics): the loss summed over the batch's counted targets, so that the
-trainer can divide by the number of targets of the whole step, over all micro steps and ranks; and
-further sums to log.
+forward(batch) -> (loss_sum, metrics): the loss summed over the batch's units, so that the trainer
+can divide by the number of units of the whole step, over all micro steps and ranks; and further
+sums over the same units, to log under their names.
+count(batch) -> how many units a batch has, a tensor. unit: what the loss is measured in, in words.
 """
 
 import torch
@@ -17,15 +18,20 @@ Batch = dict[str, Tensor]
 
 
 class LanguageModeling(nn.Module):
-    """Next-token prediction.
+    """Next-token prediction; a unit is a target that counts.
 
     batch: idx (B, T) int64; targets (B, T) int64, -100 where a position does not count; optionally
     doc_start (B, T) int32.
     """
 
+    unit = "nats per token"
+
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
+
+    def count(self, batch: Batch) -> Tensor:
+        return (batch["targets"] != IGNORE_INDEX).sum()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.model
@@ -42,8 +48,9 @@ class LanguageModeling(nn.Module):
 
 
 class DPO(nn.Module):
-    """Direct preference optimisation: of two answers the chosen one is to gain on the rejected one,
-    measured against a reference.
+    """Direct preference optimisation; a unit is a pair of answers.
+
+    The chosen one is to gain on the rejected one, measured against a reference.
 
     batch, a pair a row: idx (B, 2, T) int64, chosen and rejected; targets (B, 2, T) int64, -100
     where a position does not count (a pair without any counts nowhere); optionally reference
@@ -54,6 +61,8 @@ class DPO(nn.Module):
     Raises ValueError for options out of range, and for a model with dropout.
     Sources: Rafailov et al., DPO (arXiv 2305.18290); and see preference_losses.
     """
+
+    unit = "per pair"
 
     def __init__(
         self,
