@@ -86,6 +86,10 @@ def _coerce_value(hint, value, where: str):
         if value is None:
             return None
         hint = next(t for t in options if t is not type(None))
+    if typing.get_origin(hint) is tuple:  # of any length, all of one type
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: must be a list, got {value!r}")
+        return tuple(_coerce_value(options[0], v, f"{where} {i}") for i, v in enumerate(value, 1))
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as text
             return float(value)

@@ -44,6 +44,7 @@ from gpt2.train.saver import Saver
 from gpt2.train.signals import Interrupted, StopSignals
 
 NAMES = ("idx", "targets", "doc_start")
+SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
 class Trainer:
@@ -410,7 +411,7 @@ class Trainer:
             values["train/mfu"] = flops / (self.peak_flops * self.group.world_size)
         self.metrics.log(step, values)
         eta_s = (self.config.max_steps - step) * seconds
-        self.metrics.show_step(step, values, eta_s, tuple(sums))
+        self.metrics.show_step(step, values, eta_s, tuple(sums)[:SHOWN])
 
     def _validate(self) -> None:
         started, step = time.perf_counter(), self.step
@@ -418,7 +419,8 @@ class Trainer:
         if self.metrics is not None and not self.metrics.logged(step, "val/loss"):
             self.metrics.log(step, {f"val/{name}": value for name, value in found.items()})
             seconds = time.perf_counter() - started
-            text = "".join(f"  {k} {v:.4f}" for k, v in found.items() if k != "loss")
+            shown = [k for k in found if k not in ("loss", "units")][:SHOWN]
+            text = "".join(f"  {name} {found[name]:.4f}" for name in shown)
             self.metrics.say(
                 f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}{text}  "
                 f"({seconds:.1f} s)"
