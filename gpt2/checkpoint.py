@@ -107,14 +107,13 @@ def snapshot(
     sources = {_weights_file(model): dict(_model_tensors(model))}
     if optimizer is not None:
         sources[OPTIMIZER] = dict(_optimizer_tensors(model, optimizer))
-    if out is None:
-        out = {
-            file: {name: _host_memory(tensor) for name, tensor in group.items()}
-            for file, group in sources.items()
-        }
+    out = {} if out is None else out
     for file, group in sources.items():
+        memory = out.setdefault(file, {})
         for name, tensor in group.items():
-            out[file][name].copy_(tensor, non_blocking=True)
+            if name not in memory:
+                memory[name] = _host_memory(tensor)
+            memory[name].copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return out
@@ -389,8 +388,12 @@ def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | Non
         parameter[len(value) :] = 0.0
     if optimizer is None:
         return
+    stored = tensors[OPTIMIZER]
+    if not stored:  # from before the first step
+        optimizer.state.clear()
+        return
     for name, parameter in _saved_parameters(model).items():
-        state, stored = optimizer.state[parameter], tensors[OPTIMIZER]
+        state = optimizer.state[parameter]
         for key in ("exp_avg", "exp_avg_sq"):
             value = stored[f"{name}/{key}"].to(parameter.device)
             state[key] = torch.zeros_like(parameter)

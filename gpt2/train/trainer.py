@@ -135,9 +135,10 @@ class Trainer:
         except RuntimeError as error:
             if not _lost_connection(error):
                 raise
+            first = str(error).split(". ")[0]
             raise ConnectionError(
                 f"step {self.step}: {self.heartbeat.diagnose()}; the run goes on from its last "
-                f"checkpoint with --resume auto ({str(error).splitlines()[0]})"
+                f"checkpoint with --resume auto ({first})"
             ) from error
         finally:
             self.heartbeat.close()
