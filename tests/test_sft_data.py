@@ -362,9 +362,9 @@ def tree(*rows) -> list[tuple[str, dict]]:
 def test_the_best_ranked_thread_of_each_tree():
     rows = tree(
         ("a", None, "prompter", "A", None, False, "en"),
+        ("a3", "a", "assistant", "unranked", None, False, "en"),
         ("a1", "a", "assistant", "worse", 1, False, "en"),
         ("a2", "a", "assistant", "best", 0, False, "en"),
-        ("a3", "a", "assistant", "unranked", None, False, "en"),
         ("a1x", "a1", "prompter", "no", None, False, "en"),
         ("a2x", "a2", "prompter", "deleted", 0, True, "en"),
         ("a2y", "a2", "prompter", "go on", 1, False, "en"),
