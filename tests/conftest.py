@@ -65,6 +65,16 @@ def train_config(shakespeare, tmp_path) -> TrainConfig:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository; skips where it is not."""
+    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    path = Path(os.environ.get("GPT2_SHARED_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"needs the real data in {default} (GPT2_SHARED_DATA names another folder)")
+    return path
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as s:

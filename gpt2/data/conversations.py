@@ -171,12 +171,17 @@ def best_threads(
     """Of each tree the thread that goes on with the best-ranked reply, up to its last answer.
 
     rows: OpenAssistant's messages, message_id and parent_id make the trees. Deleted messages end a
-    thread. Replies without a rank come last; of equals the first in the file. A tree in another
-    language than lang, if one is given, and one without an answer are counted as left out.
+    thread. Replies without a rank come last; of equals the first in the file. A tree whose question
+    is deleted, is not among rows, or is in another language than lang, if one is given, is counted
+    as left out.
     """
     replies: dict[str | None, list[tuple[str, dict]]] = {}
+    known = {None, *(row["message_id"] for _, row in rows)}
     for where, row in rows:
-        if not row.get("deleted"):
+        if row["parent_id"] not in known:
+            counts.rows += 1
+            counts.leave_out("what it replies to is missing", where)
+        if not row.get("deleted") or row["parent_id"] is None:
             replies.setdefault(row["parent_id"], []).append((where, row))
 
     def best(parent: str) -> tuple[str, dict] | None:
@@ -187,9 +192,13 @@ def best_threads(
         return min(replies.get(parent, ()), key=rank, default=None)
 
     for where, root in replies.get(None, ()):
-        if lang and root.get("lang", lang) != lang:
+        other_language = lang and root.get("lang", lang) != lang
+        if root.get("deleted") or other_language:
             counts.rows += 1
-            counts.leave_out(f"language is not {lang}", f"{where}: {root['lang']}")
+            if other_language:
+                counts.leave_out(f"language is not {lang}", f"{where}: {root['lang']}")
+            else:
+                counts.leave_out("deleted question", where)
             continue
         thread, seen, reply = [root], {root["message_id"]}, best(root["message_id"])
         while reply is not None and reply[1]["message_id"] not in seen:

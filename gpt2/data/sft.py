@@ -137,7 +137,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """Indices of lengths, put into bins that hold at most capacity in all.
 
     From the longest to the shortest (of equals the first first), each into the bin with the least
-    room that holds it (of equals the newest). Raises ValueError where one is longer than capacity.
+    room that holds it (of equals the last filled). Raises ValueError where one is too long for any.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     bins: list[list[int]] = []
@@ -281,8 +281,8 @@ class ConversationLoader:
             start = int(data.ends[i - 1]) if i else 0
             stop = at + end - start - 1
             idx[at:stop] = data.tokens[start : end - 1]
-            following = data.tokens[start + 1 : end]
-            targets[at:stop] = np.where(data.learnt[start + 1 : end], following, IGNORE_INDEX)
+            targets[at:stop] = data.tokens[start + 1 : end]
+            targets[at:stop][~data.learnt[start + 1 : end]] = IGNORE_INDEX
             doc_start[at:stop] = at
             at = stop
         idx[at:], targets[at:] = self.pad, IGNORE_INDEX
