@@ -18,7 +18,7 @@ from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer
 from gpt2.train.sft import sft
 
-from .conftest import losses
+from .conftest import command_line, losses
 from .test_trainer import interrupted_at, weights
 
 ROOT = Path(__file__).parent.parent
@@ -144,11 +144,10 @@ def test_resume_continues_bit_for_bit(config, dropout):
 def test_two_ranks_give_the_losses_of_one(config, free_port):
     """Rows with different numbers of targets on each rank: the mean is over all of them."""
     sft(replace(config, run_name="one"))
-    options = asdict(replace(config, run_name="two"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
         "--master-port", str(free_port), str(ROOT / "scripts" / "sft.py"),
-        *(f"--{k}={v}" for k, v in options.items() if v is not None and v != ""),
+        *command_line(replace(config, run_name="two")),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
