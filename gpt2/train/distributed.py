@@ -1,6 +1,8 @@
 """Which processes take part, on which device each; sums over them, and what they agree on."""
 
 import os
+import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -8,6 +10,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 
 @dataclass(frozen=True)
@@ -15,12 +18,14 @@ class Distributed:
     """This process among those that torchrun started; rank 0 of 1 without torchrun.
 
     control: a gloo group over CPU memory, for what is agreed without waiting for a GPU.
+    store: torchrun's, with what this attempt of the group writes apart from earlier ones'.
     """
 
     rank: int
     world_size: int
     device: torch.device
     control: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def is_main(self) -> bool:
@@ -81,15 +86,46 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Distributed:
     chosen = select_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if world_size == 1:
         return Distributed(rank, world_size, chosen)
-    # Gloo's connections are made when first used: restarts after a lost rank then do not meet stale
-    # addresses.
+    # Gloo's connections are made when first used; without that some runs abort when they end.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     timeout = timedelta(seconds=timeout_s)
+    store, *_ = next(rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(_agree_on_attempt(store, rank, world_size, timeout_s), store)
+    backend = dict(backend="gloo")
     if chosen.type == "cuda":
-        dist.init_process_group("nccl", device_id=chosen, timeout=timeout)
-    else:
-        dist.init_process_group("gloo", timeout=timeout)
-    return Distributed(rank, world_size, chosen, dist.new_group(backend="gloo", timeout=timeout))
+        backend = dict(backend="nccl", device_id=chosen)
+    dist.init_process_group(
+        store=store, rank=rank, world_size=world_size, timeout=timeout, **backend
+    )
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return Distributed(rank, world_size, chosen, control, store)
+
+
+def _agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """A prefix for the store's keys that no earlier attempt of the same torchrun has used.
+
+    A restarted group finds the addresses of its predecessors in the store and would connect to
+    them. torchrun's restart count is no help: on several hosts each has its own. So rank 0 counts
+    attempts, and answers each of the others by the name that it chose for itself just now.
+    """
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"hello/{rank}", name)
+        attempt = store.get(f"answer/{name}").decode()  # waits
+        store.add(f"heard/{attempt}", 1)
+        return f"attempt/{attempt}"
+    attempt, answered = str(store.add("attempts", 1)), set()
+    deadline = time.monotonic() + timeout_s
+    while store.add(f"heard/{attempt}", 0) < world_size - 1:
+        for other in range(1, world_size):
+            name = store.get(f"hello/{other}").decode() if store.check([f"hello/{other}"]) else ""
+            if name and name not in answered:
+                store.set(f"answer/{name}", attempt)
+                answered.add(name)
+        if time.monotonic() > deadline:
+            raise ConnectionError(f"not all of {world_size} ranks came within {timeout_s:.0f} s")
+        time.sleep(0.01)
+    return f"attempt/{attempt}"
 
 
 def stop(group: Distributed) -> None:

@@ -121,7 +121,7 @@ class Trainer:
                 return self.run(signals)
         config, group = self.config, self.group
         self.signals, self.metrics, self.saver = signals, None, None
-        self.heartbeat = Heartbeat(group.rank, group.world_size)
+        self.heartbeat = Heartbeat(group)
         if group.is_main:
             self._open_run_folder()
         try:
