@@ -250,7 +250,7 @@ BAD_ROWS = [
 def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path):
     for row, kind in BAD_ROWS:
         path = write(tmp_path / "bad.jsonl", [QA[0], row, QA[1], row])
-        match = r"bad\.jsonl: line 2: .*; mend it, or leave such rows out with --bad_rows skip"
+        match = r"bad\.jsonl: line 2: .*; --bad_rows skip leaves such rows out"
         with pytest.raises(ValueError, match=match):
             load_conversations(path, TOKENIZER, 256, template="user_assistant")
         data, _ = load_conversations(

@@ -12,6 +12,8 @@ from gpt2.config.words import Schedule
 class SFTConfig(TrainConfig):
     """Options of scripts/sft.py. The model's shape comes from init_from."""
 
+    POSITIONAL = "init_from"  # what a first word on the command line is
+
     init_from: str = "gpt2"  # the base model: a run, a checkpoint, a Hugging Face folder or name
     # A known data set (alpaca, dolly, tulu2, lima, oasst1, gsm8k), a file or folder of .jsonl,
     # .json or .parquet, compressed or not; or several with commas between.
