@@ -2,13 +2,15 @@
 
 RUN/checkpoints/step_00001000/
     checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
-                            model, training options, and the size and xxh3-128 hash of each file
+                            model, training options, the trainer's state, the size and xxh3-128 hash
+                            of each file, and its own hash
     model.safetensors       float32 weights under Hugging Face's names, without padding
     optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
+RUN/checkpoints/latest      a link to the newest one
 
 A folder is written beside its final name, synced, then renamed: one that exists is complete. It
-holds no random state and no data position, because both are functions of (seed, step); so `step` is
-all that a resumed run needs. Nothing is pickled.
+holds no random state, because that is a function of (seed, step). Nothing is pickled. Any change of
+any byte is noticed when it is read; newest_good then takes the checkpoint before.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from gpt2.model import GPT
 
 FORMAT = 1
 META, MODEL, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"
+Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor name -> tensor in host memory
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Checkpoint:
     model: GPTConfig
     tokenizer: dict
     train: dict  # the TrainConfig of the run, as plain values
+    state: dict  # what else the trainer needs to go on, as plain values
+    files: dict  # name -> {"bytes", "xxh3_128"}
     chat_template: str | None = None  # of gpt2.data.chat; None: not trained on conversations
 
 
@@ -51,58 +57,156 @@ def save_checkpoint(
     *,
     tokenizer: dict,
     train: dict,
+    state: dict | None = None,
     chat_template: str | None = None,
     keep_last: int = 0,
+    keep_every: int = 0,
 ) -> Path:
-    """Writes RUN/checkpoints/step_<step>, deletes all but the newest keep_last, returns its path.
+    """Writes RUN/checkpoints/step_<step> and returns its path; see write_checkpoint."""
+    meta = describe(
+        model, tokenizer=tokenizer, train=train, state=state, chat_template=chat_template
+    )
+    tensors = snapshot(model, optimizer)
+    return write_checkpoint(run, step, tensors, meta, keep_last=keep_last, keep_every=keep_every)
 
+
+def describe(
+    model: GPT,
+    *,
+    tokenizer: dict,
+    train: dict,
+    state: dict | None = None,
+    chat_template: str | None = None,
+) -> dict:
+    """What write_checkpoint writes beside the tensors."""
+    shape = dataclasses.asdict(model.config)
+    meta = {"model": shape, "tokenizer": tokenizer, "train": train, "state": state or {}}
+    return meta if chat_template is None else meta | {"chat_template": chat_template}
+
+
+@torch.no_grad()
+def snapshot(
+    model: GPT, optimizer: torch.optim.Optimizer | None = None, out: Tensors | None = None
+) -> Tensors:
+    """Copies of a model's weights and an optimizer's moments in host memory.
+
+    out: an earlier snapshot of the same model, which is written over and returned: its memory, for
+    a GPU page-locked, is allocated only once.
+    """
+    sources = {MODEL: dict(_model_tensors(model))}
+    if optimizer is not None:
+        sources[OPTIMIZER] = dict(_optimizer_tensors(model, optimizer))
+    out = {} if out is None else out
+    for file, group in sources.items():
+        memory = out.setdefault(file, {})
+        for name, tensor in group.items():
+            if name not in memory:
+                memory[name] = _host_memory(tensor)
+            memory[name].copy_(tensor, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return out
+
+
+def write_checkpoint(
+    run: str | Path,
+    step: int,
+    tensors: Tensors,
+    meta: dict,
+    *,
+    keep_last: int = 0,
+    keep_every: int = 0,
+) -> Path:
+    """Writes a snapshot as RUN/checkpoints/step_<step>; returns its path.
+
+    Then deletes all but the newest keep_last (0 keeps all) and those at multiples of keep_every.
     Raises OSError where there is no room or it cannot be written; what was there before stays.
     """
     folder = Path(run) / "checkpoints" / f"step_{step:08d}"
-    tensors = {MODEL: dict(_model_tensors(model))}
-    if optimizer is not None:
-        tensors[OPTIMIZER] = dict(_optimizer_tensors(model, optimizer))
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(".*.tmp"):
-        shutil.rmtree(leftover)
+        _delete(leftover)
     needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + (1 << 20)
     free = shutil.disk_usage(folder.parent).free
     if free < needed:
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB that are "
-            "free; earlier checkpoints are untouched. Free room and use --resume auto",
+            "free; earlier checkpoints are untouched. Free room, or lower keep_last",
             str(folder.parent),
         )
     temporary = folder.with_name(f".{folder.name}.tmp")
     try:
         temporary.mkdir()
         files = {name: _write_tensors(temporary / name, group) for name, group in tensors.items()}
-        meta = {
-            "format": FORMAT, "step": step, "model": dataclasses.asdict(model.config),
-            "tokenizer": tokenizer, "train": train, "files": files,
-        }  # fmt: skip
-        if chat_template is not None:
-            meta["chat_template"] = chat_template
         with open(temporary / META, "w") as file:
-            json.dump(meta, file, indent=2)
+            file.write(_sign({"format": FORMAT, "step": step, **meta, "files": files}))
             file.flush()
             os.fsync(file.fileno())
-        if folder.exists():  # the same step again, after a resume from an older checkpoint
-            shutil.rmtree(folder)
+        _sync_folder(temporary)
+        if folder.exists():  # the same step again
+            _delete(folder)
         os.rename(temporary, folder)
+        _point_latest_at(folder)
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     if keep_last:
         for old in list_checkpoints(run)[:-keep_last]:
-            shutil.rmtree(old)
+            if not keep_every or _step_of(old) % keep_every:
+                _delete(old)
     return folder
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     return sorted(p.parent for p in Path(run).glob(f"checkpoints/step_*/{META}"))
+
+
+def newest_good(run: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint of a run whose every byte is as it was written; None without any.
+
+    say is told of each damaged one. Raises ValueError where there are only damaged ones.
+    """
+    found = list_checkpoints(run)
+    for path in reversed(found):
+        try:
+            checkpoint = read_checkpoint(path)
+            verify(checkpoint)
+            return checkpoint
+        except (ValueError, OSError) as error:
+            say(f"a checkpoint is damaged, trying the one before it: {error}")
+    if found:
+        raise ValueError(f"{run}: all {len(found)} checkpoints are damaged")
+    return None
+
+
+def verify(checkpoint: Checkpoint) -> None:
+    """Raises ValueError where a file's content is not what was written, OSError if unreadable."""
+    for name, file in checkpoint.files.items():
+        if _hash(checkpoint.path / name) != file["xxh3_128"]:
+            raise ValueError(
+                f"{checkpoint.path / name}: its content changed since it was written; use another "
+                "checkpoint"
+            )
+
+
+def set_aside(run: str | Path, after_step: int) -> list[Path]:
+    """Renames a run's checkpoints of later steps, which a run that goes on from there would meet.
+
+    They are damaged, or belong to a continuation that was left. Returns their new paths.
+    """
+    moved = []
+    for path in list_checkpoints(run):
+        if _step_of(path) > after_step:
+            target, n = path.with_name(f"aside_{path.name}"), 1
+            while target.exists():
+                target, n = path.with_name(f"aside_{path.name}.{n}"), n + 1
+            moved.append(path.rename(target))
+    good = list_checkpoints(run)
+    if moved and good:
+        _point_latest_at(good[-1])
+    return moved
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -117,12 +221,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             raise OSError(errno.ENOENT, "no checkpoint and no run with checkpoints here", str(path))
         path = found[-1]
     try:
-        meta = json.loads((path / META).read_text())
+        text = (path / META).read_text()
+        meta = json.loads(text)
         number = meta["format"]
-        if number > FORMAT:
+        if isinstance(number, int) and number > FORMAT:
             raise ValueError(
                 f"{path}: checkpoint format {number}, this version reads up to {FORMAT}: "
                 "update gpt2-triton"
+            )
+        del meta["xxh3_128"]
+        if _sign(meta) != text:
+            raise ValueError(
+                f"{path / META}: its content changed since it was written: damaged; "
+                "use another checkpoint"
             )
         model = GPTConfig(**coerce(GPTConfig, meta["model"], f"{path / META}: model"))
         for name, file in meta["files"].items():
@@ -134,9 +245,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                     "checkpoint"
                 )
         return Checkpoint(
-            path, meta["step"], model, meta["tokenizer"], meta["train"], meta.get("chat_template")
-        )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+            path, meta["step"], model, meta["tokenizer"], meta["train"], meta["state"],
+            meta["files"], meta.get("chat_template"),
+        )  # fmt: skip
+    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path / META}: damaged ({error!r}); use another checkpoint") from error
 
 
@@ -193,24 +305,34 @@ def load_training_state(
         # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
         if [d for d in differ if not d.startswith("dropout")]:
             raise ValueError(f"{checkpoint.path}: holds another model: {', '.join(differ)}")
-    stored = _read_tensors(checkpoint.path, MODEL)
+    if optimizer is not None and OPTIMIZER not in checkpoint.files:
+        raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
+    verify(checkpoint)
+    files = (MODEL,) if optimizer is None else (MODEL, OPTIMIZER)
+    restore({name: _read_tensors(checkpoint.path / name) for name in files}, model, optimizer)
+
+
+@torch.no_grad()
+def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Copies a snapshot's weights into model and, where given, its moments into optimizer."""
     for name, parameter in model.named_parameters():
-        value = stored[name]
+        value = tensors[MODEL][name]
         parameter[: len(value)] = value.to(parameter.device)
         parameter[len(value) :] = 0.0
     if optimizer is None:
         return
-    if not (checkpoint.path / OPTIMIZER).exists():
-        raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
-    stored = _read_tensors(checkpoint.path, OPTIMIZER)
+    stored = tensors[OPTIMIZER]
+    if not stored:  # from before the first step
+        optimizer.state.clear()
+        return
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         for key in ("exp_avg", "exp_avg_sq"):
             value = stored[f"{name}/{key}"].to(parameter.device)
             state[key] = torch.zeros_like(parameter)
             state[key][: len(value)] = value
-        # Fused AdamW wants its step where the parameter is.
-        state["step"] = stored[f"{name}/step"].to(parameter.device)
+        # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
+        state["step"] = stored[f"{name}/step"].to(parameter.device, copy=True)
 
 
 def _model_tensors(model: GPT):
@@ -227,7 +349,19 @@ def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer):
 def _without_padding(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     if name == "transformer.wte.weight" and tensor.dim() == 2:
         tensor = tensor[: config.vocab_size]
-    return tensor.cpu().contiguous()
+    return tensor
+
+
+def _host_memory(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+
+
+def _sign(meta: dict) -> str:
+    """meta as JSON with its own hash, so that a change of any of its bytes is noticed."""
+    import xxhash
+
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
+    return json.dumps({**meta, "xxh3_128": digest}, indent=2)
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
@@ -244,15 +378,9 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
     return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
 
 
-def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    path = folder / name
-    expected = json.loads((folder / META).read_text())["files"][name]["xxh3_128"]
-    if _hash(path) != expected:
-        raise ValueError(
-            f"{path}: its content changed since it was written; use another checkpoint"
-        )
     return load_file(path)
 
 
@@ -272,6 +400,32 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def _point_latest_at(folder: Path) -> None:
+    """Moves the link at once: it never points at nothing."""
+    temporary = folder.with_name(".latest.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, folder.with_name("latest"))
+    except OSError:  # a file system without links: nothing here reads it
+        temporary.unlink(missing_ok=True)
+
+
+def _delete(folder: Path) -> None:
+    """Out of sight first, so that a half deleted checkpoint is never seen."""
+    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.old.tmp")
+    if hidden != folder:
+        os.rename(folder, hidden)
+    if hidden.is_dir() and not hidden.is_symlink():
+        shutil.rmtree(hidden, ignore_errors=True)
+    else:
+        hidden.unlink(missing_ok=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def _is_hf_folder(path: Path) -> bool:

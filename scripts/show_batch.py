@@ -38,28 +38,25 @@ def main() -> None:
     else:
         tokenizer = find_tokenizer(config.data)
         data = open_data(config, "train", block_size)
-    x, y, *doc_start = data.batch(show.step, global_rows, show.rank, show.world_size)
+    x, y, *_ = data.batch(show.step, global_rows, show.rank, show.world_size)
     for row in range(rows)[: show.rows]:
-        tokens = x[row].tolist()
+        tokens, at = x[row].tolist(), first + row
         if isinstance(config, SFTConfig):
-            starts = sorted(set(doc_start[0][row].tolist()))
+            spans = [(s, e) for s, e, _ in data.spans(show.step * global_rows + at)]
         else:
             ends = [t + 1 for t, token in enumerate(tokens) if token == tokenizer.eot]
             starts = sorted({0, *ends} - {block_size})
-        for start, end in zip(starts, [*starts[1:], block_size], strict=True):
-            shard, offset, document = data.provenance(show.step, first + row, global_rows, start)
-            if isinstance(config, SFTConfig):
-                if shard == "filling":
-                    print(f"== step {show.step} row {first + row} tokens {start} on: filling")
-                    break
-                text = _with_marks(tokenizer, tokens[start:end], y[row, start:end].tolist())
-            else:
-                text = tokenizer.decode(tokens[start:end])
+            spans = zip(starts, [*starts[1:], block_size], strict=True)
+        for start, end in spans:
+            shard, offset, document = data.provenance(show.step, at, global_rows, start)
             print(
-                f"== step {show.step} row {first + row} tokens {start}-{end - 1}: "
+                f"== step {show.step} row {at} tokens {start}-{end - 1}: "
                 f"{shard}, token {offset}, document {document}"
             )
-            print(text)
+            if isinstance(config, SFTConfig):
+                print(_with_marks(tokenizer, tokens[start:end], y[row, start:end].tolist()))
+            else:
+                print(tokenizer.decode(tokens[start:end]))
     if rows > show.rows:
         print(f"== {rows - show.rows} more rows of rank {show.rank}: --rows {rows}")
 

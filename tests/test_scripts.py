@@ -226,4 +226,4 @@ def test_fine_tuning_and_a_look_at_its_rows(script, tmp_path):
     assert (
         f"{data}: line 3, token 0, document 2\n<|user|>\n2 + 1?\n<|assistant|>\n[[It is 3." in out
     )
-    assert out.count("<|endoftext|>]]\n") == out.count("<|user|>") >= 2 and "filling" in out
+    assert out.count("<|endoftext|>]]\n") == out.count("<|user|>") >= 2

@@ -58,7 +58,7 @@ def test_learns(train_config):
     keys = {k for line in read_metrics(run / "metrics.jsonl") for k in line}
     assert keys == {
         "step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/step_ms",
-        "train/data_ms", "val/loss",
+        "train/data_ms", "val/loss", "checkpoint/held_ms", "checkpoint/write_ms",
     }  # fmt: skip
     assert parse(TrainConfig, "", [str(run / "config.yaml")]) == config
 

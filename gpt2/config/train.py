@@ -110,13 +110,24 @@ class TrainConfig:
     sample_every: int = 0  # steps between samples of text; 0 switches them off
     save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
     keep_last: int = 2  # checkpoints that stay; 0 keeps all
+    keep_every: int = 0  # steps; checkpoints at multiples of it stay as well; 0: none
+    on_save_error: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written
     log_every: int = 10  # steps between log lines
+
+    # A step whose loss or gradient is not finite, or spikes: skip it; or go back to the weights in
+    # memory of some steps before and skip the data since; or save and stop.
+    guard: Literal["skip", "rollback", "stop"] = "skip"
+    spike_z: float = 8.0  # standard deviations above the last 128 steps' mean; 0: no spikes
+    snapshot_every: int = 50  # steps between the copies in memory that rollback goes back to
+    # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.exact.
+    exact_reduction: bool = False
 
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
     # Shards' content against their manifest's hashes: open, all before step 0; background, in a
     # thread while training goes on.
     verify: Literal["off", "background", "open"] = "background"
@@ -131,13 +142,16 @@ class TrainConfig:
         data_sources(self.data)
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
-        positive = ("tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr")
+        positive = (
+            "tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr",
+            "snapshot_every", "timeout_s",
+        )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         not_negative = (
             "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
-            "sample_every", "save_every", "keep_last", "seed",
+            "sample_every", "save_every", "keep_last", "keep_every", "seed", "spike_z",
         )  # fmt: skip
         for name in not_negative:
             if getattr(self, name) < 0:

@@ -1,7 +1,9 @@
-"""Which processes take part, on which device each; sums over them."""
+"""Which processes take part, on which device each; sums over them, and what they agree on."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -10,11 +12,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those that torchrun started; rank 0 of 1 without torchrun."""
+    """This process among those that torchrun started; rank 0 of 1 without torchrun.
+
+    control: a gloo group over CPU memory, for what is agreed without waiting for a GPU.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    control: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -27,33 +33,69 @@ class Distributed:
             dist.all_reduce(value)
         return value
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; all must ask."""
+        return self.vote(lambda: flag)()
+
+    def vote(self, flag: Callable[[], bool]) -> Callable[[], bool]:
+        """Starts what any() does; the function that is returned waits for the result."""
+        if self.world_size == 1:
+            return flag
+        ballot = torch.tensor(int(flag()))
+        work = dist.all_reduce(ballot, op=dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def result() -> bool:
+            work.wait()
+            return bool(ballot)
+
+        return result
+
+    def gather(self, value) -> list:
+        """Every process's value, in the order of ranks, on all of them."""
+        if self.world_size == 1:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def broadcast(self, value):
+        """The main process's value, on all."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group=self.control)
+        return values[0]
+
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.control)
 
 
-def start(device: str = "auto") -> Distributed:
+def start(device: str = "auto", timeout_s: float = 600.0) -> Distributed:
     """Joins torchrun's other processes, if there are any, and picks this one's device.
 
+    timeout_s: how long a collective waits for a rank before it fails.
     Raises ValueError for a device that is not there.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = select_device(device, int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size > 1:
-        # Gloo's connections are made when first used: restarts after a lost rank then do not meet
-        # stale addresses.
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
-    return Distributed(rank, world_size, chosen)
+    if world_size == 1:
+        return Distributed(rank, world_size, chosen)
+    # Gloo's connections are made when first used: restarts after a lost rank then do not meet stale
+    # addresses.
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    timeout = timedelta(seconds=timeout_s)
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen, timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    return Distributed(rank, world_size, chosen, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def stop(group: Distributed) -> None:
     """Leaves the group, all processes together."""
     if group.world_size > 1:
-        dist.barrier()
+        group.barrier()
         dist.destroy_process_group()
 
 

@@ -1,8 +1,9 @@
 """What a batch is trained for. DDP and torch.compile wrap an objective; checkpoints save .model.
 
-forward(batch) -> (loss_sum, metrics): the loss summed over the batch's counted targets, so that the
-trainer can divide by the number of targets of the whole step, over all micro steps and ranks; and
-further sums to log.
+forward(batch) -> (loss_sum, metrics): the loss summed over the batch's units, so that the trainer
+can divide by the number of units of the whole step, over all micro steps and ranks; and further
+sums over the same units, to log under their names.
+count(batch) -> how many units a batch has, a tensor.
 """
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ Batch = dict[str, Tensor]
 
 
 class LanguageModeling(nn.Module):
-    """Next-token prediction.
+    """Next-token prediction; a unit is a target that counts.
 
     batch: idx (B, T) int64; targets (B, T) int64, -100 where a position does not count; optionally
     doc_start (B, T) int32.
@@ -23,6 +24,9 @@ class LanguageModeling(nn.Module):
     def __init__(self, model: GPT):
         super().__init__()
         self.model = model
+
+    def count(self, batch: Batch) -> Tensor:
+        return (batch["targets"] != IGNORE_INDEX).sum()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.model

@@ -1,6 +1,6 @@
 """Pretraining: puts data, model and objective together and hands them to the trainer."""
 
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +9,8 @@ from gpt2 import checkpoint, tokenizer
 from gpt2.config import TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, find_shards, read_manifest
 from gpt2.model import GPT
-from gpt2.train import distributed
+from gpt2.train.distributed import Distributed
+from gpt2.train.launch import launch
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.trainer import Trainer
 
@@ -19,27 +20,17 @@ def pretrain(config: TrainConfig) -> None:
 
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
-    group = distributed.start(config.device)
-    resumed = find_checkpoint(config)
+    launch(config, partial(_make_trainer, config))
+
+
+def _make_trainer(config: TrainConfig, group: Distributed) -> Trainer:
     data_tokenizer = find_tokenizer(config.data)
     model, block_size = make_model(config, data_tokenizer, group.device)
     share = (group.rank, group.world_size)
     val_data = open_data(config, "val", block_size, share) if config.eval_every else None
     train_data = open_data(config, "train", block_size, share)
     objective = LanguageModeling(model)
-    trainer = Trainer(config, objective, train_data, val_data, data_tokenizer, group)
-    run_trainer(trainer, resumed)
-
-
-def run_trainer(trainer: Trainer, resumed: checkpoint.Checkpoint | None) -> None:
-    """Trains from the start, or on from a checkpoint; the end of every kind of training."""
-    if resumed is not None:
-        trainer.resume(resumed)
-        if trainer.group.is_main:
-            _show_changes(trainer.config, resumed)
-    trainer.run()
-    # Only here: a rank that failed must end at once, not wait for the others to end too.
-    distributed.stop(trainer.group)
+    return Trainer(config, objective, train_data, val_data, data_tokenizer, group)
 
 
 def find_tokenizer(data: str) -> tokenizer.Tokenizer:
@@ -124,36 +115,3 @@ def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, devi
     if config.dropout is not None:
         model.set_dropout(config.dropout)
     return model
-
-
-def find_checkpoint(config: TrainConfig) -> checkpoint.Checkpoint | None:
-    """What config.resume names. Refuses to write over a run that is not to be continued."""
-    run = Path(config.out_dir) / config.run_name
-    if config.resume == "never":
-        if (run / "metrics.jsonl").exists():
-            raise ValueError(
-                f"{run} holds a run already: continue it with --resume auto, or choose another "
-                "run_name"
-            )
-        return None
-    if config.resume == "auto":
-        found = checkpoint.list_checkpoints(run)
-        return checkpoint.read_checkpoint(found[-1]) if found else None
-    return checkpoint.read_checkpoint(config.resume)
-
-
-def _show_changes(config: TrainConfig, resumed: checkpoint.Checkpoint) -> None:
-    """Says which options are not those of the run that is continued."""
-    now = asdict(config)
-    for key, value in resumed.train.items():
-        if key not in ("resume", "out_dir", "run_name") and now.get(key) != value:
-            print(f"changed since the checkpoint: {key} was {value}, is {now.get(key)}")
-    before, after = (
-        [s for s in data_sources(data) if s.from_step < resumed.step]
-        for data in (resumed.train.get("data", config.data), config.data)
-    )
-    if before != after:
-        print(
-            "the data of the steps before is another, too: what was seen is counted as if this had "
-            f"held from step 0 on; weights for the steps from here on are written @{resumed.step}"
-        )

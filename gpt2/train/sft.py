@@ -6,14 +6,16 @@ pretraining's.
 
 import math
 from dataclasses import replace
+from functools import partial
 
 from gpt2 import checkpoint
 from gpt2.config import SFTConfig
 from gpt2.data.sft import ConversationLoader, Conversations, load_conversations
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import distributed
+from gpt2.train.distributed import Distributed
+from gpt2.train.launch import launch
 from gpt2.train.objectives import LanguageModeling
-from gpt2.train.pretrain import find_checkpoint, make_model, run_trainer
+from gpt2.train.pretrain import make_model
 from gpt2.train.trainer import Trainer
 
 
@@ -22,18 +24,19 @@ def sft(config: SFTConfig) -> None:
 
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
-    group = distributed.start(config.device)
-    resumed = find_checkpoint(config)
+    launch(config, partial(_make_trainer, config))
+
+
+def _make_trainer(config: SFTConfig, group: Distributed) -> Trainer:
     tokenizer = checkpoint.load_tokenizer(config.init_from)
     model, block_size = make_model(config, tokenizer, group.device)
     train_data, val_data, lines = open_conversations(config, tokenizer, block_size)
     if not config.max_steps:
         config = replace(config, max_steps=steps_of(config, train_data))
-    objective = LanguageModeling(model)
-    trainer = Trainer(config, objective, train_data, val_data, tokenizer, group)
+    trainer = Trainer(config, LanguageModeling(model), train_data, val_data, tokenizer, group)
     if group.is_main:
         print("\n".join(lines))
-    run_trainer(trainer, resumed)
+    return trainer
 
 
 def open_conversations(

@@ -1,12 +1,16 @@
 """The training loop: the only one, for pretraining and everything after it.
 
 It trains an objective on a source of batches. A source has batch(step, global_batch_size, rank,
-world_size) -> idx, targets and, if attention is to stay inside documents, doc_start: a pure
-function, as TokenLoader has; so the only thing to remember about data is the step.
+world_size) -> idx, targets and, if attention is to stay inside documents, doc_start, or what its
+attribute `names` says: a pure function, as TokenLoader has; so the only thing to remember about
+data is the step.
 
-The loss that is differentiated is the sum over all counted targets of a step, divided by their
+The loss that is differentiated is the sum over all units (targets) of a step, divided by their
 number over all micro steps and ranks. So how a step is cut into micro batches and ranks changes
-nothing but the order of additions.
+nothing but the order of additions, and with exact_reduction not even that.
+
+Between two steps, in this order: what the guard found, a checkpoint if one is due, then validation
+and samples, so that running out of memory in those costs nothing.
 """
 
 import dataclasses
@@ -15,20 +19,30 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
 from gpt2.cli import write_yaml
 from gpt2.config import TrainConfig
-from gpt2.data import Mixture, TokenLoader
 from gpt2.data.feed import Feed
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
+from gpt2.train import blame
+from gpt2.train.describe import derived, show_result
 from gpt2.train.distributed import Distributed, peak_flops
-from gpt2.train.metrics import Metrics, draw_curve
+from gpt2.train.exact import TreeSum
+from gpt2.train.guard import Guard, Verdict
+from gpt2.train.heartbeat import Heartbeat
+from gpt2.train.metrics import Metrics
 from gpt2.train.objectives import IGNORE_INDEX, Batch
 from gpt2.train.optim import learning_rate, make_optimizer
+from gpt2.train.rollback import Snapshots
+from gpt2.train.saver import Saver
+from gpt2.train.signals import Interrupted, StopSignals
+
+NAMES = ("idx", "targets", "doc_start")
 
 
 class Trainer:
@@ -36,6 +50,7 @@ class Trainer:
 
     objective: see gpt2.train.objectives; its model lies on group.device.
     train_data, val_data: sources of rows of block_size tokens; val_data None: no validation.
+    Attribute step: optimizer steps done.
     Raises ValueError where config does not fit the data or the number of ranks.
     """
 
@@ -53,6 +68,7 @@ class Trainer:
         self.train_data, self.val_data = train_data, val_data
         self.train_feed = Feed(train_data, group.device)
         self.val_feed = Feed(val_data, group.device) if val_data is not None else None
+        self.names = getattr(train_data, "names", NAMES)
         self.folder = Path(config.out_dir) / config.run_name
         block_size = train_data.block_size
         self.grad_accum_steps = config.grad_accum_steps(block_size, group.world_size)
@@ -60,10 +76,19 @@ class Trainer:
         self.dtype = _select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
         self.optimizer = make_optimizer(self.model, config)
-        self.first_step = 0
-        self.ddp = None
+        self.params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        self.first_step = self.step = 0
+        self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
+        self.guard = Guard(config.spike_z, group)
+        self.snapshots = Snapshots()
+        self.saved_step = -1
+        self.signals = StopSignals()
+        self.ddp = self.tree = None
         forward = objective
-        if group.world_size > 1:
+        if config.exact_reduction:
+            micro_batches = self.grad_accum_steps * group.world_size
+            self.tree = TreeSum(micro_batches, group.rank, group.world_size)
+        elif group.world_size > 1:
             forward = self.ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True)
         compiled = (
             config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
@@ -75,21 +100,26 @@ class Trainer:
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
 
     def resume(self, from_checkpoint: checkpoint.Checkpoint) -> None:
-        """Continues from a checkpoint's step with its weights and moments."""
+        """Continues from a checkpoint's step with its weights, moments and guard."""
         checkpoint.load_training_state(from_checkpoint, self.model, self.optimizer)
-        self.first_step = from_checkpoint.step
+        self.first_step = self.step = self.saved_step = from_checkpoint.step
+        self.data_offset = from_checkpoint.state.get("data_offset", 0)
+        self.guard.load_state_dict(from_checkpoint.state.get("guard", {}))
 
-    def run(self) -> None:
-        """Trains to max_steps; everything it writes lies in the run folder."""
+    def run(self, signals: StopSignals | None = None) -> None:
+        """Trains to max_steps; everything it writes lies in the run folder.
+
+        signals: what asks for an early stop, if the caller has installed it already.
+        Raises Interrupted (a SystemExit with status 75) after a signal, once everything is saved.
+        """
+        if signals is None:
+            with StopSignals() as signals:
+                return self.run(signals)
         config, group = self.config, self.group
-        self.metrics = None
+        self.signals, self.metrics, self.saver = signals, None, None
+        self.heartbeat = Heartbeat(group.rank, group.world_size)
         if group.is_main:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            description = dataclasses.asdict(config)
-            write_yaml(config, self.folder / "config.yaml")
-            for name, value in self.derived():
-                print(f"{name:<22}{value}")
-            self.metrics = Metrics(self.folder, config, description, self.first_step)
+            self._open_run_folder()
         try:
             self._loop()
         except torch.OutOfMemoryError as error:
@@ -98,163 +128,280 @@ class Trainer:
                 f"{config.micro_batch_size} (the result stays the same); checkpoints so far lie in "
                 f"{self.folder}"
             ) from error
+        except RuntimeError as error:
+            if not _lost_connection(error):
+                raise
+            first = str(error).split(". ")[0]
+            raise ConnectionError(
+                f"step {self.step}: {self.heartbeat.diagnose()}; the run goes on from its last "
+                f"checkpoint with --resume auto ({first})"
+            ) from error
         finally:
+            self.heartbeat.close()
             self.train_feed.close()
             if self.val_feed is not None:
                 self.val_feed.close()
             if self.metrics is not None:
-                self.metrics.close()
+                try:
+                    self.saver.close()
+                finally:
+                    self.metrics.close()
         if group.is_main:
-            self._report()
+            show_result(self)
+
+    def _open_run_folder(self) -> None:
+        config = self.config
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in checkpoint.set_aside(self.folder, self.first_step):
+            print(f"not part of what goes on from step {self.first_step}, kept as {path}")
+        write_yaml(config, self.folder / "config.yaml")
+        for name, value in derived(self):
+            print(f"{name:<22}{value}")
+        self.metrics = Metrics(self.folder, config, dataclasses.asdict(config), self.first_step)
+        self.saver = Saver(
+            self.folder,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            keep_going=config.on_save_error == "continue",
+            on_saved=self._on_saved,
+            on_failed=self._on_save_failed,
+        )
 
     def _loop(self) -> None:
-        config = self.config
-        params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        loss_sum, since, started = torch.zeros((), device=self.group.device), self.first_step, None
-        for step in range(self.first_step, config.max_steps + 1):
-            last, paused = step == config.max_steps, time.perf_counter()
-            # A resumed run starts from the checkpoint of its first step.
-            if _due(step, config.save_every, last) and step > self.first_step:
-                self._save(step)
-            if _due(step, config.eval_every, last) and self.val_data is not None:
-                self._validate(step)
-            if _due(step, config.sample_every, False) and self.group.is_main:
+        config, group = self.config, self.group
+        self.losses: list[float] = []  # of the steps applied since the last log line
+        self.sums: dict[str, Tensor] = {}  # of the objective's metrics since then
+        stop_asked = group.vote(self._signalled)
+        busy_s, steps = 0.0, 0
+        while True:
+            step, last = self.step, self.step == config.max_steps
+            if stop_asked() and not last:
+                if self._settle(all_steps=True):
+                    continue
+                self._save()
+                self._leave()
+            if self._save_is_due(step) and step > self.first_step:
+                self._save()
+            if self._is_due(config.eval_every) and self.val_data is not None:
+                self._validate()
+            if _due(step, config.sample_every) and group.is_main:
                 self._sample()
             if last:
                 break
-            # The clock of steps stands still during the above.
-            now = time.perf_counter()
-            started = now if started is None else started + now - paused
+            if config.guard == "rollback" and step % config.snapshot_every == 0:
+                self.snapshots.take(step, self.model, self.optimizer)
+            # A vote begins with a step and is read after it, so that no one waits for it.
+            stop_asked = group.vote(self._signalled)
+            started = time.perf_counter()
+            self.train_step(step, self.params)
+            self.step = self.heartbeat.step = step + 1
+            log_is_due = self.step % config.log_every == 0 or self.step in (1, config.max_steps)
+            # Reading a step's numbers waits for the device, so it happens only where they are used.
+            if self._settle(all_steps=log_is_due or self._save_is_due(self.step)):
+                busy_s, steps = 0.0, 0
+                continue
+            busy_s, steps = busy_s + time.perf_counter() - started, steps + 1
+            if log_is_due:
+                self._log(busy_s / steps, steps)
+                busy_s, steps = 0.0, 0
+            if self.saver is not None:
+                self.saver.poll()
 
-            loss, grad_norm = self.train_step(step, params)
-            loss_sum += loss
-            done = step + 1
-            if done % config.log_every == 0 or done in (1, config.max_steps):
-                # Reading the loss waits for the device, so it happens only here.
-                mean_loss = self.group.sum(loss_sum).item() / (done - since)
-                seconds = (time.perf_counter() - started) / (done - since)
-                data_ms = self.train_feed.waited_s / (done - since) * 1e3
-                self.train_feed.waited_s = 0.0
-                self._log(
-                    done, mean_loss, learning_rate(step, config), grad_norm.item(), seconds, data_ms
-                )
-                loss_sum, since, started = torch.zeros_like(loss_sum), done, time.perf_counter()
-
-    def train_step(self, step: int, params: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """One optimizer step; returns this rank's share of the mean loss and the gradient norm."""
+    def train_step(self, step: int, params: list[Tensor]) -> None:
+        """One optimizer step, which the guard may keep from being applied."""
         config, group = self.config, self.group
-        if self.model.config.dropout:
-            # A function of (seed, step, rank), so no random state needs saving.
-            torch.manual_seed(hash((config.seed, step, group.rank)) & (1 << 62) - 1)
-        data = self.train_feed.batch(step, self.rows_per_step, group.rank, group.world_size)
-        n_targets = group.sum((data[1] != IGNORE_INDEX).sum())
+        data_step = step + self.data_offset
+        batch = self._name(
+            self.train_feed.batch(data_step, self.rows_per_step, group.rank, group.world_size)
+        )
+        n_units = group.sum(self.objective.count(batch))
         total = torch.zeros((), device=group.device)
-        micro_batches = zip(*(part.split(config.micro_batch_size) for part in data), strict=True)
-        for micro_step, micro_batch in enumerate(micro_batches):
-            batch = _name(micro_batch)
+        first_row = group.rank * self.rows_per_step // group.world_size
+        for micro_step in range(self.grad_accum_steps):
+            start = micro_step * config.micro_batch_size
+            micro_batch = {k: v[start : start + config.micro_batch_size] for k, v in batch.items()}
+            if self.model.config.dropout:
+                # A function of (seed, step, row), so no random state needs saving.
+                key = (config.seed, data_step, first_row + start)
+                torch.manual_seed(hash(key) & (1 << 62) - 1)
             if self.ddp is not None:
                 # Gradients are exchanged once, in the backward pass of the last micro step.
                 self.ddp.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
             with self._autocast():
-                loss_sum, _ = self.train_forward(batch)
-                loss = loss_sum / n_targets
+                loss_sum, metrics = self.train_forward(micro_batch)
+                loss = loss_sum / n_units
             # DDP averages over ranks, but this is a sum already divided by the count of all ranks.
-            (loss * group.world_size).backward()
+            (loss * (group.world_size if self.ddp is not None else 1)).backward()
             total += loss.detach()
+            for name, value in metrics.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value.detach() / n_units
+            if self.tree is not None:
+                self.tree.add([p.grad for p in params] + [loss.detach()])
+                for p in params:
+                    p.grad = None
+        if self.tree is not None:
+            *grads, total = self.tree.finish()
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+            total = total if group.is_main else torch.zeros_like(total)  # it is everyone's already
         grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
+        self.optimizer.found_inf = self.guard.judge(step, data_step, total, grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total, grad_norm
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean validation loss over eval_steps * tokens_per_step tokens, spread over all ranks."""
+    def evaluate(self) -> dict[str, float]:
+        """Validation over eval_steps * tokens_per_step tokens, spread over all ranks.
+
+        Returns the mean loss as "loss", and the objective's metrics.
+        """
         config, group, data = self.config, self.group, self.val_data
         n_rows = data.n_windows
         if config.eval_steps:
             n_rows = min(n_rows, config.eval_steps * self.rows_per_step)
         rows = config.micro_batch_size * group.world_size
-        totals = torch.zeros(2, dtype=torch.float64, device=group.device)  # loss, targets
+        sums: dict[str, Tensor] = {}
         self.objective.eval()
-        for i in range(-(-n_rows // rows)):
-            parts = self.val_feed.batch(i, rows, group.rank, group.world_size)
-            # The last batch is filled up with rows that do not count, so that all have one shape.
-            first = i * rows + group.rank * config.micro_batch_size
-            parts[1][max(n_rows - first, 0) :] = IGNORE_INDEX
-            with self._autocast():
-                loss_sum, _ = self.eval_forward(_name(parts))
-            totals += torch.stack([loss_sum.double(), (parts[1] != IGNORE_INDEX).sum()])
-        self.objective.train()
-        loss, count = group.sum(totals).tolist()
-        return loss / count
+        try:
+            for i in range(-(-n_rows // rows)):
+                if group.any(self._signalled()):
+                    self._leave()
+                parts = self.val_feed.batch(i, rows, group.rank, group.world_size)
+                # The last batch is filled up with rows that do not count: all have one shape.
+                first = i * rows + group.rank * config.micro_batch_size
+                parts[self.names.index("targets")][max(n_rows - first, 0) :] = IGNORE_INDEX
+                batch = self._name(parts)
+                with self._autocast():
+                    loss_sum, metrics = self.eval_forward(batch)
+                found = {"loss": loss_sum, **metrics, "units": self.objective.count(batch)}
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value.double()
+        finally:
+            self.objective.train()
+        values = group.sum(torch.stack(list(sums.values()))).tolist()
+        *values, units = values
+        return {name: value / units for name, value in zip(sums, values, strict=False)}
 
-    def derived(self) -> list[tuple[str, str]]:
-        """Everything that follows from the config, as rows of a table."""
-        c, m, group, data = self.config, self.model, self.group, self.train_data
-        tokens = c.max_steps * c.tokens_per_step
-        flops = m.flops_per_token()
-        peak = f"{self.peak_flops / 1e12:.1f} TFLOP/s a device" if self.peak_flops else "not known"
-        shape = m.config
-        dtype = str(self.dtype).removeprefix("torch.")
-        rows = [
-            (
-                "model",
-                f"{m.n_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
-                f"{shape.n_embd} wide, context {shape.block_size}, vocabulary {shape.vocab_size}",
-            ),
-            (
-                "data",
-                f"{c.data}: {data.n_tokens:,} train tokens, {self.tokenizer.name} tokenizer, "
-                f"{data.backend} loader",
-            ),
-            (
-                "step",
-                f"{c.tokens_per_step:,} tokens = {group.world_size} ranks x "
-                f"{self.grad_accum_steps} "
-                f"micro steps x {c.micro_batch_size} rows x {data.block_size}",
-            ),
-            (
-                "run",
-                f"{c.max_steps:,} steps, {tokens:,} tokens, {tokens / data.n_tokens:.2f} epochs, "
-                f"{tokens * flops:.2e} FLOPs",
-            ),
-            (
-                "device",
-                f"{_device_name(group.device)}, {dtype} matmuls, "
-                f"compile {'on' if self.compiled else 'off'}",
-            ),
-            ("kernels", f"{m.ops.name} ({m.ops.reason})"),
-            ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
-            ("run folder", str(self.folder)),
-        ]
-        if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
-            known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
-            rows.append(("verify", f"{c.verify}, hashes are known of {known} of {n} shards"))
-        if isinstance(data, Mixture):
-            for path, epochs in data.epochs(c.max_steps, self.rows_per_step).items():
-                rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
-        if self.first_step:
-            rows.append(("resumed", f"from step {self.first_step}"))
-        elif not c.init_from:
-            rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
-        return rows
+    def _name(self, parts: tuple[Tensor, ...]) -> Batch:
+        return dict(zip(self.names, parts, strict=False))
 
     def _autocast(self):
         enabled = self.dtype != torch.float32
         return torch.autocast(self.group.device.type, torch.bfloat16, enabled=enabled)
 
-    def _log(
-        self, step: int, loss: float, lr: float, grad_norm: float, seconds: float, data_ms: float
-    ) -> None:
-        if self.metrics is None:
+    def _signalled(self) -> bool:
+        return self.signals.received is not None
+
+    def _is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps, and at the end, happens now."""
+        return _due(self.step, every) or self.step == self.config.max_steps and every > 0
+
+    def _save_is_due(self, step: int) -> bool:
+        c = self.config
+        every = (c.save_every, c.eval_every if self.val_data is not None else 0, c.sample_every)
+        return step == c.max_steps or any(_due(step, n) for n in every)
+
+    def _settle(self, *, all_steps: bool) -> bool:
+        """Acts on what the guard found; whether that led back to an earlier step."""
+        for verdict in self.guard.verdicts(all_steps=all_steps):
+            if not verdict.reason:
+                self.losses.append(verdict.loss)
+                self.grad_norm = verdict.grad_norm
+                continue
+            self._tell_of_skipped(verdict)
+            if self.config.guard == "rollback":
+                self._roll_back(verdict)
+                return True
+            if self.config.guard == "stop":
+                self.guard.verdicts(all_steps=True)
+                self._save()
+                raise ValueError(
+                    f"step {verdict.step} was skipped as {verdict.reason}, and guard is stop; the "
+                    "run is saved, and goes on behind that step with --resume auto"
+                )
+        return False
+
+    def _tell_of_skipped(self, verdict: Verdict) -> None:
+        """Logs the step, and the rows and documents of its batch."""
+        group, at = self.group, verdict.data_step
+        parts = self.train_data.batch(at, self.rows_per_step, group.rank, group.world_size)
+        batch = self._name(tuple(part.to(group.device) for part in parts))
+        self.objective.eval()
+        losses = group.gather(blame.row_losses(self.objective, batch, self._autocast))
+        self.objective.train()
+        if self.metrics is not None:
+            what, rows = blame.suspects(losses, self.train_data, at, self.rows_per_step)
+            text = [f"step {verdict.step:>6}  skipped: {verdict.reason}", f"  {what}:"]
+            self.metrics.say("\n".join(text + [f"  {blame.spell(row)}" for row in rows]))
+            event = {"reason": verdict.reason, "data_step": at, "rows": rows, "skipped": 1}
+            self.metrics.log(verdict.step + 1, {f"guard/{k}": v for k, v in event.items()})
+
+    def _roll_back(self, verdict: Verdict) -> None:
+        """Goes back to the older snapshot, and behind the data of the step that was skipped."""
+        step = self.step = self.snapshots.restore(self.model, self.optimizer)
+        self.guard.forget(step)
+        self.data_offset = verdict.data_step + 1 - step
+        self.losses, self.sums = [], {}
+        if self.metrics is not None:
+            self.metrics.say(f"rolled back to step {step}, to go on behind that batch")
+            self.metrics.log(step, {"guard/rolled_back_from": verdict.step})
+
+    def _save(self) -> None:
+        """Starts writing a checkpoint of this step, unless there is one."""
+        if self.step == self.saved_step or self.step == 0:
             return
-        tokens_per_s = self.config.tokens_per_step / seconds
+        self.saved_step = self.step
+        if self.saver is not None:
+            state = {"data_offset": self.data_offset, "guard": self.guard.state_dict()}
+            meta = checkpoint.describe(
+                self.model, tokenizer=self.tokenizer.to_dict(),
+                train=dataclasses.asdict(self.config), state=state,
+                chat_template=getattr(self.train_data, "chat_template", None),
+            )  # fmt: skip
+            self.saver.save(self.step, self.model, self.optimizer, meta)
+
+    def _leave(self) -> None:
+        """Ends the run after a signal; what is to be saved has been handed to the saver."""
+        if self.saver is not None:
+            self.saver.wait()
+            found = checkpoint.list_checkpoints(self.folder)
+            where = f"everything is in {found[-1]}" if found else "no step was finished"
+            self.metrics.say(f"stopped at step {self.step}; {where}; go on with --resume auto")
+        raise Interrupted(self.signals.received or "a signal to another rank")
+
+    def _on_saved(self, step: int, path: Path, times: dict) -> None:
+        self.metrics.log(step, times)
+        self.metrics.say(
+            f"step {step:>6}/{self.config.max_steps}  saved {path}  (held training "
+            f"{times['checkpoint/held_ms']:.0f} ms, took {times['checkpoint/write_ms']:.0f} ms)"
+        )
+
+    def _on_save_failed(self, step: int, error: OSError) -> None:
+        if step == self.config.max_steps or self.signals.received:
+            raise error  # there is no later one
+        self.saved_step = -1
+        self.metrics.say(
+            f"step {step:>6}/{self.config.max_steps}  NOT saved: {error.strerror or error}; "
+            "training goes on (on_save_error)"
+        )
+
+    def _log(self, seconds: float, steps: int) -> None:
+        sums, self.sums = self.sums, {}
+        if sums:
+            values = self.group.sum(torch.stack(list(sums.values()))).tolist()
+            sums = {f"train/{k}": v / steps for k, v in zip(sums, values, strict=True)}
+        data_ms, self.train_feed.waited_s = self.train_feed.waited_s / steps * 1e3, 0.0
+        losses, self.losses = self.losses, []
+        if self.metrics is None or not losses:
+            return
+        step, tokens_per_s = self.step, self.config.tokens_per_step / seconds
         values = {
-            "train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm,
+            "train/loss": math.fsum(losses) / len(losses),
+            "train/lr": learning_rate(step - 1, self.config), "train/grad_norm": self.grad_norm,
             "train/tokens_per_s": tokens_per_s, "train/step_ms": seconds * 1e3,
-            "train/data_ms": data_ms,
+            "train/data_ms": data_ms, **sums,
         }  # fmt: skip
         if self.peak_flops:
             flops = tokens_per_s * self.model.flops_per_token()
@@ -262,14 +409,15 @@ class Trainer:
         self.metrics.log(step, values)
         self.metrics.show_step(step, values, (self.config.max_steps - step) * seconds)
 
-    def _validate(self, step: int) -> None:
-        started = time.perf_counter()
-        loss = self.evaluate()
+    def _validate(self) -> None:
+        started, step = time.perf_counter(), self.step
+        found = self.evaluate()
         if self.metrics is not None and not self.metrics.logged(step, "val/loss"):
-            self.metrics.log(step, {"val/loss": loss})
+            self.metrics.log(step, {f"val/{name}": value for name, value in found.items()})
             seconds = time.perf_counter() - started
             self.metrics.say(
-                f"step {step:>6}/{self.config.max_steps}  val loss {loss:.4f}  ({seconds:.1f} s)"
+                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}  "
+                f"({seconds:.1f} s)"
             )
 
     def _sample(self) -> None:
@@ -281,43 +429,15 @@ class Trainer:
         )
         self.metrics.say(f"sample: {self.tokenizer.decode(tokens[0])!r}")
 
-    def _save(self, step: int) -> None:
-        if self.group.is_main:
-            path = checkpoint.save_checkpoint(
-                self.folder, step, self.model, self.optimizer,
-                tokenizer=self.tokenizer.to_dict(), train=dataclasses.asdict(self.config),
-                chat_template=getattr(self.train_data, "chat_template", None),
-                keep_last=self.config.keep_last,
-            )  # fmt: skip
-            self.metrics.say(f"step {step:>6}/{self.config.max_steps}  saved {path}")
-        self.group.barrier()
 
-    def _report(self) -> None:
-        lines, folder = self.metrics.lines, self.folder
-        seconds = [line["train/step_ms"] for line in lines if "train/step_ms" in line]
-        val = [line["val/loss"] for line in lines if "val/loss" in line]
-        draw_curve(
-            lines,
-            folder / "loss.png",
-            f"{self.config.run_name}: {self.model.n_params():,} parameters",
-        )
-        print(f"done: {self.config.max_steps:,} steps", end="")
-        print(
-            f", {sorted(seconds)[len(seconds) // 2]:.1f} ms a step (median)" if seconds else "",
-            end="",
-        )
-        print(f", val loss {val[-1]:.4f}" if val else "")
-        print(f"loss curve: {folder / 'loss.png'}")
-        print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
 
 
-def _name(parts: tuple[Tensor, ...]) -> Batch:
-    return dict(zip(("idx", "targets", "doc_start"), parts, strict=False))
-
-
-def _due(step: int, every: int, last: bool) -> bool:
-    """Whether what happens every so many steps, and at the end, happens before this one."""
-    return last or bool(every) and step > 0 and step % every == 0
+def _lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed, and not what it was called with. Gloo has no error class."""
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _select_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -326,9 +446,3 @@ def _select_dtype(dtype: str, device: torch.device) -> torch.dtype:
             "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
         )
     return getattr(torch, dtype)
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

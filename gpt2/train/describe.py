@@ -1,0 +1,88 @@
+"""What a run says of itself before its first step and after its last."""
+
+import math
+
+import torch
+
+from gpt2 import checkpoint
+from gpt2.data import Mixture, TokenLoader
+from gpt2.train.metrics import draw_curve
+
+
+def derived(trainer) -> list[tuple[str, str]]:
+    """Everything that follows from the config, as rows of a table."""
+    c, m, group, data = trainer.config, trainer.model, trainer.group, trainer.train_data
+    tokens = c.max_steps * c.tokens_per_step
+    flops = m.flops_per_token()
+    known = trainer.peak_flops
+    peak = f"{known / 1e12:.1f} TFLOP/s a device" if known else "not known"
+    shape = m.config
+    dtype = str(trainer.dtype).removeprefix("torch.")
+    rows = [
+        (
+            "model",
+            f"{m.n_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
+            f"{shape.n_embd} wide, context {shape.block_size}, vocabulary {shape.vocab_size}",
+        ),
+        (
+            "data",
+            f"{c.data}: {data.n_tokens:,} train tokens, {trainer.tokenizer.name} tokenizer, "
+            f"{data.backend} loader",
+        ),
+        (
+            "step",
+            f"{c.tokens_per_step:,} tokens = {group.world_size} ranks x "
+            f"{trainer.grad_accum_steps} "
+            f"micro steps x {c.micro_batch_size} rows x {data.block_size}",
+        ),
+        (
+            "run",
+            f"{c.max_steps:,} steps, {tokens:,} tokens, {tokens / data.n_tokens:.2f} epochs, "
+            f"{tokens * flops:.2e} FLOPs",
+        ),
+        (
+            "device",
+            f"{device_name(group.device)}, {dtype} matmuls, "
+            f"compile {'on' if trainer.compiled else 'off'}",
+        ),
+        ("kernels", f"{m.ops.name} ({m.ops.reason})"),
+        ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
+        ("run folder", str(trainer.folder)),
+    ]
+    if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
+        known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
+        rows.append(("verify", f"{c.verify}, hashes are known of {known} of {n} shards"))
+    if isinstance(data, Mixture):
+        for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
+            rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
+    if trainer.first_step:
+        rows.append(("resumed", f"from step {trainer.first_step}"))
+    elif not c.init_from:
+        rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
+    return rows
+
+
+def show_result(trainer) -> None:
+    """Draws the loss curve; prints what came out."""
+    lines, folder = trainer.metrics.lines, trainer.folder
+    seconds = [line["train/step_ms"] for line in lines if "train/step_ms" in line]
+    val = [line["val/loss"] for line in lines if "val/loss" in line]
+    draw_curve(
+        lines,
+        folder / "loss.png",
+        f"{trainer.config.run_name}: {trainer.model.n_params():,} parameters",
+    )
+    print(f"done: {trainer.config.max_steps:,} steps", end="")
+    print(
+        f", {sorted(seconds)[len(seconds) // 2]:.1f} ms a step (median)" if seconds else "",
+        end="",
+    )
+    print(f", val loss {val[-1]:.4f}" if val else "")
+    print(f"loss curve: {folder / 'loss.png'}")
+    print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.getdevice_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

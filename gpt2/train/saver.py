@@ -1,0 +1,83 @@
+"""Checkpoints written while training goes on.
+
+The training loop is held only while weights and moments are copied to host memory; a thread writes
+the copy. Copying takes about the time of moving 12 bytes a parameter; writing depends on the disk.
+A second checkpoint waits until the first is written, so there is never more than one copy.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from gpt2 import checkpoint
+from gpt2.model import GPT
+
+
+class Saver:
+    """Writes checkpoints of a run in the background; only the main process has one.
+
+    on_saved(step, path, times): called from save() or wait(), in the caller's thread, for each one
+    that was written; times: "checkpoint/held_ms", that training stood still, and
+    "checkpoint/write_ms".
+    keep_going: an OSError of writing is told to on_failed(step, error) and training goes on;
+    otherwise it is raised.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep_last: int,
+        keep_every: int,
+        keep_going: bool,
+        on_saved: Callable[[int, Path, dict], None],
+        on_failed: Callable[[int, OSError], None],
+    ):
+        self.run, self.keep = run, dict(keep_last=keep_last, keep_every=keep_every)
+        self.keep_going, self.on_saved, self.on_failed = keep_going, on_saved, on_failed
+        self._thread = ThreadPoolExecutor(1, "saver")
+        self._pending: tuple[int, float, Future] | None = None
+        self._tensors: checkpoint.Tensors | None = None
+
+    def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, meta: dict) -> None:
+        """Copies the state, starts writing it and returns. Raises OSError as __init__ says."""
+        started = time.perf_counter()
+        self.wait()  # for the one before: its copy is written over
+        self._tensors = checkpoint.snapshot(model, optimizer, self._tensors)
+        held_ms = (time.perf_counter() - started) * 1e3
+        self._pending = step, held_ms, self._thread.submit(self._write, step, self._tensors, meta)
+
+    def poll(self) -> None:
+        """Tells of a checkpoint that has been written meanwhile; waits for nothing."""
+        if self._pending is not None and self._pending[2].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was started is written and told of."""
+        if self._pending is None:
+            return
+        (step, held_ms, future), self._pending = self._pending, None
+        try:
+            path, write_ms = future.result()
+        except OSError as error:
+            if not self.keep_going:
+                raise
+            self.on_failed(step, error)
+        else:
+            times = {"checkpoint/held_ms": held_ms, "checkpoint/write_ms": write_ms}
+            self.on_saved(step, path, times)
+
+    def close(self) -> None:
+        """Waits for what was started; ends the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, step: int, tensors: checkpoint.Tensors, meta: dict) -> tuple[Path, float]:
+        started = time.perf_counter()
+        path = checkpoint.write_checkpoint(self.run, step, tensors, meta, **self.keep)
+        return path, (time.perf_counter() - started) * 1e3
