@@ -2,8 +2,8 @@
 
 RUN/checkpoints/step_00001000/
     checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
-                            model, training options, the trainer's state, the size and xxh3-128
-                            hash of each file, and its own hash
+                            model, training options, the trainer's state, the size and xxh3-128 hash
+                            of each file, and its own hash
     model.safetensors       float32 weights under Hugging Face's names, without padding
     optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
     adapter_model.safetensors, adapter_config.json

@@ -1,7 +1,7 @@
 """Fine-tunes a model on conversations, so that it answers.
 
     python scripts/sft.py configs/sft_alpaca.yaml                          # gpt2 on Alpaca
-    python scripts/sft.py --init_from runs/mine --data chats.jsonl --run_name mine_chat
+    python scripts/sft.py runs/mine --data chats.jsonl --run_name mine_chat
     torchrun --nproc-per-node 8 scripts/sft.py configs/sft_alpaca.yaml
     python scripts/sft.py configs/sft_alpaca.yaml --resume auto            # goes on with a run
 

@@ -98,7 +98,9 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     rows = [json.loads(line) for line in Path(config.data).read_text().splitlines()]
     rows += [{"question": "no answer"}, {"question": "long", "answer": "a" * 99}]
     data = write(tmp_path / "mixed.jsonl", rows)
-    with pytest.raises(ValueError, match="line 41: the row has 'question' but no answer; mend it"):
+    with pytest.raises(
+        ValueError, match="line 41: the row has 'question' but no answer; --bad_rows skip"
+    ):
         sft(replace(config, data=data))
     assert not Path(config.out_dir).exists()
     sft(replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1))

@@ -13,6 +13,8 @@ from gpt2.config.words import Schedule
 class FineTuneConfig(LoRAOptions, TrainConfig):
     """What SFT and DPO have in common. The model's shape comes from init_from."""
 
+    POSITIONAL = "init_from"  # what a first word on the command line is
+
     init_from: str = "gpt2"  # the start: a run, a checkpoint, a Hugging Face folder or name
     val_data: str = ""  # as data, for validation; default: see val_fraction
     val_fraction: float = 0.02  # part of data that becomes val, by a hash of the first question

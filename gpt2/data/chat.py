@@ -234,7 +234,7 @@ def _check_text(text, where: str, markers: tuple[str, ...]) -> None:
             raise ChatError(
                 "template marker in text",
                 f"{where} holds the template's marker {marker!r}, which could not be told from a "
-                "turn: leave it out, or use another template",
+                "turn",
             )
 
 

@@ -106,7 +106,7 @@ def refuse(error: ChatError, where: str, counts: Counts, bad_rows: str) -> None:
     """Counts a row that cannot be used, or raises ValueError with its place, as configured."""
     if bad_rows == "error":
         raise ValueError(
-            f"{where}: {error}; mend it, or leave such rows out with --bad_rows skip"
+            f"{where}: {error}; --bad_rows skip leaves such rows out, and counts them"
         ) from error
     counts.leave_out(error.kind, f"{where}: {error}")
 

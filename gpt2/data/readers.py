@@ -356,8 +356,7 @@ class HubRows:
         except OSError as error:
             raise OSError(
                 f"{name}: the hub cannot be reached ({error}); check the network (and "
-                "HF_HUB_OFFLINE), or fetch its files elsewhere and read them with --parquet or "
-                "--jsonl"
+                "HF_HUB_OFFLINE), or fetch its files elsewhere and name them instead"
             ) from error
 
 

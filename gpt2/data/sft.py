@@ -249,22 +249,27 @@ class ConversationLoader:
             index = permute(index, self.n_windows, epoch_key(self.seed, epoch))
         return self.rows[index]
 
+    def spans(self, sample: int) -> list[tuple[int, int, int]]:
+        """(first position, position behind the last, conversation) in a sample of the run."""
+        at, found = 0, []
+        for i in self.members(sample):
+            length = int(self.conversations.ends[i] - (self.conversations.ends[i - 1] if i else 0))
+            found.append((at, at + length - 1, i))
+            at += length - 1
+        return found
+
     def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
         """Where the conversation at token `token` of a row of the global batch came from.
 
-        shard is its file and row there, offset the token in it, document its number; of the filling
-        shard is "filling". Raises as batch does.
+        shard is its place in the data, offset the token in it, document its number. The filling
+        counts as the end of the conversation before it. Raises as batch does.
         """
         first, rows = rank_rows(step, global_batch_size)
-        if not 0 <= row < rows or not 0 <= token < self.block_size:
+        if not 0 <= row < rows or not 0 <= token <= self.block_size:
             raise ValueError(f"row {row}, token {token} is not in a step of {rows} rows")
-        at = 0
-        for i in self.members(first + row):
-            length = int(self.conversations.lengths[i]) - 1
-            if token < at + length:
-                return Provenance(self.conversations.where[i], token - at, i)
-            at += length
-        return Provenance("filling", token - at, 0)
+        spans = self.spans(first + row)
+        start, stop, i = next((s for s in spans if token < s[1]), spans[-1])
+        return Provenance(self.conversations.where[i], min(token, stop) - start, i)
 
     def describe(self) -> str:
         """One line on what the rows hold."""
@@ -275,15 +280,13 @@ class ConversationLoader:
         )
 
     def _fill(self, idx: np.ndarray, targets: np.ndarray, doc_start: np.ndarray, sample: int):
-        data, at = self.conversations, 0
-        for i in self.members(sample):
+        data, stop = self.conversations, 0
+        for start, stop, i in self.spans(sample):
             end = int(data.ends[i])
-            start = int(data.ends[i - 1]) if i else 0
-            stop = at + end - start - 1
-            idx[at:stop] = data.tokens[start : end - 1]
-            targets[at:stop] = data.tokens[start + 1 : end]
-            targets[at:stop][~data.learnt[start + 1 : end]] = IGNORE_INDEX
-            doc_start[at:stop] = at
-            at = stop
-        idx[at:], targets[at:] = self.pad, IGNORE_INDEX
-        doc_start[at:] = np.arange(at, self.block_size)
+            begin = end - (stop - start) - 1
+            idx[start:stop] = data.tokens[begin : end - 1]
+            targets[start:stop] = data.tokens[begin + 1 : end]
+            targets[start:stop][~data.learnt[begin + 1 : end]] = IGNORE_INDEX
+            doc_start[start:stop] = start
+        idx[stop:], targets[stop:] = self.pad, IGNORE_INDEX
+        doc_start[stop:] = np.arange(stop, self.block_size)
