@@ -2,6 +2,7 @@
 
 import json
 import math
+import runpy
 import shutil
 import subprocess
 import sys
@@ -280,3 +281,15 @@ def test_the_template_of_the_start_is_used_unless_told_otherwise(config, tmp_pat
     dpo(replace(config, run_name="told", template="user_assistant"))
     assert "was trained with alpaca, not user_assistant" in capsys.readouterr().out
     assert load_chat_template(Path(config.out_dir) / "told") == "user_assistant"
+
+
+def test_show_batch_shows_pairs(config, monkeypatch, capsys):
+    dpo(replace(config, max_steps=1))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["show_batch.py", str(run_of(config)), "--rows", "1"])
+    runpy.run_path(str(ROOT / "scripts" / "show_batch.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    word = shown.split("<|user|>\n")[1][:3]
+    assert f"<|user|>\n{word}\n<|assistant|>\n[[yes {word}<|endoftext|>]]" in shown
+    assert f"[[no {word[::-1]}<|endoftext|>]]" in shown
+    assert "chosen" in shown and "rejected" in shown and "7 more pairs" in shown

@@ -31,8 +31,7 @@ def dpo(config: DPOConfig) -> None:
 
 def _make_trainer(config: DPOConfig, group: Distributed) -> Trainer:
     tokenizer = checkpoint.load_tokenizer(config.init_from)
-    saved = checkpoint.load_chat_template(config.init_from)
-    config = replace(config, template=config.template or saved or "user_assistant")
+    saved, config = checkpoint.load_chat_template(config.init_from), with_template(config)
     model, length = make_model(config, tokenizer, group.device)
     model.set_dropout(0.0)  # see DPOConfig
     train_data, val_data, lines = open_pairs(config, tokenizer, length, trim=_may_trim(config))
@@ -60,6 +59,12 @@ def _make_trainer(config: DPOConfig, group: Distributed) -> Trainer:
     if group.is_main:
         print("\n".join(lines))
     return trainer
+
+
+def with_template(config: DPOConfig) -> DPOConfig:
+    """config with the template that is meant: its own, else that of init_from."""
+    saved = checkpoint.load_chat_template(config.init_from)
+    return replace(config, template=config.template or saved or "user_assistant")
 
 
 def _may_trim(config: DPOConfig) -> bool:
