@@ -410,7 +410,13 @@ def hosts(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
                        "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400",
                        f"--rdzv-id={n}"]  # fmt: skip
-            started = [torchrun(cut, *options, prefix=prefix) for prefix in prefixes]
+            started = [
+                torchrun(
+                    cut, *options, f"--local-addr=10.77.0.{i + 1}",
+                    f"--rdzv-conf=is_host={int(i == 0)}", prefix=prefix,
+                )
+                for i, prefix in enumerate(prefixes)
+            ]  # fmt: skip
             alive = lambda ps=started: all(p.poll() is None for p in ps)  # noqa: E731
             kills = kill_workers(cut, 1, rng, alive)
             codes = [p.wait(300) for p in started]
