@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import parse
-from gpt2.config import PRESETS, GPTConfig, SampleConfig, TrainConfig
+from gpt2.config import PRESETS, GPTConfig, SampleConfig, SFTConfig, TrainConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -26,8 +26,10 @@ def test_first_word_is_the_first_field():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configs(path):
-    config = parse(TrainConfig, "", [str(path)])
-    for world_size in (1,) if config.preset == "char" else (1, 2, 4, 8):
+    kinds = {"sft": SFTConfig}
+    config = parse(kinds.get(path.name.split("_")[0], TrainConfig), "", [str(path)])
+    small = config.preset == "char" or isinstance(config, SFTConfig)
+    for world_size in (1,) if small else (1, 2, 4, 8):
         assert config.grad_accum_steps(config.model_config().block_size, world_size) >= 1
 
 

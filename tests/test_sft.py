@@ -117,12 +117,26 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
 
 
 @pytest.mark.parametrize("template", ["user_assistant", "alpaca"])
-def test_the_template_is_saved(config, tmp_path, template):
+def test_the_template_is_saved(config, tmp_path, template, capsys):
     base = save_base(tmp_path / "long", block_size=256)
     sft(replace(config, template=template, init_from=base, tokens_per_step=512, max_steps=1))
     assert load_chat_template(run_of(config)) == template
     assert read_checkpoint(run_of(config)).chat_template == template
     assert load_chat_template(base) is None and load_chat_template("gpt2") is None
+    other = {"alpaca": "user_assistant", "user_assistant": "alpaca"}[template]
+    capsys.readouterr()
+    sft(replace(config, template=other, init_from=str(run_of(config)), tokens_per_step=512,
+                max_steps=1, run_name="again"))  # fmt: skip
+    assert f"knows {template}, this run has {other}" in capsys.readouterr().out
+    assert load_chat_template(Path(config.out_dir) / "again") == other
+
+
+def test_the_recipe():
+    recipe = parse(SFTConfig, "", [str(ROOT / "configs" / "sft_alpaca.yaml")])
+    assert (recipe.init_from, recipe.max_steps, recipe.bad_rows) == ("gpt2", 0, "skip")
+    assert recipe.grad_accum_steps(1024, 1) == 2
+    on_eight = replace(recipe, micro_batch_size=2)
+    assert on_eight.grad_accum_steps(1024, 8) == 1
 
 
 @pytest.mark.parametrize("dropout", [None, 0.2])
