@@ -19,7 +19,9 @@ class SFTConfig(TrainConfig):
     # .json or .parquet, compressed or not; or several with commas between.
     data: str = "alpaca"
     val_data: str = ""  # the same for validation; default: see val_fraction
-    val_fraction: float = 0.02  # part of data that becomes val, by a hash of the first question
+    # Part of data that becomes val, by a hash of the first question; without validation all of data
+    # is train.
+    val_fraction: float = 0.02
     template: Literal["user_assistant", "alpaca"] = "user_assistant"  # saved with the checkpoint
     packing: bool = True  # several conversations to a row, hidden from each other; else one
     # A conversation longer than a row is left out, cut at the end, or ends the run.
@@ -65,5 +67,7 @@ class SFTConfig(TrainConfig):
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
         if not 0.0 <= self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
+        if self.val_data and not self.eval_every:
+            raise ValueError(f"val_data {self.val_data!r} is for validation, but eval_every is 0")
         if self.max_conversations is not None and self.max_conversations < 1:
             raise ValueError(f"max_conversations must be at least 1, got {self.max_conversations}")
