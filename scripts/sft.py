@@ -2,7 +2,7 @@
 
     python scripts/sft.py configs/sft_alpaca.yaml                          # gpt2 on Alpaca
     python scripts/sft.py runs/mine --data chats.jsonl --run_name mine_chat
-    torchrun --nproc-per-node 8 scripts/sft.py configs/sft_alpaca.yaml
+    torchrun --nproc-per-node 8 scripts/sft.py configs/sft_alpaca.yaml --micro_batch_size 2
     python scripts/sft.py configs/sft_alpaca.yaml --resume auto            # goes on with a run
 
 A row of your own data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...

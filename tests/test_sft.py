@@ -103,7 +103,8 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     ):
         sft(replace(config, data=data))
     assert not Path(config.out_dir).exists()
-    sft(replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1))
+    config = replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1)
+    sft(config)
     out = capsys.readouterr().out
     assert f"{data}: left out 1: no answer, first {data}: line 41: the row has 'question'" in out
     assert f"{data}: left out 1: longer than block_size, first {data}: line 42" in out
@@ -114,15 +115,32 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     saved = parse(SFTConfig, "", [str(run_of(config) / "config.yaml")])
     assert saved.max_steps == n_rows == read_checkpoint(run_of(config)).step
     assert len(losses(run_of(config), "val/loss")) == 1 + (n_rows - 1) // 3
+    sft(replace(config, resume="auto"))
+    out = capsys.readouterr().out
+    assert f"resumed               from step {n_rows}" in out and "changed since" not in out
 
 
 @pytest.mark.parametrize("template", ["user_assistant", "alpaca"])
-def test_the_template_is_saved(config, tmp_path, template):
+def test_the_template_is_saved(config, tmp_path, template, capsys):
     base = save_base(tmp_path / "long", block_size=256)
     sft(replace(config, template=template, init_from=base, tokens_per_step=512, max_steps=1))
     assert load_chat_template(run_of(config)) == template
     assert read_checkpoint(run_of(config)).chat_template == template
     assert load_chat_template(base) is None and load_chat_template("gpt2") is None
+    other = {"alpaca": "user_assistant", "user_assistant": "alpaca"}[template]
+    capsys.readouterr()
+    sft(replace(config, template=other, init_from=str(run_of(config)), tokens_per_step=512,
+                max_steps=1, run_name="again"))  # fmt: skip
+    assert f"knows {template}, this run has {other}" in capsys.readouterr().out
+    assert load_chat_template(Path(config.out_dir) / "again") == other
+
+
+def test_the_recipe():
+    recipe = parse(SFTConfig, "", [str(ROOT / "configs" / "sft_alpaca.yaml")])
+    assert (recipe.init_from, recipe.max_steps, recipe.bad_rows) == ("gpt2", 0, "skip")
+    assert recipe.grad_accum_steps(1024, 1) == 2
+    on_eight = replace(recipe, micro_batch_size=2)
+    assert on_eight.grad_accum_steps(1024, 8) == 1
 
 
 @pytest.mark.parametrize("dropout", [None, 0.2])
@@ -182,6 +200,7 @@ def test_val_data_of_its_own(config, tmp_path, capsys):
         (dict(val_fraction=1e-9), "none of the 40 conversations .* is val by val_fraction"),
         (dict(val_fraction=1.0), r"val_fraction must lie in \[0, 1\)"),
         (dict(epochs=0.0), "epochs must be above 0"),
+        (dict(val_data="x.jsonl", eval_every=0), "is for validation, but eval_every is 0"),
         (dict(max_conversations=0), "max_conversations must be at least 1"),
         (dict(max_steps=0, epochs=0.1, warmup_steps=9), "warmup_steps 9 must not be above max_st"),
         (dict(max_steps=-1), "max_steps must be above 0"),

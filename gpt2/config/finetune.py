@@ -17,7 +17,9 @@ class FineTuneConfig(LoRAOptions, TrainConfig):
 
     init_from: str = "gpt2"  # the start: a run, a checkpoint, a Hugging Face folder or name
     val_data: str = ""  # as data, for validation; default: see val_fraction
-    val_fraction: float = 0.02  # part of data that becomes val, by a hash of the first question
+    # Part of data that becomes val, by a hash of the first question; without validation all of data
+    # is train.
+    val_fraction: float = 0.02
     # A row without answer, with a template's marker in its text and the like ends the run, or is
     # left out. What is left out is counted in the log.
     bad_rows: Literal["error", "skip"] = "error"
@@ -54,6 +56,8 @@ class FineTuneConfig(LoRAOptions, TrainConfig):
             raise ValueError(f"epochs must be above 0, got {self.epochs}")
         if not 0.0 <= self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
+        if self.val_data and not self.eval_every:
+            raise ValueError(f"val_data {self.val_data!r} is for validation, but eval_every is 0")
         self.check_lora()
 
 

@@ -52,11 +52,15 @@ class Conversations:
 
     def select(self, chosen: np.ndarray) -> "Conversations":
         """Those of these indices, in this order."""
-        starts, lengths = (self.ends - self.lengths)[chosen], self.lengths[chosen]
-        ends = np.cumsum(lengths)
-        at = np.arange(lengths.sum()) + np.repeat(starts - (ends - lengths), lengths)
-        where = [self.where[i] for i in chosen]
-        return replace(self, tokens=self.tokens[at], learnt=self.learnt[at], ends=ends, where=where)
+        ends, lengths = self.ends[chosen], self.lengths[chosen]
+        spans = [slice(end - n, end) for end, n in zip(ends, lengths, strict=True)]
+        return replace(
+            self,
+            tokens=np.concatenate([self.tokens[span] for span in spans] or [self.tokens[:0]]),
+            learnt=np.concatenate([self.learnt[span] for span in spans] or [self.learnt[:0]]),
+            ends=np.cumsum(lengths),
+            where=[self.where[i] for i in chosen],
+        )
 
 
 def load_conversations(

@@ -56,7 +56,10 @@ def open_conversations(
     train, val = load_conversations(
         config.data, tokenizer, block_size, val_fraction=fraction, **options
     )
+    before = checkpoint.load_chat_template(config.init_from)
     lines = [f"{config.data}: {line}" for line in train.counts.lines()]
+    if before not in (None, config.template):
+        lines.append(f"template: {config.init_from} knows {before}, this run has {config.template}")
     if with_val and config.val_data:
         val, _ = load_conversations(config.val_data, tokenizer, block_size, **options)
         lines += [f"{config.val_data}: {line}" for line in val.counts.lines()]
