@@ -213,9 +213,12 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Of a training step: 6 N + 12 L C T, where N leaves out the position embeddings.
 
-        The attention term counts the whole T x T square. Source: PaLM (arXiv 2204.02311), appendix
-        B.
+        The attention term counts the whole T x T square. With adapters 4 N + 2 n: only the n
+        trained weights have gradients. Source: PaLM (arXiv 2204.02311), appendix B.
         """
         c = self.config
         n = self.n_params() - self.transformer.wpe.weight.numel()
+        if not self.lm_head.weight.requires_grad:  # adapters
+            n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+            return 4 * n + 2 * n_trained + 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size

@@ -3,13 +3,16 @@
 `python scripts/train_gpt2.py --help` shows the same words.
 """
 
+from gpt2.config.finetune import DPOConfig, FineTuneConfig, SFTConfig
+from gpt2.config.lora import LORA_LAYERS, LoRAConfig, LoRAOptions
 from gpt2.config.model import PRESETS, GPTConfig
 from gpt2.config.tools import ExportConfig, PrepareConfig, SampleConfig, ShowBatchConfig
 from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
-    "PRESETS", "DataSource", "ExportConfig", "GPTConfig", "PrepareConfig", "SampleConfig",
+    "LORA_LAYERS", "PRESETS", "DPOConfig", "DataSource", "ExportConfig", "FineTuneConfig",
+    "GPTConfig", "LoRAConfig", "LoRAOptions", "PrepareConfig", "SFTConfig", "SampleConfig",
     "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples", "spell_sources",
     "suggest",
 ]  # fmt: skip
