@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from gpt2.generate import filter_logits, generate
+from gpt2.config import Sampling
+from gpt2.generate import Completion, complete, draw, filter_logits, generate
 from gpt2.model import GPT
 
 
@@ -57,15 +58,13 @@ def test_window_goes_on_from_the_later_half(model):
     new = generate(model, PROMPTS, max_new_tokens=60, temperature=0, window=True)
     for prompt, row in zip(PROMPTS, new, strict=True):
         assert len(row) == 60
-        whole, longest = prompt + row, max(map(len, PROMPTS))
-        # The context fills up when the longest row has 32 tokens; then 16 are kept, and so on.
-        start, filled = 0, longest
-        for i, token in enumerate(row):
-            if filled == 33:
-                start, filled = len(prompt) + i - 16, 16
-            context = torch.tensor([whole[start : len(prompt) + i]])
-            assert token == int(model(context)[0, -1].argmax()), i
-            filled += 1
+        whole, start = prompt + row, 0
+        for i in range(len(prompt), len(whole)):
+            if i - start == 33:  # 32 tokens are full; then 16 are kept, and so on
+                start = i - 16
+            assert whole[i] == int(model(torch.tensor([whole[start:i]]))[0, -1].argmax()), i
+    alone = [generate(model, [p], max_new_tokens=60, temperature=0, window=True)[0] for p in PROMPTS]
+    assert new == alone
 
 
 def test_leaves_the_model_in_its_mode(model):
@@ -73,12 +72,8 @@ def test_leaves_the_model_in_its_mode(model):
     assert model.training
 
 
-def filtered(logits, **options):
-    options = (
-        dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | options
-    )
-    seen = options.pop("seen", torch.zeros(logits.shape, dtype=torch.bool))
-    return filter_logits(logits, seen, **options)
+def filtered(logits, seen=None, **options):
+    return filter_logits(logits, seen, Sampling(**options))
 
 
 def test_filters():
@@ -92,6 +87,7 @@ def test_filters():
     assert kept(top_p=0.01) == [True, False, False, False, False]
     assert kept(min_p=0.25) == [True, True, True, False, False]
     assert kept(top_k=3, top_p=0.7) == [True, True, False, False, False]
+    assert kept(top_k=1, temperature=0) == [True] * 5
     colder = filtered(p.log(), temperature=0.5).softmax(-1)
     torch.testing.assert_close(colder, p**2 / (p**2).sum())
     seen = torch.tensor([[True, False, True]])

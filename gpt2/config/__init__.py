@@ -5,12 +5,13 @@
 
 from gpt2.config.finetune import SFTConfig
 from gpt2.config.model import PRESETS, GPTConfig
+from gpt2.config.sampling import Sampling
 from gpt2.config.tools import ExportConfig, PrepareConfig, SampleConfig, ShowBatchConfig
 from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
     "PRESETS", "DataSource", "ExportConfig", "GPTConfig", "PrepareConfig", "SFTConfig",
-    "SampleConfig", "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples",
+    "SampleConfig", "Sampling", "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples",
     "spell_sources", "suggest",
 ]  # fmt: skip
