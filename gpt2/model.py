@@ -61,7 +61,7 @@ class KVCache:
         return self.position
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds k, v (B, H, T, D) of one layer; returns all that attention is to see, (B, H, S, D)."""
+        """Adds k, v (B, H, T, D) of one layer; returns what attention is to see, (B, H, S, D)."""
         kv = self.keys_values[layer]  # (2, B, H, capacity, D)
         if self.fixed:
             kv[0].index_copy_(2, self.position, k.to(kv.dtype))

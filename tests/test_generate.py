@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from gpt2.config import Sampling
-from gpt2.generate import Completion, complete, draw, filter_logits, generate
+from gpt2.generate import filter_logits, generate
 from gpt2.model import GPT
 
 

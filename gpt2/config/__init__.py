@@ -12,6 +12,6 @@ from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
     "PRESETS", "DataSource", "ExportConfig", "GPTConfig", "PrepareConfig", "SFTConfig",
-    "SampleConfig", "Sampling", "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples",
-    "spell_sources", "suggest",
+    "SampleConfig", "Sampling", "ShowBatchConfig", "TrainConfig", "data_sources",
+    "nearest_multiples", "spell_sources", "suggest",
 ]  # fmt: skip
