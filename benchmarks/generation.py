@@ -1,17 +1,18 @@
 """Tokens a second of generation: this project, transformers and nanoGPT, side by side in one run.
 
-    python benchmarks/generation.py --nanogpt PATH        # on this CPU: benchmarks/results/generation.*
+    python benchmarks/generation.py --nanogpt PATH        # on this CPU
     python benchmarks/generation.py --new 64 --rounds 2 --batches 1 --out /tmp
     python benchmarks/generation.py --device cuda         # a GPU: tokens/s, share of its bandwidth
 
 GPT-2 124M's shape with random weights, block_size 1024, greedy, a prompt of 32 random tokens a row.
 
-On a CPU: float32, the same weights and threads in all three. They take turns in rounds; in each,
-this project and transformers (generate with its default KV cache, under inference_mode) make --new
-tokens, and nanoGPT (generate without a cache, as it is, with top_k 1) makes its --new tokens in as
-many parts as there are rounds, each going on where the last one ended, which for it is the same
-work. Its batches above 1 are left out: they take hours. PATH is a checkout of
-https://github.com/karpathy/nanoGPT; without it nanoGPT is left out.
+On a CPU: float32, the same weights and threads in all three. They generate at the same time but
+work in turns of a few tokens, so that what else the machine does slows all alike; each one's time
+is the sum of its turns, prompt included. transformers: generate with its default KV cache, under
+inference_mode. nanoGPT: generate without a cache, as it is, with top_k 1; it is called anew for
+each turn with all tokens so far, which for it is the same work; only in the first round, and only
+for batch 1: larger ones take hours. PATH is a checkout of https://github.com/karpathy/nanoGPT;
+without it nanoGPT is left out.
 Before any timing the logits of all are compared on the same tokens. nanoGPT has the exact GELU
 where GPT-2 has its approximation by tanh, so its logits may differ by a little more.
 
@@ -26,6 +27,7 @@ import importlib.util
 import os
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,7 +39,7 @@ from benchmarks.common import markdown_table, measure_ceilings, provenance, writ
 from gpt2 import GPT, PRESETS, generate  # noqa: E402
 from gpt2.hf import is_transposed  # noqa: E402
 
-PROMPT = 32
+PROMPT, TOKENS_A_TURN = 32, 8
 OURS, HF, NANO = "gpt2-triton", "transformers", "nanoGPT"
 TOLERANCE = {HF: 1e-4, NANO: 1e-2}  # of logits with a spread of about 1
 
@@ -80,26 +82,88 @@ def check(model: GPT, others: dict) -> dict[str, float]:
     return found
 
 
+class Turns:
+    """Jobs that take turns: each runs in a thread of its own, one at a time."""
+
+    def __init__(self, jobs: dict, tokens_a_turn: int):
+        self.jobs, self.tokens_a_turn = jobs, tokens_a_turn
+        self.seconds = dict.fromkeys(jobs, 0.0)
+        self.results, self.waiting = {}, list(jobs)  # the first of those waiting works
+        self.changed, self.n_threads = threading.Condition(), torch.get_num_threads()
+
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._work, args=job) for job in self.jobs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, name: str, job) -> None:
+        torch.set_num_threads(self.n_threads)  # OpenMP keeps it for each thread
+        done = 0
+
+        def tick() -> bool:
+            """After every token."""
+            nonlocal done
+            done += 1
+            if done % self.tokens_a_turn == 0:
+                self._end_turn(name)
+                self._await_turn(name)
+            return False
+
+        self._await_turn(name)
+        self.results[name] = job(tick)
+        self._end_turn(name, for_good=True)
+
+    def _await_turn(self, name: str) -> None:
+        with self.changed:
+            self.changed.wait_for(lambda: self.waiting[0] == name)
+        self.began = time.perf_counter()
+
+    def _end_turn(self, name: str, for_good: bool = False) -> None:
+        self.seconds[name] += time.perf_counter() - self.began
+        with self.changed:
+            self.waiting.pop(0)
+            if not for_good:
+                self.waiting.append(name)
+            self.changed.notify_all()
+
+
 def cpu_round(
-    model: GPT, others: dict, prompt: torch.Tensor, new: int, nano: list, part: int
+    model: GPT, others: dict, prompt: torch.Tensor, new: int, with_nanogpt: bool
 ) -> tuple[dict[str, float], bool]:
     """Seconds of each for its tokens, and whether transformers' tokens are ours."""
-    seconds = {}
-    start = time.perf_counter()
-    ours = generate(model, prompt.tolist(), max_new_tokens=new, temperature=0)
-    seconds[OURS] = time.perf_counter() - start
-    start = time.perf_counter()
-    with torch.inference_mode():
-        theirs = others[HF].generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
-            min_new_tokens=new, do_sample=False, pad_token_id=0,
-        )  # fmt: skip
-    seconds[HF] = time.perf_counter() - start
-    if NANO in others and nano:
-        start = time.perf_counter()
-        nano[0] = others[NANO].generate(nano[0], part, top_k=1)
-        seconds[NANO] = time.perf_counter() - start
-    return seconds, theirs[:, PROMPT:].tolist() == ours
+    rows = len(prompt)
+
+    def ours(tick) -> list[list[int]]:
+        stop = lambda row, tokens: row == rows - 1 and tick()  # noqa: E731
+        return generate(model, prompt.tolist(), max_new_tokens=new, temperature=0, stop=stop)
+
+    def transformers(tick) -> list[list[int]]:
+        def after_token(idx, scores, **kwargs):
+            tick()
+            return torch.zeros(rows, dtype=torch.bool)
+
+        with torch.inference_mode():
+            idx = others[HF].generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+                min_new_tokens=new, do_sample=False, pad_token_id=0,
+                stopping_criteria=[after_token],
+            )  # fmt: skip
+        return idx[:, PROMPT:].tolist()
+
+    def nanogpt(tick) -> None:
+        idx = prompt
+        while idx.shape[1] < PROMPT + new:
+            n = min(TOKENS_A_TURN, PROMPT + new - idx.shape[1])
+            idx = others[NANO].generate(idx, n, top_k=1)
+            for _ in range(n):
+                tick()
+
+    jobs = {OURS: ours, HF: transformers} | ({NANO: nanogpt} if with_nanogpt else {})
+    turns = Turns(jobs, TOKENS_A_TURN)
+    turns.run()
+    return turns.seconds, turns.results[OURS] == turns.results[HF]
 
 
 def on_cpu(options: argparse.Namespace) -> dict[str, object]:
@@ -112,23 +176,23 @@ def on_cpu(options: argparse.Namespace) -> dict[str, object]:
     for batch in options.batches:
         prompt = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
         generate(model, prompt.tolist(), max_new_tokens=4, temperature=0)  # touches all weights
-        nano, times, equal = [prompt] if batch == 1 else [], {}, True
-        for _ in range(options.rounds):
-            seconds, same = cpu_round(
-                model, others, prompt, options.new, nano, options.new // options.rounds
-            )
+        times, equal = {}, True
+        for n_round in range(options.rounds):
+            with_nanogpt = NANO in others and batch == 1 and n_round == 0
+            seconds, same = cpu_round(model, others, prompt, options.new, with_nanogpt)
             equal = equal and same
             for name, value in seconds.items():
                 times.setdefault(name, []).append(value)
             print(batch, {name: f"{value:.1f} s" for name, value in seconds.items()}, flush=True)
         for name, values in times.items():
-            # nanoGPT's rounds are parts of one generation, the others' each a whole one.
-            whole = sum(values) if name == NANO else statistics.median(values)
+            whole = statistics.median(values)
+            # Ratios are of the same round, in which all met the same machine.
+            over = [v / o for v, o in zip(values, times[OURS], strict=False)]
             results.append(
                 {
                     "generator": name, "batch": batch, "new_tokens": options.new,
                     "seconds": whole, "tokens_per_s": batch * options.new / whole,
-                    "over": whole / statistics.median(times[OURS]), "rounds": values,
+                    "over": statistics.median(over), "rounds": values,
                     "tokens_equal_ours": equal if name == HF else None,
                 }
             )  # fmt: skip
@@ -186,8 +250,9 @@ def draw(results: list[dict], path: Path) -> None:
                            strict=True):  # fmt: skip
         at = [r for r in results if r["batch"] == batch][::-1]
         colors = ["#c33" if r["generator"] in (OURS, "one graph a step") else "#9ab" for r in at]
-        shown = axes.barh([r["generator"] for r in at], [r["tokens_per_s"] for r in at], color=colors)
-        axes.bar_label(shown, [f"{r['tokens_per_s']:,.4g}" for r in at], padding=2, fontsize=8)
+        names, rates = [r["generator"] for r in at], [r["tokens_per_s"] for r in at]
+        shown = axes.barh(names, rates, color=colors)
+        axes.bar_label(shown, [f"{rate:,.4g}" for rate in rates], padding=2, fontsize=8)
         title = f"GPT-2 124M, batch {batch}, {at[0]['new_tokens']} new tokens"
         axes.set(title=title, xlabel="tokens a second")
         axes.margins(x=0.12)
@@ -201,7 +266,7 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--new", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 8, on a GPU 1 64")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -115,7 +115,7 @@ def complete(
         for number, prompt in enumerate(p for p in prompts for _ in range(num_samples))
     ]
     block_size, device = model.config.block_size, model.lm_head.weight.device
-    poll = POLL if device.type == "cuda" else 1
+    poll = poll_every(device)
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
     picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
@@ -269,6 +269,11 @@ def has_fixed_shapes(device: torch.device) -> bool:
 def captures(device: torch.device) -> bool:
     """Whether decode steps are captured in a CUDA graph; they must have fixed shapes then."""
     return device.type == "cuda"
+
+
+def poll_every(device: torch.device) -> int:
+    """After how many steps the tokens are read; on a CPU that costs nothing."""
+    return POLL if device.type == "cuda" else 1
 
 
 class _Picker:

@@ -6,7 +6,9 @@ string occur in a text exactly where its characters do.
 """
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from gpt2.tokenizer import Tokenizer
 
@@ -97,3 +99,24 @@ class RowTexts:
     def _pass_on(self, row: int, text: str) -> None:
         if text and self._show is not None:
             self._show(row, text)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts in a UTF-8 text file: one a line; or, where a blank line stands between two
+    texts, each block of lines between blank lines is one.
+
+    Raises OSError (missing), ValueError (not UTF-8, or no prompt in it).
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}: save "
+            "it as UTF-8"
+        ) from None
+    text = "\n".join(text.splitlines())
+    blocks = [block for block in re.split(r"\n(?:[ \t]*\n)+", text) if block.strip()]
+    prompts = blocks if len(blocks) > 1 else [line for line in text.split("\n") if line.strip()]
+    if not prompts:
+        raise ValueError(f"{path}: holds no prompt: write one a line, or blank lines between them")
+    return [prompt.strip("\n") for prompt in prompts]

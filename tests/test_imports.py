@@ -20,6 +20,7 @@ LAYERS = [
     ["gpt2.checkpoint"],
     ["gpt2"],
     ["gpt2.train", "gpt2.evals"],
+    ["gpt2.assistant"],
     ["benchmarks.common"],
     ["scripts", "benchmarks"],
 ]

@@ -4,14 +4,14 @@
 """
 
 from gpt2.config.finetune import SFTConfig
+from gpt2.config.generation import ChatConfig, CompareConfig, SampleConfig, Sampling
 from gpt2.config.model import PRESETS, GPTConfig
-from gpt2.config.sampling import Sampling
-from gpt2.config.tools import ExportConfig, PrepareConfig, SampleConfig, ShowBatchConfig
+from gpt2.config.tools import ExportConfig, PrepareConfig, ShowBatchConfig
 from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
-    "PRESETS", "DataSource", "ExportConfig", "GPTConfig", "PrepareConfig", "SFTConfig",
-    "SampleConfig", "Sampling", "ShowBatchConfig", "TrainConfig", "data_sources",
-    "nearest_multiples", "spell_sources", "suggest",
+    "ChatConfig", "CompareConfig", "DataSource", "ExportConfig", "GPTConfig", "PRESETS",
+    "PrepareConfig", "SFTConfig", "SampleConfig", "Sampling", "ShowBatchConfig", "TrainConfig",
+    "data_sources", "nearest_multiples", "spell_sources", "suggest",
 ]  # fmt: skip
