@@ -4,15 +4,33 @@
 """
 
 from gpt2.config.finetune import DPOConfig, FineTuneConfig, SFTConfig
+from gpt2.config.generation import ChatConfig, CompareConfig, SampleConfig, Sampling
 from gpt2.config.lora import LORA_LAYERS, LoRAConfig, LoRAOptions
-from gpt2.config.model import PRESETS, GPTConfig
-from gpt2.config.tools import ExportConfig, PrepareConfig, SampleConfig, ShowBatchConfig
-from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
+from gpt2.config.model import GPTConfig, PRESETS
+from gpt2.config.tools import ExportConfig, PrepareConfig, ShowBatchConfig
+from gpt2.config.train import data_sources, DataSource, spell_sources, TrainConfig
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
-    "LORA_LAYERS", "PRESETS", "DPOConfig", "DataSource", "ExportConfig", "FineTuneConfig",
-    "GPTConfig", "LoRAConfig", "LoRAOptions", "PrepareConfig", "SFTConfig", "SampleConfig",
-    "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples", "spell_sources",
+    "ChatConfig",
+    "CompareConfig",
+    "DPOConfig",
+    "DataSource",
+    "ExportConfig",
+    "FineTuneConfig",
+    "GPTConfig",
+    "LORA_LAYERS",
+    "LoRAConfig",
+    "LoRAOptions",
+    "PRESETS",
+    "PrepareConfig",
+    "SFTConfig",
+    "SampleConfig",
+    "Sampling",
+    "ShowBatchConfig",
+    "TrainConfig",
+    "data_sources",
+    "nearest_multiples",
+    "spell_sources",
     "suggest",
-]  # fmt: skip
+]
