@@ -6,9 +6,9 @@
 from gpt2.config.finetune import DPOConfig, FineTuneConfig, SFTConfig
 from gpt2.config.generation import ChatConfig, CompareConfig, SampleConfig, Sampling
 from gpt2.config.lora import LORA_LAYERS, LoRAConfig, LoRAOptions
-from gpt2.config.model import GPTConfig, PRESETS
+from gpt2.config.model import PRESETS, GPTConfig
 from gpt2.config.tools import ExportConfig, PrepareConfig, ShowBatchConfig
-from gpt2.config.train import data_sources, DataSource, spell_sources, TrainConfig
+from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
