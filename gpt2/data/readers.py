@@ -356,7 +356,8 @@ class HubRows:
         except OSError as error:
             raise OSError(
                 f"{name}: the hub cannot be reached ({error}); check the network (and "
-                "HF_HUB_OFFLINE), or fetch its files elsewhere and name them instead"
+                "HF_HUB_OFFLINE), or fetch its files elsewhere and name them (prepare_data.py: "
+                "--parquet or --jsonl; sft.py and dpo.py: --data)"
             ) from error
 
 
