@@ -46,19 +46,15 @@ def attention(
     return out.transpose(1, 2)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of new tokens to all cached ones, themselves included: generation's attention.
 
-    q (B, H, T, D): the last T of S positions; k, v (B, H, S, D).
-    doc_start (B, T) int32: first key that a query may see.
+    q (B, H, T, D); k, v (B, H, S, D).
+    mask (B or 1, 1, T, S) bool, True = visible; None: all keys for T = 1, causal for T = S.
     Returns (B, T, H, D).
     """
-    T, S = q.shape[2], k.shape[2]
-    if doc_start is None and 1 < T < S:
-        doc_start = torch.zeros(1, T, dtype=torch.int32, device=q.device)
-    mask = None if doc_start is None else doc_mask(doc_start, S)  # (B, 1, T, S)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
-    return out.transpose(1, 2)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
 
 
 def layer_norm(

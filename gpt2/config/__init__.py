@@ -3,19 +3,35 @@
 `python scripts/train_gpt2.py --help` shows the same words.
 """
 
+from gpt2.config.finetune import DPOConfig, FineTuneConfig, SFTConfig
+from gpt2.config.generation import ChatConfig, CompareConfig, SampleConfig, Sampling
+from gpt2.config.lora import LORA_LAYERS, LoRAConfig, LoRAOptions
 from gpt2.config.model import PRESETS, GPTConfig
-from gpt2.config.tools import (
-    EvaluateConfig,
-    ExportConfig,
-    PrepareConfig,
-    SampleConfig,
-    ShowBatchConfig,
-)
+from gpt2.config.tools import EvaluateConfig, ExportConfig, PrepareConfig, ShowBatchConfig
 from gpt2.config.train import DataSource, TrainConfig, data_sources, spell_sources
 from gpt2.config.words import nearest_multiples, suggest
 
 __all__ = [
-    "PRESETS", "DataSource", "EvaluateConfig", "ExportConfig", "GPTConfig", "PrepareConfig",
-    "SampleConfig", "ShowBatchConfig", "TrainConfig", "data_sources", "nearest_multiples",
-    "spell_sources", "suggest",
-]  # fmt: skip
+    "ChatConfig",
+    "CompareConfig",
+    "DPOConfig",
+    "DataSource",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FineTuneConfig",
+    "GPTConfig",
+    "LORA_LAYERS",
+    "LoRAConfig",
+    "LoRAOptions",
+    "PRESETS",
+    "PrepareConfig",
+    "SFTConfig",
+    "SampleConfig",
+    "Sampling",
+    "ShowBatchConfig",
+    "TrainConfig",
+    "data_sources",
+    "nearest_multiples",
+    "spell_sources",
+    "suggest",
+]

@@ -1,4 +1,4 @@
-"""Options of the scripts that do not train."""
+"""Options of the scripts that prepare, show and export."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -6,21 +6,6 @@ from typing import Literal, get_args
 from gpt2.config.words import Kernels
 
 Task = Literal["hellaswag", "wikitext2", "wikitext103", "lambada", "val"]
-
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of scripts/sample.py."""
-
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
-    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    seed: int | None = None  # the same seed gives the same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.data import Mixture, TokenLoader
+from gpt2.lora import lora_config
 from gpt2.train.metrics import draw_curve
 
 
@@ -18,6 +19,8 @@ def derived(trainer) -> list[tuple[str, str]]:
     peak = f"{known / 1e12:.1f} TFLOP/s a device" if known else "not known"
     shape = m.config
     dtype = str(trainer.dtype).removeprefix("torch.")
+    adapters = lora_config(m)
+    formula = ("6 N" if adapters is None else "4 N + 2 n") + " + 12 L C T"
     rows = [
         (
             "model",
@@ -46,7 +49,7 @@ def derived(trainer) -> list[tuple[str, str]]:
             f"compile {'on' if trainer.compiled else 'off'}",
         ),
         ("kernels", f"{m.ops.name} ({m.ops.reason})"),
-        ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
+        ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
         ("run folder", str(trainer.folder)),
     ]
     if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
@@ -55,6 +58,16 @@ def derived(trainer) -> list[tuple[str, str]]:
     if isinstance(data, Mixture):
         for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
             rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
+    if adapters is not None:
+        n = sum(p.numel() for p in trainer.params)
+        rows.insert(
+            1,
+            (
+                "adapters",
+                f"{n:,} parameters are trained: rank {adapters.rank}, scale {adapters.scale:g}, in "
+                f"{', '.join(adapters.layers)} of every block; base {m.lora_base['path']}",
+            ),
+        )
     if trainer.first_step:
         rows.append(("resumed", f"from step {trainer.first_step}"))
     elif not c.init_from:
@@ -71,6 +84,7 @@ def show_result(trainer) -> None:
         lines,
         folder / "loss.png",
         f"{trainer.config.run_name}: {trainer.model.n_params():,} parameters",
+        trainer.objective.unit,
     )
     print(f"done: {trainer.config.max_steps:,} steps", end="")
     print(
@@ -84,5 +98,5 @@ def show_result(trainer) -> None:
 
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"

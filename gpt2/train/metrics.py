@@ -44,13 +44,16 @@ class Metrics:
         """Whether a key was already logged at a step."""
         return any(line["step"] == step and key in line for line in self.lines)
 
-    def show_step(self, step: int, values: dict[str, float], eta_s: float) -> None:
-        """One line of training progress, or the live display's new state."""
+    def show_step(
+        self, step: int, values: dict[str, float], eta_s: float, also: tuple[str, ...] = ()
+    ) -> None:
+        """One line of training progress, or the live display's new state; also: more keys."""
         text = (
             f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
             f"norm {values['train/grad_norm']:.2f}  {values['train/step_ms']:.1f} ms  "
             f"{values['train/tokens_per_s']:,.0f} tok/s"
         )
+        text += "".join(f"  {key.removeprefix('train/')} {values[key]:.3f}" for key in also)
         if "train/mfu" in values:
             text += f"  MFU {values['train/mfu']:.1%}"
         if self.progress is not None:
@@ -114,7 +117,9 @@ def read_metrics(path: str | Path) -> list[dict]:
     return lines
 
 
-def draw_curve(lines: list[dict], path: str | Path, title: str) -> None:
+def draw_curve(
+    lines: list[dict], path: str | Path, title: str, unit: str = "nats per token"
+) -> None:
     """Training and validation loss over steps, as a PNG. Raises ImportError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -135,7 +140,7 @@ def draw_curve(lines: list[dict], path: str | Path, title: str) -> None:
             axes.plot(
                 *zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.4f}", **style
             )
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -28,6 +28,7 @@ from gpt2.cli import write_yaml
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
 from gpt2.generate import generate
+from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import blame
 from gpt2.train.describe import derived, show_result
@@ -43,6 +44,7 @@ from gpt2.train.saver import Saver
 from gpt2.train.signals import Interrupted, StopSignals
 
 NAMES = ("idx", "targets", "doc_start")
+SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
 class Trainer:
@@ -73,10 +75,12 @@ class Trainer:
         block_size = train_data.block_size
         self.grad_accum_steps = config.grad_accum_steps(block_size, group.world_size)
         self.rows_per_step = config.tokens_per_step // block_size
-        self.dtype = _select_dtype(config.dtype, group.device)
+        self.dtype = select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
         self.optimizer = make_optimizer(self.model, config)
         self.params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        adapters = lora_config(self.model)
+        self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
         self.first_step = self.step = 0
         self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
         self.guard = Guard(config.spike_z, group)
@@ -220,7 +224,7 @@ class Trainer:
         for micro_step in range(self.grad_accum_steps):
             start = micro_step * config.micro_batch_size
             micro_batch = {k: v[start : start + config.micro_batch_size] for k, v in batch.items()}
-            if self.model.config.dropout:
+            if self.has_dropout:
                 # A function of (seed, step, row), so no random state needs saving.
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
@@ -358,6 +362,7 @@ class Trainer:
             meta = checkpoint.describe(
                 self.model, tokenizer=self.tokenizer.to_dict(),
                 train=dataclasses.asdict(self.config), state=state,
+                chat_template=getattr(self.train_data, "chat_template", None),
             )  # fmt: skip
             self.saver.save(self.step, self.model, self.optimizer, meta)
 
@@ -406,7 +411,8 @@ class Trainer:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (self.peak_flops * self.group.world_size)
         self.metrics.log(step, values)
-        self.metrics.show_step(step, values, (self.config.max_steps - step) * seconds)
+        eta_s = (self.config.max_steps - step) * seconds
+        self.metrics.show_step(step, values, eta_s, tuple(sums)[:SHOWN])
 
     def _validate(self) -> None:
         started, step = time.perf_counter(), self.step
@@ -414,8 +420,10 @@ class Trainer:
         if self.metrics is not None and not self.metrics.logged(step, "val/loss"):
             self.metrics.log(step, {f"val/{name}": value for name, value in found.items()})
             seconds = time.perf_counter() - started
+            shown = [k for k in found if k not in ("loss", "units")][:SHOWN]
+            text = "".join(f"  {name} {found[name]:.4f}" for name in shown)
             self.metrics.say(
-                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}  "
+                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}{text}  "
                 f"({seconds:.1f} s)"
             )
 
@@ -439,7 +447,8 @@ def _lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def _select_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def select_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls for "auto", "float32", "bfloat16"."""
     if dtype == "auto":
         dtype = (
             "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
