@@ -2,7 +2,7 @@
 # make test    installs and runs the tests
 # make slow    runs the tests that take minutes each
 # make chaos   kills, poisons and damages runs some hundred times and counts what is lost
-# make gpu     on a machine with a GPU: parity tests at full size, then the kernel benchmarks
+# make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
 # The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
 
 PYTHON ?= python3
@@ -13,8 +13,10 @@ RUN := runs/shakespeare_char
 # quiet one as fast (docs/LOG.md).
 export GOMP_SPINCOUNT ?= 1000
 
-# make gpu needs PyTorch for CUDA and pytest, no installation; everything it finds lies in OUT.
+# make gpu needs PyTorch for CUDA, pytest, xxhash and matplotlib, no installation; everything it finds
+# lies in OUT. NANOGPT=PATH compares with that checkout too.
 OUT ?= benchmarks/results/gpu
+MODELS ?= gpt2 gpt2-medium gpt2-xl
 
 .PHONY: train test slow chaos gpu clean
 
@@ -66,6 +68,12 @@ gpu:
 	@TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -c /dev/null --rootdir . -m gpu tests/gpu 2>&1 | tee $(OUT)/tests.log
 	@echo "== Kernel benchmarks"
 	@$(PYTHON) benchmarks/kernels.py --out $(OUT) 2>&1 | tee $(OUT)/kernels.log
+	@echo "== Training steps: the trainer against compiled PyTorch"
+	@$(PYTHON) benchmarks/train_step.py --model $(MODELS) $(if $(NANOGPT),--nanogpt $(NANOGPT)) --out $(OUT) 2>&1 | tee $(OUT)/train_step.log
+	@echo "== Generation"
+	@$(PYTHON) benchmarks/generation.py --out $(OUT) 2>&1 | tee $(OUT)/generation.log
+	@echo "== What the 124M recipe takes at that speed"
+	@$(PYTHON) benchmarks/projection.py configs/gpt2_124m.yaml 2>&1 | tee $(OUT)/projection.log
 
 clean:
 	rm -rf .venv build *.egg-info gpt2/*.so

@@ -1,11 +1,11 @@
-"""Builds gpt2._token_loader from csrc/ and says what the project depends on; constraints.txt pins
+"""Builds the two extensions from csrc/ and says what the project depends on; constraints.txt pins
 it.
 
-The extension is optional: without a C++ compiler the install goes on, and gpt2.data uses its numpy
-twin.
+They are optional: without a C++ compiler the install goes on, gpt2.data uses its numpy twin and
+gpt2.ops torch's linear layers.
 """
 
-from glob import glob
+import sys
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -21,6 +21,8 @@ DEV = [
     "pybind11>=3.0",
     "setuptools>=77",
 ]
+WARNINGS = ["-O3", "-Wall", "-Wextra"]
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it has no kernel (csrc)
 
 setup(
     name="gpt2-triton",
@@ -33,12 +35,20 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "gpt2._token_loader",
-            sorted(glob("csrc/*.cpp")),
-            depends=sorted(glob("csrc/*.h")),
+            ["csrc/bindings.cpp", "csrc/token_loader.cpp"],
+            depends=["csrc/token_loader.h"],
             cxx_std=17,
-            extra_compile_args=["-O3", "-Wall", "-Wextra"],
+            extra_compile_args=WARNINGS,
             optional=True,
-        )
+        ),
+        Pybind11Extension(
+            "gpt2._decode_linear",
+            ["csrc/decode_linear.cpp"],
+            cxx_std=17,
+            extra_compile_args=[*WARNINGS, *OPENMP],
+            extra_link_args=OPENMP,
+            optional=True,
+        ),
     ],
     cmdclass={"build_ext": build_ext},
     install_requires=[

@@ -1,10 +1,14 @@
 """Checkpoints: one format, one way out (save_checkpoint), one way in (load_model).
 
 RUN/checkpoints/step_00001000/
-    checkpoint.json         format, step, model shape, tokenizer, training options, the trainer's
-                            state, the size and xxh3-128 hash of each file, and its own hash
+    checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
+                            model, training options, the trainer's state, the size and xxh3-128 hash
+                            of each file, and its own hash
     model.safetensors       float32 weights under Hugging Face's names, without padding
     optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
+    adapter_model.safetensors, adapter_config.json
+                            instead of model.safetensors where LoRA adapters are trained: these in
+                            peft's layout; checkpoint.json then names the base model and its hash
 RUN/checkpoints/latest      a link to the newest one
 
 A folder is written beside its final name, synced, then renamed: one that exists is complete. It
@@ -24,9 +28,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2 import hf, tokenizer
+from gpt2 import hf, lora, tokenizer
 from gpt2.cli import coerce
-from gpt2.config import GPTConfig
+from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.model import GPT
 
 FORMAT = 1
@@ -45,6 +49,9 @@ class Checkpoint:
     train: dict  # the TrainConfig of the run, as plain values
     state: dict  # what else the trainer needs to go on, as plain values
     files: dict  # name -> {"bytes", "xxh3_128"}
+    chat_template: str | None = None  # of gpt2.data.chat; None: not trained on conversations
+    lora: LoRAConfig | None = None  # the adapters it holds, instead of all weights
+    base: dict | None = None  # what these are for: {"path", "xxh3_128"}
 
 
 def save_checkpoint(
@@ -56,19 +63,36 @@ def save_checkpoint(
     tokenizer: dict,
     train: dict,
     state: dict | None = None,
+    chat_template: str | None = None,
     keep_last: int = 0,
     keep_every: int = 0,
 ) -> Path:
     """Writes RUN/checkpoints/step_<step> and returns its path; see write_checkpoint."""
-    meta = describe(model, tokenizer=tokenizer, train=train, state=state)
+    meta = describe(
+        model, tokenizer=tokenizer, train=train, state=state, chat_template=chat_template
+    )
     tensors = snapshot(model, optimizer)
     return write_checkpoint(run, step, tensors, meta, keep_last=keep_last, keep_every=keep_every)
 
 
-def describe(model: GPT, *, tokenizer: dict, train: dict, state: dict | None = None) -> dict:
+def describe(
+    model: GPT,
+    *,
+    tokenizer: dict,
+    train: dict,
+    state: dict | None = None,
+    chat_template: str | None = None,
+) -> dict:
     """What write_checkpoint writes beside the tensors."""
     shape = dataclasses.asdict(model.config)
-    return {"model": shape, "tokenizer": tokenizer, "train": train, "state": state or {}}
+    meta = {"model": shape, "tokenizer": tokenizer, "train": train, "state": state or {}}
+    if chat_template is not None:
+        meta["chat_template"] = chat_template
+    if lora.lora_config(model) is not None:
+        if model.lora_base is None:
+            raise ValueError("a checkpoint of adapters names their base: give it to add_lora")
+        meta |= {"lora": dataclasses.asdict(model.lora), "base": model.lora_base}
+    return meta
 
 
 @torch.no_grad()
@@ -80,7 +104,7 @@ def snapshot(
     out: an earlier snapshot of the same model, which is written over and returned: its memory, for
     a GPU page-locked, is allocated only once.
     """
-    sources = {MODEL: dict(_model_tensors(model))}
+    sources = {_weights_file(model): dict(_model_tensors(model))}
     if optimizer is not None:
         sources[OPTIMIZER] = dict(_optimizer_tensors(model, optimizer))
     out = {} if out is None else out
@@ -126,6 +150,9 @@ def write_checkpoint(
     try:
         temporary.mkdir()
         files = {name: _write_tensors(temporary / name, group) for name, group in tensors.items()}
+        if "lora" in meta:
+            config = LoRAConfig(**meta["lora"])
+            files[lora.CONFIG] = _write_adapter_config(temporary, config, meta["base"])
         with open(temporary / META, "w") as file:
             file.write(_sign({"format": FORMAT, "step": step, **meta, "files": files}))
             file.flush()
@@ -223,6 +250,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                 "use another checkpoint"
             )
         model = GPTConfig(**coerce(GPTConfig, meta["model"], f"{path / META}: model"))
+        adapters = None
+        if "lora" in meta:
+            adapters = LoRAConfig(**coerce(LoRAConfig, meta["lora"], f"{path / META}: lora"))
         for name, file in meta["files"].items():
             size = (path / name).stat().st_size if (path / name).exists() else -1
             if size != file["bytes"]:
@@ -233,7 +263,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
                 )
         return Checkpoint(
             path, meta["step"], model, meta["tokenizer"], meta["train"], meta["state"],
-            meta["files"],
+            meta["files"], meta.get("chat_template"), adapters, meta.get("base"),
         )  # fmt: skip
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path / META}: damaged ({error!r}); use another checkpoint") from error
@@ -242,17 +272,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
 
-    Raises OSError (nothing there), ValueError (damaged, or not a GPT-2), ImportError (a name
-    without huggingface_hub).
+    A checkpoint or a folder of peft that holds adapters gives its base model with them merged in.
+    Raises OSError (nothing there), ValueError (damaged, not a GPT-2, or adapters whose base has
+    other weights), ImportError (a name without huggingface_hub).
     """
     path = Path(path_or_name)
     if _is_hf_folder(path):
         return hf.load_hf(path, device, kernels)
     if _is_ours(path):
         checkpoint = read_checkpoint(path)
+        if checkpoint.lora is not None:
+            return lora.merge(_load_with_adapters(checkpoint, device, kernels))
         model = GPT(checkpoint.model, kernels, device)
         load_training_state(checkpoint, model)
         return model
+    if (path / lora.CONFIG).exists():
+        base = _find_base(lora.base_name(path), path)
+        return lora.merge(lora.load_adapters(load_model(base, device, kernels), path))
     if str(path_or_name) in hf.HUB_NAMES or not path.exists() and _may_be_hub_name(path_or_name):
         return hf.load_hf(hf.download(str(path_or_name)), device, kernels)
     raise OSError(
@@ -263,12 +299,59 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     )
 
 
+def describe_base(name: str | Path, model: GPT) -> dict:
+    """What a checkpoint of adapters says of the model they are for: {"path", "xxh3_128"}.
+
+    model: what load_model(name) gave, before it gets adapters. Where that came from adapters too,
+    the hash is of hashes, since how the sums of merging are rounded differs between devices.
+    """
+    if not _is_ours(Path(name)):
+        return {"path": str(name), "xxh3_128": lora.weights_hash(model)}
+    found = read_checkpoint(name)
+    if found.base is None:
+        return {"path": str(found.path), "xxh3_128": lora.weights_hash(model)}
+    import xxhash
+
+    parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
+    return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
+
+
+def _load_with_adapters(checkpoint: Checkpoint, device, kernels) -> GPT:
+    base = _find_base(checkpoint.base["path"], checkpoint.path)
+    model = load_model(base, device, kernels)
+    lora.add_lora(model, checkpoint.lora, describe_base(base, model))
+    load_training_state(checkpoint, model)
+    return model
+
+
+def _find_base(name: str, adapters: Path) -> str | Path:
+    """A base model by its name in a checkpoint: a path from here, or from above the checkpoint, as
+    when a folder with runs has moved; else a name of the hub. Raises OSError."""
+    for folder in (Path(), *adapters.resolve().parents):
+        if _is_ours(folder / name) or _is_hf_folder(folder / name):
+            return folder / name
+    if name in hf.HUB_NAMES or _may_be_hub_name(name) and not name.startswith((".", "/")):
+        return name
+    raise OSError(
+        errno.ENOENT,
+        f"holds adapters for {name}, which is neither here nor in a folder above them: put the "
+        "base model back there",
+        str(adapters),
+    )
+
+
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     """The tokenizer that a model was trained with; of Hugging Face models, GPT-2's."""
     path = Path(path_or_name)
     if _is_ours(path):
         return tokenizer.from_dict(read_checkpoint(path).tokenizer)
     return tokenizer.GPT2Tokenizer()
+
+
+def load_chat_template(path_or_name: str | Path) -> str | None:
+    """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not."""
+    path = Path(path_or_name)
+    return read_checkpoint(path).chat_template if _is_ours(path) else None
 
 
 @torch.no_grad()
@@ -288,16 +371,19 @@ def load_training_state(
             raise ValueError(f"{checkpoint.path}: holds another model: {', '.join(differ)}")
     if optimizer is not None and OPTIMIZER not in checkpoint.files:
         raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
+    _check_adapters(checkpoint, model)
     verify(checkpoint)
-    files = (MODEL,) if optimizer is None else (MODEL, OPTIMIZER)
+    weights = _weights_file(model)
+    files = (weights,) if optimizer is None else (weights, OPTIMIZER)
     restore({name: _read_tensors(checkpoint.path / name) for name in files}, model, optimizer)
 
 
 @torch.no_grad()
 def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
     """Copies a snapshot's weights into model and, where given, its moments into optimizer."""
-    for name, parameter in model.named_parameters():
-        value = tensors[MODEL][name]
+    weights, prefix = tensors[_weights_file(model)], _prefix(model)
+    for name, parameter in _saved_parameters(model).items():
+        value = weights[prefix + name]
         parameter[: len(value)] = value.to(parameter.device)
         parameter[len(value) :] = 0.0
     if optimizer is None:
@@ -306,7 +392,7 @@ def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | Non
     if not stored:  # from before the first step
         optimizer.state.clear()
         return
-    for name, parameter in model.named_parameters():
+    for name, parameter in _saved_parameters(model).items():
         state = optimizer.state[parameter]
         for key in ("exp_avg", "exp_avg_sq"):
             value = stored[f"{name}/{key}"].to(parameter.device)
@@ -316,13 +402,50 @@ def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | Non
         state["step"] = stored[f"{name}/step"].to(parameter.device, copy=True)
 
 
+def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
+    """Raises ValueError where a checkpoint's adapters are not those of the model, and for it."""
+    here, there = lora.lora_config(model), checkpoint.lora
+    if (here is None) != (there is None):
+        kinds = {True: "all weights", False: "adapters"}
+        raise ValueError(
+            f"{checkpoint.path}: holds {kinds[there is None]}, but {kinds[here is None]} are "
+            "trained here: use the lora_rank that it was trained with"
+        )
+    if here is None:
+        return
+    shape = [(c.rank, c.alpha, c.layers) for c in (there, here)]
+    if shape[0] != shape[1]:
+        raise ValueError(f"{checkpoint.path}: holds other adapters: {there} (here {here})")
+    if model.lora_base["xxh3_128"] != checkpoint.base["xxh3_128"]:
+        raise ValueError(
+            f"{checkpoint.path}: adapters for another model: they were trained on "
+            f"{checkpoint.base['path']} with weights of hash {checkpoint.base['xxh3_128']}, but "
+            f"{model.lora_base['path']} has {model.lora_base['xxh3_128']}"
+        )
+
+
+def _weights_file(model: GPT) -> str:
+    return MODEL if lora.lora_config(model) is None else lora.TENSORS
+
+
+def _prefix(model: GPT) -> str:
+    return "" if lora.lora_config(model) is None else lora.PREFIX
+
+
+def _saved_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """Those that a checkpoint holds: of a model with adapters only these."""
+    if lora.lora_config(model) is not None:
+        return lora.adapter_parameters(model)
+    return dict(model.named_parameters())
+
+
 def _model_tensors(model: GPT):
-    for name, parameter in model.named_parameters():
-        yield name, _without_padding(name, parameter.detach(), model.config)
+    for name, parameter in _saved_parameters(model).items():
+        yield _prefix(model) + name, _without_padding(name, parameter.detach(), model.config)
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer):
-    for name, parameter in model.named_parameters():
+    for name, parameter in _saved_parameters(model).items():
         for key, value in optimizer.state[parameter].items():
             yield f"{name}/{key}", _without_padding(name, value, model.config)
 
@@ -355,6 +478,15 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
         full = "No space left" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
     with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
+
+
+def _write_adapter_config(folder: Path, config: LoRAConfig, base: dict) -> dict:
+    path = folder / lora.CONFIG
+    with open(path, "w") as file:
+        json.dump(lora.adapter_config(config, base["path"]), file, indent=2)
+        file.flush()
         os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
 

@@ -18,7 +18,8 @@ from gpt2.config import spell_sources, suggest
 def parse(cls, description: str, argv: list[str] | None = None):
     """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
 
-    A first word that is no option is a YAML file, or else the value of cls's first field.
+    A first word that is no option is a YAML file, or else the value of the field that cls names as
+    POSITIONAL, or of its first field.
     Raises ValueError for a bad file or value; exits with status 2 and a message for a bad option.
     """
     import tyro
@@ -31,7 +32,7 @@ def parse(cls, description: str, argv: list[str] | None = None):
         if first.endswith((".yaml", ".yml")):
             values = read_yaml(cls, first)
         else:
-            argv = [f"--{fields[0].name}", first, *argv]
+            argv = [f"--{getattr(cls, 'POSITIONAL', fields[0].name)}", first, *argv]
     default = cls(**values) if values else None
     # Switches take a value like all other options: --doc_mask True.
     config = (tyro.conf.FlagConversionOff,)
@@ -52,6 +53,20 @@ def read_yaml(cls, path: str | Path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
     return coerce(cls, values, str(path))
+
+
+def read_config(path: str | Path, *classes):
+    """The config in a YAML file, as the first of classes that has all its keys.
+
+    Raises OSError, and ValueError for what is wrong with it as the first of classes.
+    """
+    first = None
+    for cls in classes:
+        try:
+            return cls(**read_yaml(cls, path))
+        except ValueError as error:
+            first = first or error
+    raise first
 
 
 def write_yaml(config, path: str | Path) -> None:
@@ -93,6 +108,10 @@ def _coerce_value(hint, value, where: str):
             raise ValueError(
                 f"{where}: must be {', '.join(words)} or {hint.__name__}, got {value!r}"
             )
+    if typing.get_origin(hint) is tuple:  # of any length, all of one type
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{where}: must be a list, got {value!r}")
+        return tuple(_coerce_value(options[0], v, f"{where} {i}") for i, v in enumerate(value, 1))
     if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
         try:  # YAML reads 1e-3 as text
             return float(value)

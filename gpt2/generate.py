@@ -1,21 +1,50 @@
 """Generation: one implementation for scripts, chat, evaluation and samples during training.
 
-It knows nothing about text: prompts and results are token ids. Prompts of different lengths share a
-batch: they are padded on the left, and doc_start hides the padding, as it hides other documents in
-packed training rows.
+It knows nothing about text: prompts and results are token ids (gpt2.text has the stop strings).
+Prompts of different lengths share a batch: they are padded on the left, and doc_start hides the
+padding, as it hides other documents in packed training rows.
 
-B rows (prompts), T time, V vocabulary.
+A row's tokens follow from its prompt, its seed and the options alone, to rounding: they do not
+depend on the rows beside it. So each row draws from random numbers of its own, and with `window`
+each row's context is cut when that row fills it.
+
+On a CPU a step sees the part of the cache that is in use, and rows that have ended leave the batch.
+On a GPU it sees all of the cache under a mask, which makes all steps the same operations on the
+same memory; they are captured once in a CUDA graph and replayed. The host reads the tokens of POLL
+steps at a time, so it does not wait for the device in between.
+
+B rows of the batch, R rows in all (prompts times samples), T time, V vocabulary.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gpt2.config import Sampling
 from gpt2.model import GPT, KVCache
 
+POLL = 8  # steps between two looks at the tokens, on a GPU; at most so many steps are in vain
+WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
 
-@torch.inference_mode()
+
+@dataclass
+class Completion:
+    """What one row became.
+
+    log_probabilities: of each token under the model's own distribution, log_softmax of its logits
+    before penalty, temperature and filters; None where they were not asked for.
+    reason: why it ended: "stop" (a stop token, or `stop`) or "length".
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    log_probabilities: list[float] | None = None
+    reason: Literal["stop", "length"] = "length"
+
+
 def generate(
     model: GPT,
     prompts: list[list[int]],
@@ -26,76 +55,337 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
+    num_samples: int = 1,
     stop_tokens: Collection[int] = (),
+    stop: Callable[[int, list[int]], bool] | None = None,
     window: bool = False,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     stream: Callable[[int, int], None] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt with up to max_new_tokens tokens.
 
-    prompts: B lists of at least one token id each, of any lengths.
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
-    stop_tokens: a row ends before the first of these.
-    window: where the context is full, go on from its later half instead of refusing beforehand.
-    seed: makes the result repeatable; None draws from torch's global generator.
-    stream: called with (row, token) for every new token as soon as it is known.
+    All else: see complete, which gives log probabilities besides.
     Returns the new tokens of each row, without the prompt and without the stop token.
-    Raises ValueError for empty prompts, ids beyond the vocabulary, options out of range, and where
-    a prompt, or without window a prompt and max_new_tokens, do not fit block_size.
     """
-    _check(model, prompts, max_new_tokens, window, temperature, top_k, top_p, min_p)
-    if repetition_penalty <= 0:
-        raise ValueError(f"repetition_penalty must be above 0, got {repetition_penalty}")
-    config, device = model.config, model.lm_head.weight.device
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if use_bf16 else model.lm_head.weight.dtype
-    keep = max(config.block_size // 2, 1)  # of a full context, with window
-    capacity = min(max(map(len, prompts)) + max_new_tokens, config.block_size)
+    completions = complete(
+        model, prompts, max_new_tokens=max_new_tokens,
+        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, min_p),
+        num_samples=num_samples, stop_tokens=stop_tokens, stop=stop, window=window, seed=seed,
+        stream=stream,
+    )  # fmt: skip
+    return [completion.tokens for completion in completions]
 
-    seen = torch.zeros(len(prompts), config.vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
-    rows = [list(prompt) for prompt in prompts]  # all that the model has seen, or would have
-    results: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    was_training = model.training
+
+@torch.inference_mode()
+def complete(
+    model: GPT,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),  # noqa: B008, frozen
+    num_samples: int = 1,
+    stop_tokens: Collection[int] = (),
+    stop: Callable[[int, list[int]], bool] | None = None,
+    window: bool = False,
+    seed: int | Sequence[int] | None = None,
+    stream: Callable[[int, int], None] | None = None,
+    log_probabilities: bool = False,
+) -> list[Completion]:
+    """Continues each prompt with up to max_new_tokens tokens, num_samples times.
+
+    prompts: lists of at least one token id each, of any lengths. The samples of the first prompt
+    are the first rows, then those of the second. A prompt is run once for all its samples.
+    stop_tokens: a row ends before the first of these.
+    stop: called with (row, the row's tokens so far) after every token; True ends the row, which
+    keeps the token. For stop strings see gpt2.text.RowTexts.
+    window: where a row's context is full, go on from its later half instead of refusing beforehand.
+    seed: makes the result repeatable. A list has the seed of each row; one number is the seed of
+    the first row, the others have those that follow it; None takes them from torch's global
+    generator.
+    stream: called with (row, token) for every token of the result as soon as it is known, before
+    stop.
+    Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
+    options out of range, and where a prompt, or without window a prompt and max_new_tokens, do not
+    fit block_size.
+    """
+    _check(model, prompts, max_new_tokens, num_samples, window)
+    rows = [
+        _Row(number, prompt, Completion(log_probabilities=[] if log_probabilities else None))
+        for number, prompt in enumerate(p for p in prompts for _ in range(num_samples))
+    ]
+    block_size, device = model.config.block_size, model.lm_head.weight.device
+    poll = poll_every(device)
+    keep = max(block_size // 2, 1)  # of a full context, with window
+    capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
+    picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
+    with _evaluating(model) as dtype:
+        decoder = _Decoder(model, capacity, dtype)
+        logits = decoder.prefill(prompts, num_samples)  # (B, V)
+        running = rows  # those in the batch, some of them may have ended
+        unread: list[tuple[Tensor, ...]] = []
+        for n in range(1, max_new_tokens + 1):
+            token = picker.pick(logits, n - 1)  # (B,)
+            drawn = (token,)
+            if log_probabilities:
+                drawn += (logits.log_softmax(-1).gather(1, token[:, None])[:, 0],)
+            unread.append(drawn)
+            full = decoder.cache.length == block_size
+            if n < max_new_tokens and n % poll and not full:
+                logits = decoder.step(token)
+                continue
+            # Reading waits for the device; stopping, streaming and a full context need it.
+            for values in zip(*(torch.stack(part).tolist() for part in zip(*unread, strict=True)),
+                              strict=True):  # fmt: skip
+                for row, *value in zip(running, *values, strict=True):
+                    row.take(*value, stop_tokens, stop, stream)
+            unread.clear()
+            going = [place for place, row in enumerate(running) if not row.ended]
+            if not going or n == max_new_tokens:
+                break
+            # Copying the cache costs about as much as a step, so it waits until half have ended.
+            if 2 * len(going) <= len(running):
+                running = [running[place] for place in going]
+                index = torch.tensor(going, device=device)
+                token = token[index]
+                decoder.select(index)
+                picker.select(index)
+            if full:
+                logits = decoder.prefill([row.context(block_size, keep) for row in running])
+            else:
+                logits = decoder.step(token)
+    return [row.completion for row in rows]
+
+
+@dataclass
+class _Row:
+    number: int
+    prompt: list[int]
+    completion: Completion
+    start: int = 0  # where the context begins in prompt + tokens
+    ended: bool = False
+
+    def take(self, token: int, *rest) -> None:
+        """A token that was drawn: (token, [log probability], stop_tokens, stop, stream)."""
+        *log_p, stop_tokens, stop, stream = rest
+        if self.ended:
+            return
+        made = self.completion
+        if token in stop_tokens:
+            self.ended, made.reason = True, "stop"
+            return
+        made.tokens.append(token)
+        if made.log_probabilities is not None:
+            made.log_probabilities += log_p
+        if stream is not None:
+            stream(self.number, token)
+        if stop is not None and stop(self.number, made.tokens):
+            self.ended, made.reason = True, "stop"
+
+    def context(self, block_size: int, keep: int) -> list[int]:
+        """What the model sees next: all since start; where that fills block_size, its end."""
+        tokens = self.prompt + self.completion.tokens
+        if len(tokens) - self.start > block_size:  # the newest one is not in the cache yet
+            self.start = len(tokens) - keep
+        return tokens[self.start :]
+
+
+class _Decoder:
+    """The model on a batch: prefill, then one step a token. Logits are (B, V) float32."""
+
+    def __init__(self, model: GPT, capacity: int, dtype: torch.dtype):
+        self.model, self.capacity, self.dtype = model, capacity, dtype
+        self.device = model.lm_head.weight.device
+        self.fixed = has_fixed_shapes(self.device)
+
+    def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
+        """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
+        idx, padding, doc_start = _left_pad(rows, self.device)
+        self.cache = KVCache(
+            self.model.config, len(rows), self.capacity, self.device, self.dtype, self.fixed
+        )
+        # (B, 1) each, and they stay where they are: a captured step reads and writes them.
+        self.token, self.doc_start = idx[:, -1:].clone(), padding
+        self.captured = None
+        h = self.model.hidden(idx, cache=self.cache, doc_start=doc_start)
+        logits = self.model.logits(h[:, -1]).float()
+        if repeat > 1:
+            index = torch.arange(len(rows), device=self.device).repeat_interleave(repeat)
+            self.select(index)
+            logits = logits[index]
+        return logits
+
+    def select(self, index: Tensor) -> None:
+        """Keeps only these rows of the batch, or repeats them; index (B',) int64."""
+        self.cache.select(index)
+        self.token = self.token[index]
+        self.doc_start = None if self.doc_start is None else self.doc_start[index]
+        self.captured = None
+
+    def step(self, token: Tensor) -> Tensor:
+        """Appends token (B,) to the rows."""
+        self.token.copy_(token[:, None])
+        if not captures(self.device):
+            return self._run()
+        if self.captured is None:
+            self.captured = self._capture()
+        graph, logits = self.captured
+        graph.replay()
+        self.cache.length += 1  # the graph has advanced the one on the device
+        return logits
+
+    def _run(self) -> Tensor:
+        h = self.model.hidden(self.token, cache=self.cache, doc_start=self.doc_start)
+        return self.model.logits(h[:, -1]).float()
+
+    def _capture(self) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+        """One step as a graph, and where it leaves its logits. The cache is as it was before.
+
+        The graph reads the weights in bfloat16 as autocast keeps them until _evaluating ends.
+        """
+        length, graph = self.cache.length, torch.cuda.CUDAGraph()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):  # writes the same place again and again
+                self._run()
+                self._rewind(length)
+        torch.cuda.current_stream().wait_stream(side)
+        with torch.cuda.graph(graph):
+            logits = self._run()
+        self.cache.length = length  # capturing ran nothing on the device
+        return graph, logits
+
+    def _rewind(self, length: int) -> None:
+        self.cache.length = length
+        self.cache.end.fill_(length)
+
+
+def has_fixed_shapes(device: torch.device) -> bool:
+    """Whether decode steps see the whole cache under a mask."""
+    return device.type == "cuda"
+
+
+def captures(device: torch.device) -> bool:
+    """Whether decode steps are captured in a CUDA graph; they must have fixed shapes then."""
+    return device.type == "cuda"
+
+
+def poll_every(device: torch.device) -> int:
+    """After how many steps the tokens are read; on a CPU that costs nothing."""
+    return POLL if device.type == "cuda" else 1
+
+
+class _Picker:
+    """Chooses the tokens of a batch: one uniform random number a row and step, drawn beforehand."""
+
+    def __init__(
+        self, model: GPT, rows: list[_Row], sampling: Sampling, seeds: list[int], n_steps: int
+    ):
+        device = model.lm_head.weight.device
+        self.sampling, self.seen, self.uniform = sampling, None, None
+        if sampling.repetition_penalty != 1.0:
+            n = model.config.vocab_size
+            self.seen = torch.zeros(len(rows), n, dtype=torch.bool, device=device)
+            for row in rows:
+                self.seen[row.number, row.prompt] = True
+        if sampling.temperature > 0:
+            drawn = [
+                torch.rand(n_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
+                for s in seeds
+            ]
+            self.uniform = torch.stack(drawn).to(device)  # (R, n_steps)
+
+    def pick(self, logits: Tensor, step: int) -> Tensor:
+        """(B,) int64 from logits (B, V) float32."""
+        logits = filter_logits(logits, self.seen, self.sampling)
+        if self.uniform is None:
+            token = logits.argmax(-1)
+        else:
+            token = draw(logits.softmax(-1), self.uniform[:, step])
+        if self.seen is not None:
+            self.seen.scatter_(1, token[:, None], True)
+        return token
+
+    def select(self, index: Tensor) -> None:
+        self.seen = None if self.seen is None else self.seen[index]
+        self.uniform = None if self.uniform is None else self.uniform[index]
+
+
+def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Tensor:
+    """Logits with the unwanted tokens at -inf; logits (B, V) float32, seen (B, V) bool.
+
+    In this order:
+    repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL, arXiv
+    1909.05858).
+    temperature: divides the logits; 0 leaves them, and no filter changes which is the largest.
+    top_k: keeps the k largest (and their equals).
+    top_p: keeps the smallest set of most likely tokens whose probability reaches p (arXiv
+    1904.09751).
+    min_p: keeps tokens at least min_p times as likely as the likeliest one (arXiv 2407.01082).
+    """
+    s = sampling
+    if s.repetition_penalty != 1.0:
+        penalised = torch.where(
+            logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
+        )
+        logits = torch.where(seen, penalised, logits)
+    if s.temperature == 0:
+        return logits
+    if s.temperature != 1.0:
+        logits = logits / s.temperature
+    if s.top_k is not None and s.top_k < logits.shape[-1]:
+        kth = logits.topk(s.top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, float("-inf"))
+    if s.top_p is not None and s.top_p < 1.0:
+        ordered, order = logits.sort(descending=True)
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # of the tokens that are more likely
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= s.top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    if s.min_p is not None:
+        probabilities = logits.softmax(-1)
+        least = s.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, float("-inf"))
+    return logits
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """One token a row, (B,) int64: the first whose cumulated probability exceeds uniform.
+
+    probabilities (B, V) float32, sums need not be exactly 1; uniform (B,) float64 in [0, 1).
+    """
+    cumulated = probabilities.double().cumsum(-1)
+    # The factor keeps the product below the sum where rounding would not.
+    target = cumulated[:, -1] * uniform * (1 - 2**-50)
+    return torch.searchsorted(cumulated, target[:, None], right=True)[:, 0]
+
+
+def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
+    if seed is None:
+        return torch.randint(2**62, (n_rows,)).tolist()
+    if isinstance(seed, int):
+        return [seed + row for row in range(n_rows)]
+    if len(seed) != n_rows:
+        raise ValueError(f"seed has {len(seed)} numbers, and there are {n_rows} rows: one each")
+    return list(seed)
+
+
+@contextmanager
+def _evaluating(model: GPT):
+    """The model without dropout, under autocast to bfloat16 on a GPU; gives the cache's dtype."""
+    weight, was_training = model.lm_head.weight, model.training
+    use_bf16 = weight.device.type == "cuda" and torch.cuda.is_bf16_supported()
     model.eval()
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
-            idx, padding, doc_start = _left_pad(rows, device)
-            cache = KVCache(config, len(rows), capacity, device, dtype)
-            for _ in range(max_new_tokens):
-                if cache.length == config.block_size:
-                    # The context is full: go on from the later half of it.
-                    tails = [row[-keep:] for row in rows]
-                    idx, padding, doc_start = _left_pad(tails, device)
-                    cache.length = 0
-                h = model.hidden(idx, cache=cache, doc_start=doc_start)
-                logits = model.logits(h[:, -1]).float()  # (B, V)
-                logits = filter_logits(
-                    logits, seen, temperature, top_k, top_p, min_p, repetition_penalty
-                )
-                token = sample_token(logits, temperature, generator)  # (B,)
-                seen.scatter_(1, token[:, None], True)
-                idx, doc_start = token[:, None], None if padding is None else padding[:, None]
-                # Reading the tokens waits for the device; stopping and streaming need them.
-                for row, value in enumerate(token.tolist()):
-                    rows[row].append(value)
-                    finished[row] = finished[row] or value in stop_tokens
-                    if not finished[row]:
-                        results[row].append(value)
-                        if stream is not None:
-                            stream(row, value)
-                if all(finished):
-                    break
+        with torch.autocast(weight.device.type, torch.bfloat16, enabled=use_bf16):
+            yield torch.bfloat16 if use_bf16 else weight.dtype
     finally:
         model.train(was_training)
-    return results
 
 
 def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows as a batch idx (B, T), the padding before each (B,), doc_start (B, T).
+    """Rows as a batch idx (B, T), the padding before each (B, 1), doc_start (B, T).
 
     The latter two are None where all rows have one length: then nothing needs hiding.
     """
@@ -103,67 +393,22 @@ def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Ten
     idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
     if all(len(row) == longest for row in rows):
         return idx, None, None
-    padding = torch.tensor([longest - len(row) for row in rows], dtype=torch.int32, device=device)
+    padding = torch.tensor(
+        [[longest - len(row)] for row in rows], dtype=torch.int32, device=device
+    )  # (B, 1)
     # A padding position sees itself only; nothing else sees it.
     position = torch.arange(longest, dtype=torch.int32, device=device)
-    return idx, padding, torch.minimum(position, padding[:, None])
+    return idx, padding, torch.minimum(position, padding)
 
 
-def filter_logits(
-    logits: Tensor,
-    seen: Tensor,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    min_p: float | None,
-    repetition_penalty: float,
-) -> Tensor:
-    """Logits with the unwanted tokens at -inf; logits (B, V) float32, seen (B, V) bool.
-
-    repetition_penalty: divides positive and multiplies negative logits of seen tokens (CTRL, arXiv
-    1909.05858).
-    temperature: divides the logits; 0 leaves them.
-    top_k: keeps the k largest (and their equals).
-    top_p: keeps the smallest set of most likely tokens whose probability reaches p (arXiv
-    1904.09751).
-    min_p: keeps tokens at least min_p times as likely as the likeliest one (arXiv 2407.01082).
-    """
-    if repetition_penalty != 1.0:
-        penalised = torch.where(
-            logits > 0, logits / repetition_penalty, logits * repetition_penalty
-        )
-        logits = torch.where(seen, penalised, logits)
-    if temperature > 0:
-        logits = logits / temperature
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, float("-inf"))
-    if top_p is not None and top_p < 1.0:
-        ordered, order = logits.sort(descending=True)
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # of the tokens that are more likely
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
-    if min_p is not None:
-        probabilities = logits.softmax(-1)
-        least = min_p * probabilities.amax(-1, keepdim=True)
-        logits = logits.masked_fill(probabilities < least, float("-inf"))
-    return logits
-
-
-def sample_token(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
-    """One token a row, (B,) int64: the likeliest at temperature 0, else drawn from the softmax."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-def _check(model: GPT, prompts, max_new_tokens, window, temperature, top_k, top_p, min_p) -> None:
+def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool) -> None:
     config = model.config
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     for row, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < config.vocab_size]
         if bad:
@@ -183,10 +428,3 @@ def _check(model: GPT, prompts, max_new_tokens, window, temperature, top_k, top_
             f"model's context (block_size) of {config.block_size}: ask for at most {room} new "
             "tokens, or let it go on from the later half of a full context (window)"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    for name, value in (("top_p", top_p), ("min_p", min_p)):
-        if value is not None and not 0.0 < value <= 1.0:
-            raise ValueError(f"{name} must lie in (0, 1], got {value}")

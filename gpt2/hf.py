@@ -118,10 +118,13 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
     """Writes a folder that transformers.GPT2LMHeadModel.from_pretrained loads.
 
     With GPT-2's tokenizer also what AutoTokenizer needs. A model without biases gets biases of
-    zero. Raises OSError where the folder exists or cannot be written.
+    zero. Raises OSError where the folder exists or cannot be written, ValueError for a model with
+    adapters that are not merged.
     """
     from safetensors.torch import save_file
 
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
     folder, c = Path(folder), model.config
     folder.mkdir(parents=True)
     tensors = {}

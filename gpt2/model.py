@@ -20,30 +20,68 @@ from gpt2.ops import Ops, select_ops
 
 
 class KVCache:
-    """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most."""
+    """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most.
 
-    def __init__(self, config: GPTConfig, batch_size: int, capacity: int, device, dtype):
-        shape = (
-            config.n_layer,
-            2,
-            batch_size,
-            config.n_head,
-            capacity,
-            config.n_embd // config.n_head,
-        )
+    fixed: attention always sees the whole capacity under a mask, and the place to write is a tensor
+    on the device, so that all steps are the same operations on the same memory, as a CUDA graph
+    needs. Else it sees only the part in use.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, capacity: int, device, dtype, fixed: bool = False
+    ):
+        heads = (config.n_head, capacity, config.n_embd // config.n_head)
         self.keys_values = torch.zeros(
-            shape, device=device, dtype=dtype
+            (config.n_layer, 2, batch_size, *heads), device=device, dtype=dtype
         )  # (L, 2, B, H, capacity, D)
-        self.capacity = capacity
+        self.capacity, self.fixed = capacity, fixed
         self.length = 0
+        # The same number on the device; only kept up to date where fixed.
+        self.end = torch.zeros(1, dtype=torch.int64, device=device)
+        self.position, self.mask = self.end, None  # of the tokens that are being added
+
+    def begin(self, n_new: int, doc_start: Tensor | None) -> Tensor:
+        """Prepares for n_new tokens; doc_start (B, n_new) as in GPT.forward. Returns their
+        positions (n_new,).
+        """
+        device = self.keys_values.device
+        if self.fixed:
+            self.position = self.end + torch.arange(n_new, device=device)
+        else:
+            self.position = torch.arange(self.length, self.length + n_new, device=device)
+        self.mask = None
+        n_keys = self.capacity if self.fixed else self.length + n_new
+        # Without a mask: one token that sees all keys, or a first call, which is causal.
+        if self.fixed or doc_start is not None or 1 < n_new < n_keys:
+            key = torch.arange(n_keys, device=device)
+            visible = (key <= self.position[:, None])[None]  # (1, T, S)
+            if doc_start is not None:
+                visible = visible & (key >= doc_start[..., None])  # (B, T, S)
+            self.mask = visible[:, None]
+        return self.position
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends k, v (B, H, T, D) of one layer; returns all of that layer's, (B, H, S, D)."""
+        """Adds k, v (B, H, T, D) of one layer; returns what attention is to see, (B, H, S, D)."""
+        kv = self.keys_values[layer]  # (2, B, H, capacity, D)
+        if self.fixed:
+            kv[0].index_copy_(2, self.position, k.to(kv.dtype))
+            kv[1].index_copy_(2, self.position, v.to(kv.dtype))
+            return kv[0], kv[1]
         end = self.length + k.shape[2]
-        kv = self.keys_values[layer, :, :, :, :end]
+        kv = kv[:, :, :, :end]
         kv[0, :, :, self.length :] = k
         kv[1, :, :, self.length :] = v
         return kv[0], kv[1]
+
+    def advance(self, n_new: int) -> None:
+        """The tokens that were begun are part of the cache now."""
+        self.length += n_new
+        if self.fixed:
+            self.end += n_new
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps only these rows of the batch, or repeats them; rows (B',) int64."""
+        self.keys_values = self.keys_values.index_select(2, rows)
 
 
 class LayerNorm(nn.Module):
@@ -59,11 +97,22 @@ class LayerNorm(nn.Module):
         return self.ops.layer_norm(x, self.weight, self.bias, residual=residual)
 
 
+class Linear(nn.Linear):
+    """nn.Linear by the operations of ops, which has a faster one for a decode step on a CPU."""
+
+    def __init__(self, n_in: int, n_out: int, bias: bool, ops: Ops):
+        super().__init__(n_in, n_out, bias=bias)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.linear(x, self.weight, self.bias)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, ops: Ops, layer: int):
         super().__init__()
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, config.bias, ops)
+        self.c_proj = Linear(config.n_embd, config.n_embd, config.bias, ops)
         self.dropout = nn.Dropout(config.dropout)
         self.n_head, self.layer, self.ops = config.n_head, layer, ops
 
@@ -75,15 +124,15 @@ class CausalSelfAttention(nn.Module):
         else:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
             k, v = cache.update(self.layer, k, v)  # (B, H, S, D)
-            y = self.ops.cached_attention(q, k, v, doc_start)  # (B, T, H, D)
+            y = self.ops.cached_attention(q, k, v, cache.mask)  # (B, T, H, D)
         return self.dropout(self.c_proj(y.reshape(B, T, C)))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, ops: Ops):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, ops)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, ops)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +152,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(config, ops)
         self.attn = CausalSelfAttention(config, ops, layer)
         self.ln_2 = LayerNorm(config, ops)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ops)
 
     def forward(
         self, x: Tensor, branch: Tensor | None, doc_start: Tensor | None, cache: KVCache | None
@@ -136,7 +185,7 @@ class GPT(nn.Module):
                 ln_f=LayerNorm(config, ops),
             )
         )
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size, False, ops)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
         self.to(device)
@@ -168,7 +217,10 @@ class GPT(nn.Module):
                 f"{past + T} tokens do not fit the context of {self.config.block_size} "
                 "(block_size): shorten the prompt or generate fewer tokens"
             )
-        position = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if cache is None:
+            position = torch.arange(T, device=idx.device)  # (T,)
+        else:
+            position = cache.begin(T, doc_start)
         if doc_start is not None:
             position = position - doc_start  # (B, T): each document starts at position 0
         x = self.transformer.drop(
@@ -179,7 +231,7 @@ class GPT(nn.Module):
             x, branch = block(x, branch, doc_start, cache)
         h, _ = self.transformer.ln_f(branch, residual=x)
         if cache is not None:
-            cache.length += T
+            cache.advance(T)
         return h
 
     def forward(
@@ -213,9 +265,12 @@ class GPT(nn.Module):
     def flops_per_token(self) -> int:
         """Of a training step: 6 N + 12 L C T, where N leaves out the position embeddings.
 
-        The attention term counts the whole T x T square. Source: PaLM (arXiv 2204.02311), appendix
-        B.
+        The attention term counts the whole T x T square. With adapters 4 N + 2 n: only the n
+        trained weights have gradients. Source: PaLM (arXiv 2204.02311), appendix B.
         """
         c = self.config
         n = self.n_params() - self.transformer.wpe.weight.numel()
+        if not self.lm_head.weight.requires_grad:  # adapters
+            n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+            return 4 * n + 2 * n_trained + 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size

@@ -1,4 +1,5 @@
-"""Which implementation of the kernels a model uses. The only importer of triton_kernels.
+"""Which implementation of the kernels a model uses. The only importer of triton_kernels, and of
+the C++ linear layer for decoding on a CPU.
 
 The choice belongs to the run, not to the model: what was trained with one samples with the other.
 The kernels are imported when a model is made, not before, since importing Triton takes a while.
@@ -8,13 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 CPU_LOGITS = 1 << 24  # that many at a time on a CPU, 64 MB: 333 rows of GPT-2's vocabulary
+DECODE_ROWS = 16  # up to so many rows the C++ linear layer is faster; see docs/LOG.md
 
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations, with the signatures of triton_kernels.reference, and why these."""
+    """The operations, with the signatures of triton_kernels.reference, and why these.
+
+    linear has the signature of torch.nn.functional.linear.
+    """
 
     name: str  # "triton" or "torch"
     reason: str
@@ -23,6 +29,7 @@ class Ops:
     layer_norm: Callable
     cross_entropy: Callable
     linear_cross_entropy: Callable
+    linear: Callable = F.linear
 
 
 def select_ops(
@@ -52,16 +59,53 @@ def select_ops(
 def _torch_ops(reason: str, device: str | torch.device) -> Ops:
     from triton_kernels import reference as r
 
-    loss = r.linear_cross_entropy
+    loss, linear = r.linear_cross_entropy, F.linear
     if torch.device(device).type == "cpu":
 
         def loss(x, weight, targets, **kwargs):
             chunk_rows = max(CPU_LOGITS // weight.shape[0], 1)
             return r.linear_cross_entropy(x, weight, targets, chunk_rows=chunk_rows, **kwargs)
 
+        linear = _decode_linear() or F.linear
+
     return Ops(
-        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy, loss
-    )
+        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy, loss,
+        linear,
+    )  # fmt: skip
+
+
+def _decode_linear() -> Callable | None:
+    """F.linear, by the C++ module for a few rows without gradients; None where it cannot run."""
+    try:
+        from gpt2 import _decode_linear as module
+    except ImportError:
+        return None
+    if not module.is_supported():
+        return None
+    f32 = torch.float32
+
+    def linear(x, weight, bias=None):
+        n_in, n_out = weight.shape[1], weight.shape[0]
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or x.numel() > DECODE_ROWS * n_in
+            or x.shape[-1] != n_in  # F.linear says what is wrong
+            or any(t.dtype != f32 or not t.is_cpu for t in (x, weight))
+            or not (weight.is_contiguous() and (bias is None or bias.is_contiguous()))
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return F.linear(x, weight, bias)
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], n_out)
+        n_rows, address = x.numel() // n_in, 0 if bias is None else bias.data_ptr()
+        module.linear(
+            x.data_ptr(), weight.data_ptr(), address, y.data_ptr(), n_rows, n_out, n_in,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    return linear
 
 
 def _triton_ops(reason: str) -> Ops:

@@ -1,53 +1,62 @@
-"""Continues prompts with a trained model, all of them as one batch.
+r"""Continues prompts with a trained model, all of them as one batch.
 
     python scripts/sample.py runs/shakespeare_char --prompt "ROMEO:" "First Citizen:"
-    python scripts/sample.py gpt2-medium --prompt "Once upon a time" --top_p 0.9
+    python scripts/sample.py gpt2-medium --prompt "Once upon a time" --top_p 0.9 --num_samples 3
+    python scripts/sample.py runs/mine --prompt_file prompts.txt --stop "\n\n" --temperature 0
 
-A name such as gpt2-medium is downloaded from Hugging Face. The first prompt is written to the
-terminal as it grows, the others when they are done. Text longer than the model's context goes on
-from the later half of the context, again and again.
+A name such as gpt2-medium is downloaded from Hugging Face. The first row is written to the terminal
+as it grows, the others when they are done. Text longer than the model's context goes on from the
+later half of the context, again and again. A model that was fine-tuned on conversations gets each
+prompt as a question in its template. In --stop, \n is a new line.
 """
 
-import codecs
 import sys
+import time
 
-from gpt2.checkpoint import load_model, load_tokenizer
+from gpt2.assistant import load_assistant
 from gpt2.cli import parse, run_script
 from gpt2.config import SampleConfig
-from gpt2.generate import generate
-from gpt2.train.distributed import select_device
+from gpt2.generate import complete
+from gpt2.text import RowTexts, read_prompts
 
 
 def main() -> None:
     config = parse(SampleConfig, __doc__)
-    device = select_device(config.device)
-    tokenizer = load_tokenizer(config.model)
-    model = load_model(config.model, device, config.kernels)
-    prompts = [tokenizer.encode(p, allow_special=True) for p in config.prompt]
-    # A token may be part of a character only; the decoder waits for the rest.
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def show(row: int, token: int) -> None:
-        if row == 0:
-            sys.stdout.write(decoder.decode(tokenizer.decode_bytes([token])))
-            sys.stdout.flush()
-
-    print(config.prompt[0], end="", flush=True)
-    rows = generate(
-        model,
-        prompts,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        stop_tokens=() if tokenizer.eot is None else (tokenizer.eot,),
-        window=True,
-        seed=config.seed,
-        stream=show,
+    prompts = read_prompts(config.prompt_file) if config.prompt_file else list(config.prompt)
+    assistant = load_assistant(
+        config.model, device=config.device, kernels=config.kernels, template=config.template
     )
+    gap = "" if assistant.template is None else "\n"
+    encoded = [assistant.encode(prompt) for prompt in prompts]
+
+    def show(row: int, text: str) -> None:
+        if row == 0:
+            print(text, end="", flush=True)
+
+    stops = [stop.replace("\\n", "\n") for stop in config.stop]
+    texts = RowTexts(assistant.tokenizer, stops, show)
+    print(prompts[0], end=gap, flush=True)
+    start = time.perf_counter()
+    rows = complete(
+        assistant.model, encoded, max_new_tokens=config.max_new_tokens, sampling=config.sampling(),
+        num_samples=config.num_samples, stop_tokens=assistant.stop_tokens, stop=texts, window=True,
+        seed=config.seed, log_probabilities=config.log_probabilities,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    texts.finish()
     print()
-    for prompt, row in zip(config.prompt[1:], rows[1:], strict=True):
-        print(f"{'-' * 40}\n{prompt}{tokenizer.decode(row)}")
+    for number, text in enumerate(texts.texts(len(rows))):
+        if number:
+            print(f"{'-' * 40}\n{prompts[number // config.num_samples]}{gap}{text}")
+    for number, row in enumerate(rows):
+        if config.log_probabilities and row.tokens:
+            total, n = sum(row.log_probabilities), len(row.tokens)
+            print(
+                f"row {number}: {n} tokens, log probability {total:.2f}, {total / n:.3f} a token",
+                file=sys.stderr,
+            )
+    made = sum(len(row.tokens) for row in rows)
+    print(f"{made} tokens, {made / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

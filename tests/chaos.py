@@ -500,7 +500,8 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
 
 ATTEMPTS = {  # name: (function, attempts)
     "kill": (kill, 100), "term": (term, 50), "disk": (disk, 4), "flip": (flip, 1000),
-    "nan": (nan, 10), "lost": (lost, 6), "restart": (restart, 5), "hosts": (hosts, 3), "overhead": (overhead, 5),
+    "nan": (nan, 10), "lost": (lost, 6), "restart": (restart, 5), "hosts": (hosts, 3),
+    "overhead": (overhead, 5),
 }  # fmt: skip
 
 

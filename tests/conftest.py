@@ -7,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
 import socket
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,16 @@ def train_config(shakespeare, tmp_path) -> TrainConfig:
     )  # fmt: skip
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data beside the repository; skips where it is not."""
+    default = Path(__file__).parent.parent.parent / "shared" / "data"
+    path = Path(os.environ.get("GPT2_SHARED_DATA", default))
+    if not path.is_dir():
+        pytest.skip(f"needs the real data in {default} (GPT2_SHARED_DATA names another folder)")
+    return path
+
+
 @pytest.fixture
 def free_port() -> int:
     with socket.socket() as s:
@@ -75,6 +86,17 @@ def free_port() -> int:
 def losses(run: Path, key: str = "train/loss") -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]
+
+
+def command_line(config) -> list[str]:
+    """A config as the options of its script."""
+    words = []
+    for key, value in asdict(config).items():
+        if isinstance(value, tuple):
+            words += [f"--{key}", *map(str, value)]
+        elif value is not None and value != "":
+            words.append(f"--{key}={value}")
+    return words
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import parse
-from gpt2.config import PRESETS, GPTConfig, SampleConfig, TrainConfig
+from gpt2.config import PRESETS, DPOConfig, GPTConfig, SampleConfig, SFTConfig, TrainConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -26,9 +26,13 @@ def test_first_word_is_the_first_field():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
 def test_shipped_configs(path):
-    config = parse(TrainConfig, "", [str(path)])
-    for world_size in (1,) if config.preset == "char" else (1, 2, 4, 8):
-        assert config.grad_accum_steps(config.model_config().block_size, world_size) >= 1
+    kinds = {"sft": SFTConfig, "dpo": DPOConfig}
+    config = parse(kinds.get(path.name[:3], TrainConfig), "", [str(path)])
+    # A row of DPO is a pair, two halves of block_size.
+    row = config.model_config().block_size * (2 if isinstance(config, DPOConfig) else 1)
+    few = {"char": (1,)}.get(config.preset, (1, 2, 4, 8))
+    for world_size in (1, 2) if isinstance(config, SFTConfig) else few:
+        assert config.grad_accum_steps(row, world_size) >= 1
 
 
 @pytest.mark.parametrize(

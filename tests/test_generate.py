@@ -1,7 +1,11 @@
+import importlib
+
 import pytest
 import torch
+from torch.testing import assert_close
 
-from gpt2.generate import filter_logits, generate
+from gpt2.config import GPTConfig, Sampling
+from gpt2.generate import complete, draw, filter_logits, generate
 from gpt2.model import GPT
 
 
@@ -57,15 +61,14 @@ def test_window_goes_on_from_the_later_half(model):
     new = generate(model, PROMPTS, max_new_tokens=60, temperature=0, window=True)
     for prompt, row in zip(PROMPTS, new, strict=True):
         assert len(row) == 60
-        whole, longest = prompt + row, max(map(len, PROMPTS))
-        # The context fills up when the longest row has 32 tokens; then 16 are kept, and so on.
-        start, filled = 0, longest
-        for i, token in enumerate(row):
-            if filled == 33:
-                start, filled = len(prompt) + i - 16, 16
-            context = torch.tensor([whole[start : len(prompt) + i]])
-            assert token == int(model(context)[0, -1].argmax()), i
-            filled += 1
+        whole, start = prompt + row, 0
+        for i in range(len(prompt), len(whole)):
+            if i - start == 33:  # 32 tokens are full; then 16 are kept, and so on
+                start = i - 16
+            assert whole[i] == int(model(torch.tensor([whole[start:i]]))[0, -1].argmax()), i
+    options = dict(max_new_tokens=60, temperature=0, window=True)
+    alone = [generate(model, [p], **options)[0] for p in PROMPTS]
+    assert new == alone
 
 
 def test_leaves_the_model_in_its_mode(model):
@@ -73,12 +76,8 @@ def test_leaves_the_model_in_its_mode(model):
     assert model.training
 
 
-def filtered(logits, **options):
-    options = (
-        dict(temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0) | options
-    )
-    seen = options.pop("seen", torch.zeros(logits.shape, dtype=torch.bool))
-    return filter_logits(logits, seen, **options)
+def filtered(logits, seen=None, **options):
+    return filter_logits(logits, seen, Sampling(**options))
 
 
 def test_filters():
@@ -92,6 +91,7 @@ def test_filters():
     assert kept(top_p=0.01) == [True, False, False, False, False]
     assert kept(min_p=0.25) == [True, True, True, False, False]
     assert kept(top_k=3, top_p=0.7) == [True, True, False, False, False]
+    assert kept(top_k=1, temperature=0) == [True] * 5
     colder = filtered(p.log(), temperature=0.5).softmax(-1)
     torch.testing.assert_close(colder, p**2 / (p**2).sum())
     seen = torch.tensor([[True, False, True]])
@@ -111,6 +111,8 @@ def test_sampling_follows_the_distribution(model):
 @pytest.mark.parametrize(
     "prompts, options, message",
     [
+        ([[1]], {"num_samples": 0}, "num_samples must be at least 1"),
+        ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, and there are 2 rows"),
         ([], {}, "at least one token"),
         ([[1], []], {}, "at least one token"),
         ([[1], [65]], {}, "prompt 1: token id 65 lies outside the model's vocabulary of 65"),
@@ -129,3 +131,213 @@ def test_sampling_follows_the_distribution(model):
 def test_bad_input(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 5} | options)
+
+
+def test_a_row_follows_from_its_seed_alone(model):
+    seeds = [5, 6, 7, 5]
+    options = dict(max_new_tokens=12, temperature=1.3, top_k=20, repetition_penalty=1.2)
+    together = generate(model, PROMPTS, seed=seeds, **options)
+    alone = [
+        generate(model, [p], seed=[s], **options)[0] for p, s in zip(PROMPTS, seeds, strict=True)
+    ]
+    assert together == alone
+    assert together[0] == together[3] and len({tuple(r) for r in together}) == 3
+    assert generate(model, PROMPTS, seed=5, **options)[1] == together[1]  # seed 5 + 1
+    # More tokens begin with the same ones.
+    longer = generate(model, PROMPTS, seed=seeds, **options | {"max_new_tokens": 20})
+    assert [row[:12] for row in longer] == together
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_samples_of_a_prompt_are_rows_of_their_own(model, temperature):
+    seen = []
+    model.transformer.wte.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+    rows = generate(
+        model, PROMPTS[:2], max_new_tokens=8, num_samples=3, seed=3, temperature=temperature
+    )
+    assert seen[0] == (2, 3) and seen[1:] == [(6, 1)] * 7  # each prompt was run once
+    copies = [p for p in PROMPTS[:2] for _ in range(3)]
+    assert rows == generate(model, copies, max_new_tokens=8, seed=3, temperature=temperature)
+    assert len({tuple(row) for row in rows}) == (2 if temperature == 0 else 6)
+
+
+def test_rows_that_have_ended_leave_the_batch(model):
+    widths = []
+    model.transformer.wte.register_forward_hook(lambda m, args, out: widths.append(len(out)))
+    ends = {0: 3, 1: 9, 2: 5, 3: 1}  # row: tokens
+    options = dict(temperature=1.5, repetition_penalty=1.3, seed=0)
+    rows = complete(
+        model, PROMPTS, max_new_tokens=12, stop=lambda row, tokens: len(tokens) == ends[row],
+        sampling=Sampling(1.3, 1.5), seed=0,
+    )  # fmt: skip
+    assert widths == [4, 4, 4, 2, 2, 1, 1, 1, 1]
+    free = generate(model, PROMPTS, max_new_tokens=12, **options)
+    assert [row.tokens for row in rows] == [free[r][:n] for r, n in ends.items()]
+    assert [row.reason for row in rows] == ["stop"] * 4
+    rows = complete(model, PROMPTS[:1], max_new_tokens=2)
+    assert rows[0].reason == "length" and len(rows[0].tokens) == 2
+
+
+def test_log_probabilities_are_the_models_own(model):
+    [row] = complete(
+        model, [[1, 2, 3]], max_new_tokens=15, log_probabilities=True, seed=1,
+        sampling=Sampling(1.5, 0.7, top_k=5, min_p=0.01),
+    )  # fmt: skip
+    whole = torch.tensor([[1, 2, 3, *row.tokens]])
+    expected = model(whole).log_softmax(-1)[0, 2:-1].gather(1, whole[0, 3:, None])[:, 0]
+    assert_close(torch.tensor(row.log_probabilities), expected, rtol=1e-4, atol=1e-5)
+    assert complete(model, [[1]], max_new_tokens=1)[0].log_probabilities is None
+    [stopped] = complete(
+        model, [[1, 2, 3]], max_new_tokens=15, log_probabilities=True, stop_tokens=[row.tokens[4]],
+        sampling=Sampling(1.5, 0.7, top_k=5, min_p=0.01), seed=1,
+    )  # fmt: skip
+    assert stopped.tokens == row.tokens[:4] and len(stopped.log_probabilities) == 4
+
+
+@pytest.mark.parametrize("poll", [1, 8])
+@pytest.mark.parametrize("window", [False, True])
+def test_fixed_shapes_and_polling_change_nothing(model, monkeypatch, window, poll):
+    """What a GPU does, without the capture: full capacity under a mask, tokens read in groups."""
+    options = dict(
+        max_new_tokens=40 if window else 20, window=window, seed=2, repetition_penalty=1.2,
+        stop=lambda row, tokens: len(tokens) == (30, 3, 17, 18)[row],
+    )  # fmt: skip
+    streamed = {"usual": [], "fixed": []}
+    kept = lambda name: lambda row, token: streamed[name].append((row, token))  # noqa: E731
+    expected = generate(model, PROMPTS, **options, stream=kept("usual"))
+    module = importlib.import_module("gpt2.generate")
+    monkeypatch.setattr(module, "has_fixed_shapes", lambda device: True)
+    monkeypatch.setattr(module, "poll_every", lambda device: poll)
+    shapes = set()
+    ours = model.ops.cached_attention
+
+    def attention(q, k, v, mask):
+        shapes.add((k.shape[2], mask is None))
+        return ours(q, k, v, mask)
+
+    object.__setattr__(model.ops, "cached_attention", attention)
+    assert generate(model, PROMPTS, **options, stream=kept("fixed")) == expected
+    assert shapes == {(32 if window else 28, False)}
+    assert sorted(streamed["fixed"]) == sorted(streamed["usual"])
+
+
+def test_draw_inverts_the_cumulated_probabilities():
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    uniform = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53], dtype=torch.float64)
+    assert draw(p.expand(6, -1), uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    # Sums that rounding has left below or above 1 change nothing.
+    assert draw(p.expand(6, -1) * 0.999, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+
+
+WARPERS = [
+    dict(temperature=0.6),
+    dict(repetition_penalty=1.7),
+    dict(top_k=7),
+    dict(top_p=0.8),
+    dict(min_p=0.2),
+    dict(repetition_penalty=1.3, temperature=1.4, top_k=30, top_p=0.9, min_p=0.05),
+    dict(repetition_penalty=0.8, temperature=0.5, top_k=5, top_p=0.5),
+    dict(temperature=2.0, top_p=0.95, min_p=0.3),
+]
+
+
+@pytest.mark.parametrize("options", WARPERS, ids=lambda o: "-".join(o))
+def test_distributions_are_those_of_transformers(tiny, options):
+    """The scores that transformers' generate samples from, step by step, on the same weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    theirs = GPT2LMHeadModel(
+        GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=65)
+    ).eval()
+    for p in theirs.parameters():
+        p.data *= 6
+    prompt = torch.tensor([[3, 1, 4, 1, 5]])
+    out = theirs.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=20,
+        output_scores=True, output_logits=True, return_dict_in_generate=True,
+        pad_token_id=0, eos_token_id=None, **{"top_k": 0} | options,
+    )  # fmt: skip
+    sampling = Sampling(**options)
+    n_dropped = 0
+    for step, (raw, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+        seen = torch.zeros(1, 65, dtype=torch.bool)
+        seen[0, out.sequences[0, : 5 + step]] = True
+        ours = filter_logits(raw, seen, sampling)
+        assert torch.equal(ours.isinf(), scores.isinf()), step
+        assert_close(ours.softmax(-1), scores.softmax(-1), rtol=1e-5, atol=1e-7)
+        n_dropped += int(ours.isinf().sum())
+    filters = {"top_k", "top_p", "min_p"} & options.keys()
+    assert bool(n_dropped) == bool(filters)
+
+
+def test_greedy_tokens_are_those_of_transformers(tmp_path, tiny):
+    """A left-padded batch with a repetition penalty, and each row ends at its end-of-text."""
+    from transformers import GPT2LMHeadModel
+
+    from gpt2.hf import export_hf
+
+    model = GPT(tiny, "torch")
+    for p in model.parameters():
+        p.data *= 4
+    export_hf(model, tmp_path / "hf", None)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [60]]
+    # 0 pads, and takes part in transformers' penalty: so it stands in no prompt and is the stop.
+    ours = generate(model, prompts, max_new_tokens=20, temperature=0, stop_tokens=[11, 30])
+    for prompt, row in zip(prompts, ours, strict=True):
+        idx = torch.tensor([prompt])
+        whole = theirs.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
+            eos_token_id=[11, 30], pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert row == [t for t in whole if t not in (11, 30)]
+    penalised = generate(model, prompts, max_new_tokens=20, temperature=0, repetition_penalty=1.5)
+    assert penalised != generate(model, prompts, max_new_tokens=20, temperature=0)
+    for prompt, row in zip(prompts, penalised, strict=True):
+        idx = torch.tensor([prompt])
+        whole = theirs.generate(
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
+            eos_token_id=None, pad_token_id=0, repetition_penalty=1.5,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+        assert row == whole
+
+
+@pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
+def test_linear_of_few_rows(n_in, n_out):
+    """The C++ layer against torch's, and that a row does not depend on those beside it."""
+    from gpt2.ops import DECODE_ROWS, select_ops
+
+    linear = select_ops("torch", "cpu").linear
+    if linear is torch.nn.functional.linear:
+        pytest.skip("gpt2._decode_linear is not built, or this CPU lacks AVX2")
+    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
+    for n_rows in range(1, DECODE_ROWS + 1):
+        x = torch.randn(n_rows, 1, n_in)
+        with torch.inference_mode():
+            y = linear(x, weight, bias)
+            assert y.shape == (n_rows, 1, n_out)
+            exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+            assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+            assert all(torch.equal(linear(x[r], weight, bias), y[r]) for r in range(n_rows))
+            assert_close(linear(x, weight) + bias, y)
+            assert_close(
+                linear(x.expand(n_rows, 2, n_in), weight, bias)[:, 1], y[:, 0], rtol=1e-5, atol=1e-4
+            )
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes"):
+        linear(torch.randn(1, n_in + 1), weight, bias)
+    weight.requires_grad_()
+    linear(x, weight, bias).sum().backward()
+    assert_close(weight.grad, x.sum(0).expand(n_out, n_in))
+
+
+def test_threads_change_no_number():
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, vocab_size=1001)
+    model = GPT(config, "torch")
+    one = complete(model, [[1, 2]], max_new_tokens=8, log_probabilities=True, seed=0)
+    try:
+        torch.set_num_threads(2)
+        two = complete(model, [[1, 2]], max_new_tokens=8, log_probabilities=True, seed=0)
+    finally:
+        torch.set_num_threads(1)
+    assert one[0].tokens == two[0].tokens
+    assert_close(one[0].log_probabilities, two[0].log_probabilities)

@@ -12,15 +12,18 @@ LAYERS = [
     ["triton_kernels.attention", "triton_kernels.layer_norm", "triton_kernels.cross_entropy"],
     ["triton_kernels.linear_cross_entropy"],
     ["triton_kernels"],  # the package's own face
-    ["gpt2.config", "gpt2.tokenizer", "gpt2._token_loader"],
-    ["gpt2.cli"],
+    ["gpt2.config", "gpt2.tokenizer", "gpt2._token_loader", "gpt2._decode_linear"],
+    ["gpt2.cli", "gpt2.text"],
     ["gpt2.ops", "gpt2.data"],
     ["gpt2.model"],
     ["gpt2.generate", "gpt2.hf", "gpt2.lora"],
     ["gpt2.checkpoint"],
     ["gpt2"],
-    ["gpt2.train", "gpt2.evals"],
+    ["gpt2.evals"],
+    ["gpt2.train"],
+    ["gpt2.assistant"],
     ["benchmarks.common"],
+    ["benchmarks.baseline", "benchmarks.step_profile"],
     ["scripts", "benchmarks"],
 ]
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
@@ -64,16 +67,18 @@ def test_imports_point_down():
     assert not wrong
 
 
-def test_only_one_importer_of_kernels_and_of_the_cpp_module():
-    kernels, cpp = set(), set()
+def test_only_one_importer_of_kernels_and_of_each_cpp_module():
+    kernels, loader, linear = set(), set(), set()
     for module, tree in files():
         for node in ast.walk(tree):
             for name in imported(node):
                 if name.startswith("triton_kernels") and module.startswith("gpt2"):
                     kernels.add(module)
                 if name == "gpt2._token_loader":
-                    cpp.add(module)
-    assert kernels == {"gpt2.ops"} and cpp == {"gpt2.data.loader"}
+                    loader.add(module)
+                if name == "gpt2._decode_linear":
+                    linear.add(module)
+    assert kernels == linear == {"gpt2.ops"} and loader == {"gpt2.data.loader"}
 
 
 def test_heavy_imports_happen_inside_functions():

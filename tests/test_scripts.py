@@ -202,3 +202,28 @@ def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
 def test_help_lists_every_option(script):
     status, out, _ = script("train_gpt2", "--help")
     assert status == 0 and "--tokens-per-step" in out and "torchrun" in out
+
+
+def test_fine_tuning_and_a_look_at_its_rows(script, tmp_path):
+    from .test_sft import save_base
+
+    rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}."} for i in range(9)]
+    rows[4] = {"question": "say <|user|>", "answer": "no"}
+    data = tmp_path / "qa.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = (
+        save_base(tmp_path / "base"), "--data", data, "--out_dir", tmp_path / "runs", "--max_steps",
+        2, "--tokens_per_step", 192, "--micro_batch_size", 2, "--eval_every", 0, "--device", "cpu",
+    )  # fmt: skip
+    error = one_line_error(script("sft", *options))
+    assert "line 5: message 1 (user) holds the template's marker '<|user|>'" in error
+    assert not (tmp_path / "runs").exists()
+    status, out, err = script("sft", *options, "--bad_rows", "skip")
+    assert status == 0, err
+    assert "left out 1: template marker in text" in out and "done: 2 steps" in out
+    status, out, err = script("show_batch", tmp_path / "runs" / "sft", "--step", 1)
+    assert status == 0, err
+    assert (
+        f"{data}: line 3, token 0, document 2\n<|user|>\n2 + 1?\n<|assistant|>\n[[It is 3." in out
+    )
+    assert out.count("<|endoftext|>]]\n") == out.count("<|user|>") >= 2

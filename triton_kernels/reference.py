@@ -46,19 +46,15 @@ def attention(
     return out.transpose(1, 2)
 
 
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, doc_start: Tensor | None = None) -> Tensor:
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of new tokens to all cached ones, themselves included: generation's attention.
 
-    q (B, H, T, D): the last T of S positions; k, v (B, H, S, D).
-    doc_start (B, T) int32: first key that a query may see.
+    q (B, H, T, D); k, v (B, H, S, D).
+    mask (B or 1, 1, T, S) bool, True = visible; None: all keys for T = 1, causal for T = S.
     Returns (B, T, H, D).
     """
-    T, S = q.shape[2], k.shape[2]
-    if doc_start is None and 1 < T < S:
-        doc_start = torch.zeros(1, T, dtype=torch.int32, device=q.device)
-    mask = None if doc_start is None else doc_mask(doc_start, S)  # (B, 1, T, S)
-    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and T > 1)
-    return out.transpose(1, 2)
+    causal = mask is None and q.shape[2] > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
 
 
 def layer_norm(
@@ -137,17 +133,46 @@ def linear_cross_entropy(
 
     if chunk_rows is None or chunk_rows >= x.shape[0] or torch.compiler.is_compiling():
         return rows(x, targets, reduction)
-    if reduction == "none":  # each row has its own incoming gradient: compute them in backward
+    if reduction == "none" and torch.is_grad_enabled():
+        # Each row has its own incoming gradient: the gradients are computed in backward.
         pairs = zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True)
         return torch.cat([checkpoint(rows, *pair, "none", use_reentrant=False) for pair in pairs])
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
+    if reduction == "none":
+        return _chunked_losses(x, weight, targets, ignore_index, vocab_size, chunk_rows)
     total = _ChunkedLossSum.apply(
         x, weight, targets, ignore_index, vocab_size, chunk_rows, torch.is_grad_enabled()
     )
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
+
+
+def _row_losses(
+    logits: Tensor, index: Tensor, counted: Tensor, vocab_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (rows, 1) of logits (rows, V), and softmax as z / norm; z may overwrite logits.
+
+    index (rows, 1): the targets; counted (rows, 1) bool: where they count, elsewhere the loss is 0.
+    """
+    z = logits[:, :vocab_size].float()  # a view where logits are float32
+    z_target, top = z.gather(1, index), z.amax(1, keepdim=True)
+    norm = z.sub_(top).exp_().sum(1, keepdim=True)
+    return (norm.log() + top - z_target).where(counted, 0.0), z, norm
+
+
+def _chunked_losses(x, weight, targets, ignore_index, vocab_size, chunk_rows) -> Tensor:
+    """Each row's loss, (N,) float32, without gradients."""
+    buffer = x.new_empty(min(chunk_rows, len(x)), weight.shape[0])
+    losses = []
+    with torch.autocast(x.device.type, enabled=False):
+        for x_c, targets_c in zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True):
+            counted = (targets_c != ignore_index)[:, None]
+            logits = torch.mm(x_c, weight.t(), out=buffer[: len(x_c)])
+            index = targets_c[:, None].where(counted, 0)
+            losses.append(_row_losses(logits, index, counted, vocab_size)[0])
+    return torch.cat(losses)[:, 0]
 
 
 class _ChunkedLossSum(torch.autograd.Function):
@@ -169,11 +194,8 @@ class _ChunkedLossSum(torch.autograd.Function):
                 counted = (targets_c != ignore_index)[:, None]
                 index = targets_c[:, None].where(counted, 0)
                 logits = torch.mm(x_c, weight.t(), out=buffer[: len(x_c)])
-                z = logits[:, :vocab_size].float()  # a view where logits are float32
-                z_target, top = z.gather(1, index), z.amax(1, keepdim=True)
-                norm = z.sub_(top).exp_().sum(1, keepdim=True)
-                loss = norm.log() + top - z_target
-                total += loss.where(counted, 0.0).sum()
+                loss, z, norm = _row_losses(logits, index, counted, vocab_size)
+                total += loss.sum()
                 if dx is None and dw is None:
                     continue
                 z.div_(norm).scatter_add_(1, index, torch.full_like(norm, -1.0))

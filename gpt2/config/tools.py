@@ -1,24 +1,11 @@
-"""Options of the scripts that do not train."""
+"""Options of the scripts that prepare, show and export."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from gpt2.config.words import Kernels
 
-
-@dataclass(frozen=True)
-class SampleConfig:
-    """Options of scripts/sample.py."""
-
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
-    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
-    max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    seed: int | None = None  # the same seed gives the same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+Task = Literal["hellaswag", "wikitext2", "wikitext103", "lambada", "val"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +53,37 @@ class PrepareConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers must not be negative, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Options of scripts/evaluate.py."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+    tasks: tuple[Task, ...] = ("hellaswag", "wikitext2", "wikitext103", "lambada")  # which ones
+    data_dir: str = "data/eval"  # where the tasks' files are looked for, and downloaded to
+    data: str = ""  # of val: a folder with val shards; default: that of the run
+    # Only so many: examples of hellaswag and lambada, evenly spaced; lines of text; windows of val.
+    limit: int | None = None
+    stride: int | None = None  # of text: tokens from window to window; default: half of block_size
+    detokenize: bool = True  # of WikiText: undo its splitting into words first, as GPT-2's paper
+    tokens_per_batch: int = 8192  # fed to the model at once
+    out: str = ""  # JSON file to write; default: evaluation_<checkpoint>.json in the run's folder
+    # Of matmuls. Published figures are of float32 or tf32; bfloat16 is faster on a GPU and moves
+    # scores a little.
+    dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+
+    def __post_init__(self):
+        if not self.tasks:
+            raise ValueError(f"tasks: name at least one of {', '.join(get_args(Task))}")
+        for name in ("limit", "stride", "tokens_per_batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.data and "val" not in self.tasks:
+            raise ValueError("data goes with the task val")
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ class NumpyBackend:
         epoch, index = divmod(sample, self.n_windows)
         if not self.shuffle:
             return index * self.block_size
-        key = _epoch_key(self.seed, epoch)
+        key = epoch_key(self.seed, epoch)
         shift = _mix(key) % self.block_size
-        return _permute(index, self.n_windows, key) * self.block_size + shift
+        return permute(index, self.n_windows, key) * self.block_size + shift
 
     def fill(self, samples: np.ndarray, x, y, doc_start=None, eot: int = -1) -> None:
         if any(part.shape != (len(samples), self.block_size) for part in (x, y)):
@@ -127,11 +127,13 @@ def _mix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def _epoch_key(seed: int, epoch: int) -> int:
+def epoch_key(seed: int, epoch: int) -> int:
+    """The key of an epoch's permutation."""
     return _mix(_mix(seed + GOLDEN & MASK) + GOLDEN * (epoch + 1) & MASK)
 
 
-def _permute(index: int, n: int, key: int) -> int:
+def permute(index: int, n: int, key: int) -> int:
+    """Where a keyed permutation of [0, n) takes index."""
     bits = max(2, (n - 1).bit_length())
     low_bits = bits // 2
     low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1

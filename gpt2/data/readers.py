@@ -202,6 +202,11 @@ class JsonRows(LocalFiles):
     field: str = "text"
 
     def items(self, skip: int = 0, bookmark: dict | None = None) -> Iterator[Row]:
+        for where, row in self.objects(skip):
+            yield Row(_text_of(row, self.field, where))
+
+    def objects(self, skip: int = 0) -> Iterator[tuple[str, object]]:
+        """(where it stands, the whole row)."""
         number = 0
         for path in self.each_file():
             with opened(path) as (stream, raw):
@@ -213,16 +218,23 @@ class JsonRows(LocalFiles):
                     if not is_list:
                         row = _parse_line(path, where, row)
                     self.bytes_in_file = raw.tell()
-                    yield Row(_text_of(row, self.field, f"{path}: {where}"))
+                    yield f"{path}: {where}", row
 
 
 @dataclass
 class ParquetRows(LocalFiles):
-    """The rows of parquet files; only the one column is read."""
+    """The rows of parquet files; of items, only the one column is read."""
 
     field: str = "text"
 
     def items(self, skip: int = 0, bookmark: dict | None = None) -> Iterator[Row]:
+        for where, row in self.objects(skip, [self.field]):
+            yield Row(_text_of(row, self.field, where))
+
+    def objects(
+        self, skip: int = 0, columns: list[str] | None = None
+    ) -> Iterator[tuple[str, dict]]:
+        """(where it stands, the row with these columns, or with all)."""
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -236,19 +248,19 @@ class ParquetRows(LocalFiles):
             try:
                 with pq.ParquetFile(path) as file:
                     names = file.schema_arrow.names
-                    if self.field not in names:
-                        raise _no_field(self.field, names, str(path))
+                    for name in columns or ():
+                        if name not in names:
+                            raise _no_field(name, names, str(path))
                     for group in range(file.num_row_groups):
                         rows = file.metadata.row_group(group).num_rows
                         if number + rows <= skip:
                             number += rows
                             continue
-                        for batch in file.iter_batches(256, [group], [self.field]):
-                            for value in batch.column(0).to_pylist():
+                        for batch in file.iter_batches(256, [group], columns):
+                            for row in batch.to_pylist():
                                 number += 1
                                 if number > skip:
-                                    where = f"{path}: row {number}"
-                                    yield Row(_text_of({self.field: value}, self.field, where))
+                                    yield f"{path}: row {number}", row
                         size = path.stat().st_size
                         self.bytes_in_file = size * (group + 1) // file.num_row_groups
             except pa.ArrowInvalid as error:
@@ -291,12 +303,26 @@ class HubRows:
 
     def items(self, skip: int = 0, bookmark: dict | None = None) -> Iterator[Row]:
         stream = self._load()
-        number = 0
+        first = 0
         if bookmark is not None:
             stream.load_state_dict(bookmark["state"])
-            number = bookmark["items"]
-            self.marks = {number: bookmark["state"]}
+            first = bookmark["items"]
+            self.marks = {first: bookmark["state"]}
         starts = re.compile(self.starts) if self.starts else None
+        for number, row in self._rows(stream, first):
+            if number % BOOKMARK_EVERY == 0:
+                self.marks[number] = stream.state_dict()
+            if number > skip:
+                text = _text_of(row, self.field, f"{self.repo}: row {number}")
+                yield Row(text, number == 1 or not starts or bool(starts.match(text)))
+
+    def objects(self) -> Iterator[tuple[str, dict]]:
+        """(where it stands, the whole row)."""
+        for number, row in self._rows(self._load()):
+            yield f"{self.repo}: row {number}", row
+
+    def _rows(self, stream, number: int = 0) -> Iterator[tuple[int, dict]]:
+        """Rows with their numbers, counted from 1, of a stream that stands behind `number`."""
         rows = iter(stream)
         while True:
             try:
@@ -309,11 +335,7 @@ class HubRows:
                     "command goes on where this one stopped"
                 ) from error
             number += 1
-            if number % BOOKMARK_EVERY == 0:
-                self.marks[number] = stream.state_dict()
-            if number > skip:
-                text = _text_of(row, self.field, f"{self.repo}: row {number}")
-                yield Row(text, number == 1 or not starts or bool(starts.match(text)))
+            yield number, row
 
     def _load(self):
         try:
@@ -334,8 +356,8 @@ class HubRows:
         except OSError as error:
             raise OSError(
                 f"{name}: the hub cannot be reached ({error}); check the network (and "
-                "HF_HUB_OFFLINE), or fetch its files elsewhere and read them with --parquet or "
-                "--jsonl"
+                "HF_HUB_OFFLINE), or fetch its files elsewhere and name them (prepare_data.py: "
+                "--parquet or --jsonl; sft.py and dpo.py: --data)"
             ) from error
 
 

@@ -7,7 +7,7 @@ MOST_POINTS = 800  # of a line: more than there are pixels tell nothing
 SERIES = (("train/loss", "train", "#8aa4bb", 1.2), ("val/loss", "val", "#c33", 2.2))
 
 
-def curve_svg(lines: list[dict]) -> str:
+def curve_svg(lines: list[dict], unit: str = "nats per token") -> str:
     """Training and validation loss of metrics.jsonl's lines over steps; a note where none is."""
     series = []
     for key, name, color, width in SERIES:
@@ -50,7 +50,7 @@ def curve_svg(lines: list[dict]) -> str:
     turn = f"rotate(-90 14 {(HEIGHT - BOTTOM) / 2})"
     parts.append(
         f'<text x="14" y="{(HEIGHT - BOTTOM) / 2}" text-anchor="middle" transform="{turn}">'
-        "loss (nats per token)</text>"
+        f"loss ({unit})</text>"
     )
     for i, (name, color, width, points) in enumerate(series):
         line = " ".join(f"{x(step):.1f},{y(loss):.1f}" for step, loss in points)

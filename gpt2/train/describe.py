@@ -6,6 +6,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.data import Mixture, TokenLoader
+from gpt2.lora import lora_config
 
 
 def derived(trainer) -> list[tuple[str, str]]:
@@ -17,6 +18,8 @@ def derived(trainer) -> list[tuple[str, str]]:
     peak = f"{known / 1e12:.1f} TFLOP/s a device" if known else "not known"
     shape = m.config
     dtype = str(trainer.dtype).removeprefix("torch.")
+    adapters = lora_config(m)
+    formula = ("6 N" if adapters is None else "4 N + 2 n") + " + 12 L C T"
     rows = [
         (
             "model",
@@ -45,7 +48,7 @@ def derived(trainer) -> list[tuple[str, str]]:
             f"compile {'on' if trainer.compiled else 'off'}",
         ),
         ("kernels", f"{m.ops.name} ({m.ops.reason})"),
-        ("MFU", f"{flops:,} FLOPs a token (6 N + 12 L C T) x tokens/s / peak; peak {peak}"),
+        ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
         ("run folder", str(trainer.folder)),
     ]
     if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
@@ -54,6 +57,16 @@ def derived(trainer) -> list[tuple[str, str]]:
     if isinstance(data, Mixture):
         for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
             rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
+    if adapters is not None:
+        n = sum(p.numel() for p in trainer.params)
+        rows.insert(
+            1,
+            (
+                "adapters",
+                f"{n:,} parameters are trained: rank {adapters.rank}, scale {adapters.scale:g}, in "
+                f"{', '.join(adapters.layers)} of every block; base {m.lora_base['path']}",
+            ),
+        )
     rows += trainer.preflight.rows()
     if trainer.first_step:
         rows.append(("resumed", f"from step {trainer.first_step}"))

@@ -1,5 +1,6 @@
 """From a config to a run: what pretraining and everything after it have in common."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ def launch(config: TrainConfig, make_trainer: Callable[[Distributed], Trainer]) 
         if resumed is not None:
             trainer.resume(resumed)
             if group.is_main:
-                _show_changes(config, resumed)
+                _show_changes(trainer.config, resumed)
         try:
             trainer.run(signals)
         except Interrupted:
@@ -58,7 +59,7 @@ def find_checkpoint(config: TrainConfig, group: Distributed) -> checkpoint.Check
 
 def _show_changes(config: TrainConfig, resumed: checkpoint.Checkpoint) -> None:
     """Says which options are not those of the run that is continued."""
-    now = asdict(config)
+    now = json.loads(json.dumps(asdict(config)))  # with lists for tuples, as the checkpoint has
     for key, value in resumed.train.items():
         if key not in ("resume", "out_dir", "run_name") and now.get(key) != value:
             print(f"changed since the checkpoint: {key} was {value}, is {now.get(key)}")

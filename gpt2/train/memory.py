@@ -215,7 +215,9 @@ def step_parts(s: Setting, ceilings: Ceilings) -> dict[str, float]:
     C, L, N, w = s.shape.n_embd, s.shape.n_layer, s.tokens, s.width
     V, T = s.shape.padded_vocab_size, s.block_size
     again = 1 if s.activation_checkpointing else 0
-    matrices = (6 + 2 * again) * 12 * C * C * L * N
+    trained = s.n_trained >= s.n_params // 2  # else adapters: frozen matrices need no gradient
+    per_weight = 6 if trained else 4
+    matrices = (per_weight + 2 * again) * 12 * C * C * L * N
     attention = (7 + 2 * again) * C * T * L * N
     # Layer norms: in branch and x, out sum and y; GELU: in and out, 4C; backward passes alike.
     elementwise = L * N * C * (28 * w + 40 + again * (12 * w + 16))
@@ -227,7 +229,7 @@ def step_parts(s: Setting, ceilings: Ceilings) -> dict[str, float]:
     seconds = {
         "matmuls": matrices / ceilings.flops,
         "attention": attention / ceilings.flops,
-        "head": 6 * V * C * N / ceilings.flops,
+        "head": per_weight * V * C * N / ceilings.flops,
         "loss": logits / ceilings.bandwidth,
         "elementwise": elementwise / ceilings.bandwidth,
         "weights": (weights + accumulation) / ceilings.bandwidth,

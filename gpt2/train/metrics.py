@@ -45,19 +45,25 @@ class Metrics:
         return any(line["step"] == step and key in line for line in self.lines)
 
     def show_step(
-        self, step: int, values: dict[str, float], eta_s: float, predicted_s: float | None = None
+        self,
+        step: int,
+        values: dict[str, float],
+        eta_s: float,
+        predicted_ms: float | None = None,
+        also: tuple[str, ...] = (),
     ) -> None:
         """One line of training progress, or the live display's new state.
 
-        predicted_s: the pre-flight's least time of a step.
+        predicted_ms: the pre-flight's least time of a step; also: more keys of values to show.
         """
         step_ms = values["train/step_ms"]
-        of_predicted = f" ({step_ms / predicted_s / 1e3:.1f}x predicted)" if predicted_s else ""
+        of_predicted = f" ({step_ms / predicted_ms:.1f}x predicted)" if predicted_ms else ""
         text = (
             f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
             f"norm {values['train/grad_norm']:.2f}  {step_ms:.1f} ms{of_predicted}  "
             f"{values['train/tokens_per_s']:,.0f} tok/s"
         )
+        text += "".join(f"  {key.removeprefix('train/')} {values[key]:.3f}" for key in also)
         if "train/mfu" in values:
             text += f"  MFU {values['train/mfu']:.1%}"
         if self.progress is not None:
@@ -121,7 +127,9 @@ def read_metrics(path: str | Path) -> list[dict]:
     return lines
 
 
-def draw_curve(lines: list[dict], path: str | Path, title: str) -> None:
+def draw_curve(
+    lines: list[dict], path: str | Path, title: str, unit: str = "nats per token"
+) -> None:
     """Training and validation loss over steps, as a PNG. Raises ImportError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -143,7 +151,7 @@ def draw_curve(lines: list[dict], path: str | Path, title: str) -> None:
                 *zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.4f}", **style
             )
             axes.legend()
-    axes.set(title=title, xlabel="step", ylabel="loss (nats per token)")
+    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
     axes.grid(alpha=0.3)
     figure.savefig(path)
 

@@ -43,10 +43,12 @@ class Preflight:
     n_checkpoints: int  # that lie on the disk at the same time
     disk_free: int
     where: str  # the device, in words
+    full_rows: bool = True  # else nothing is said of time
 
-    def predicted(self) -> dict[str, float]:
+    def predicted(self) -> dict[str, float | None]:
         """What the receipt keeps."""
-        return {"step_ms": self.step_seconds * 1e3, "peak_bytes": self.memory.peak}
+        step_ms = self.step_seconds * 1e3 if self.full_rows else None
+        return {"step_ms": step_ms, "peak_bytes": self.memory.peak}
 
     @property
     def step_seconds(self) -> float:
@@ -78,11 +80,14 @@ class Preflight:
             ),
             ("  of which", ", ".join(parts)),
             ("  largest fit", f"micro_batch_size {self.largest}"),
-            (
-                "time",
-                f"at least {_seconds(total)} a step, {duration(total * self.steps)} for "
-                f"{self.steps:,} steps: each part at its ceiling ({shares})",
-            ),
+            *[
+                (
+                    "time",
+                    f"at least {_seconds(total)} a step, {duration(total * self.steps)} for "
+                    f"{self.steps:,} steps: each part at its ceiling ({shares})",
+                )
+            ]
+            * self.full_rows,
             (
                 "  ceilings",
                 f"measured: {dtype} matmul {size(self.ceilings.flops, 'FLOP')}/s, copy "
@@ -105,17 +110,24 @@ def preflight(
     block_size: int,
     bfloat16: bool,
     compiled: bool,
+    doc_mask: bool = False,
+    reference: int = 0,
+    full_rows: bool = True,
     resumed: Checkpoint | None = None,
 ) -> tuple[TrainConfig, Preflight]:
     """Checks that the run fits; returns config with its micro_batch_size as a number, and findings.
 
-    All ranks call it. block_size: tokens in a training row.
+    All ranks call it. block_size: tokens in a training row. doc_mask: batches have a doc_start.
+    reference: parameters of a frozen second model. full_rows: False where batches may be shorter
+    than block_size, so that time has no lower bound.
     A resumed run with micro_batch_size auto keeps the checkpoint's where that fits, so that its
     additions keep their order.
     Raises ValueError where memory cannot suffice, naming the largest micro batch that fits; OSError
     where the disk cannot.
     """
-    s = _setting(config, model, group, block_size, bfloat16, compiled)
+    s = _setting(config, model, group, block_size)
+    n_params = s.n_params + reference
+    s = replace(s, n_params=n_params, bfloat16=bfloat16, compiled=compiled, doc_mask=doc_mask)
     moments = [t for state in optimizer.state.values() for t in state.values()]
     held = sum(t.nbytes for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor))
     available = available_bytes(group.device, held)
@@ -145,7 +157,8 @@ def preflight(
     if group.world_size > 1:
         where += ", the least of all ranks"
     steps = max(config.max_steps - first_step, 0)
-    return resolved, Preflight(s, plan, available, largest, ceilings, steps, one, n, free, where)
+    found = Preflight(s, plan, available, largest, ceilings, steps, one, n, free, where, full_rows)
+    return resolved, found
 
 
 def available_bytes(device: torch.device, held: int = 0) -> int:
@@ -253,14 +266,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
 
 
-def _setting(
-    config: TrainConfig,
-    model: GPT,
-    group: Distributed,
-    block_size: int,
-    bfloat16: bool,
-    compiled: bool,
-) -> Setting:
+def _setting(config: TrainConfig, model: GPT, group: Distributed, block_size: int) -> Setting:
     per_row = block_size * group.world_size
     if config.tokens_per_step % per_row:
         raise ValueError(
@@ -275,11 +281,10 @@ def _setting(
     parameters = list(model.parameters())
     return Setting(
         shape=model.config, rows=rows, block_size=block_size, micro_steps=micro_steps,
-        bfloat16=bfloat16, cuda=group.device.type == "cuda", kernels=model.ops.name,
+        bfloat16=False, cuda=group.device.type == "cuda", kernels=model.ops.name,
         n_params=sum(p.numel() for p in parameters),
         n_trained=sum(p.numel() for p in parameters if p.requires_grad),
-        compiled=compiled, doc_mask=config.doc_mask, world_size=group.world_size,
-        exact_reduction=config.exact_reduction,
+        world_size=group.world_size, exact_reduction=config.exact_reduction,
         # One for the checkpoint being written, two to roll back to.
         host_copies=1 + 2 * (config.guard == "rollback"),
     )  # fmt: skip

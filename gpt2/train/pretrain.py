@@ -8,6 +8,7 @@ import torch
 from gpt2 import checkpoint, tokenizer
 from gpt2.config import TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, find_shards, read_manifest
+from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train.distributed import Distributed
 from gpt2.train.launch import launch
@@ -25,14 +26,7 @@ def pretrain(config: TrainConfig) -> None:
 
 def make_trainer(config: TrainConfig, group: Distributed) -> Trainer:
     data_tokenizer = find_tokenizer(config.data)
-    torch.manual_seed(config.seed)
-    model = _make_model(config, data_tokenizer, group.device)
-    block_size = config.block_size or model.config.block_size
-    if block_size > model.config.block_size:
-        raise ValueError(
-            f"block_size {block_size} is longer than the context of {config.init_from}, "
-            f"{model.config.block_size}"
-        )
+    model, block_size = make_model(config, data_tokenizer, group.device)
     share = (group.rank, group.world_size)
     val_data = open_data(config, "val", block_size, share) if config.eval_every else None
     train_data = open_data(config, "train", block_size, share)
@@ -89,9 +83,30 @@ def open_data(
     return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
 
 
-def _make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
-    if not config.init_from:
-        return GPT(config.model_config(data_tokenizer.vocab_size), config.kernels, device)
+def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:
+    """The model that training starts from, with adapters if config has some; the length of rows.
+
+    Raises ValueError for options that do not go with init_from, a vocabulary that is not the
+    tokenizer's, and a block_size beyond the model's context.
+    """
+    torch.manual_seed(config.seed)
+    if config.init_from:
+        model = _load_initial(config, data_tokenizer, device)
+    else:
+        model = GPT(config.model_config(data_tokenizer.vocab_size), config.kernels, device)
+    block_size = config.block_size or model.config.block_size
+    if block_size > model.config.block_size:
+        raise ValueError(
+            f"block_size {block_size} is longer than the context of {config.init_from}, "
+            f"{model.config.block_size}"
+        )
+    adapters = getattr(config, "lora", None)
+    if adapters is not None:
+        add_lora(model, adapters, checkpoint.describe_base(config.init_from, model))
+    return model, block_size
+
+
+def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} comes from init_from {config.init_from!r}: leave it out")

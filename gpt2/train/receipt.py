@@ -37,7 +37,8 @@ PACKAGES = ("torch", "triton", "numpy", "gpt2-triton")
 class Receipt:
     """This launch's part of a run's receipt; only the main process has one.
 
-    predicted: what the pre-flight said, {"step_ms": ..., "peak_bytes": ...}, or nothing.
+    unit: what its losses are measured in.  predicted: what the pre-flight said, {"step_ms": ...,
+    "peak_bytes": ...}, or nothing.
     Raises ValueError for a receipt.json that is damaged.
     """
 
@@ -48,6 +49,7 @@ class Receipt:
         model: GPT,
         group: Distributed,
         *,
+        unit: str = "nats per token",
         first_step: int = 0,
         predicted: dict[str, float] | None = None,
     ):
@@ -55,7 +57,7 @@ class Receipt:
         self.content = read_receipt(folder) or {"format": FORMAT, "launches": []}
         shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
         data = describe_data(config.data)
-        self.content |= {"run": config.run_name, "model": shape, "data": data}
+        self.content |= {"run": config.run_name, "model": shape, "data": data, "unit": unit}
         self.launch = {
             "start": _now(), "stop": None, "seconds": 0.0, "first_step": first_step,
             "last_step": first_step, "end": "running", "command": shlex.join(sys.orig_argv),
@@ -93,7 +95,8 @@ def read_receipt(folder: str | Path) -> dict | None:
 def describe_data(data: str) -> list[dict]:
     """What each folder of TrainConfig.data holds, by the hashes in its manifest.
 
-    A folder without manifest has no hashes: then sizes of its token files.
+    A folder without manifest has no hashes: then sizes of its files. What fine-tuning reads may be
+    a file, by its own hash, or a name of the hub, of which nothing is known.
     """
     folders = []
     for path in dict.fromkeys(source.path for source in data_sources(data)):
@@ -104,11 +107,19 @@ def describe_data(data: str) -> list[dict]:
             entry["manifest_sha256"] = hashlib.sha256(manifest.read_bytes()).hexdigest()
             entry["source"] = content.get("source", content.get("made_from", {}).get("source"))
             entry["tokenizer"] = content["tokenizer"].get("name")
-        files = sorted(p for p in Path(path).glob("*") if p.suffix in (".bin", ".npy"))
-        entry["shards"] = {
-            p.name: records[p.name]["sha256"] if p.name in records else f"{p.stat().st_size} bytes"
-            for p in files
-        }
+        if Path(path).is_file():
+            with open(path, "rb") as f:
+                entry["shards"] = {Path(path).name: hashlib.file_digest(f, "sha256").hexdigest()}
+        else:
+            files = sorted(p for p in Path(path).glob("*") if p.is_file() and p != manifest)
+            if manifest.exists():
+                files = [p for p in files if p.suffix in (".bin", ".npy")]
+            entry["shards"] = {
+                p.name: records[p.name]["sha256"]
+                if p.name in records
+                else f"{p.stat().st_size} bytes"
+                for p in files
+            }
         folders.append(entry)
     return folders
 

@@ -42,12 +42,12 @@ def write_report(folder: str | Path, *, gpu_hour_price: float = 0.0, png: bool =
     config = yaml.safe_load(path.read_text()) if path.exists() else {}
     title = str(config.get("run_name", folder.name))
     sections = describe(lines, receipt, config, gpu_hour_price)
-    picture = folder / "loss.png"
+    picture, unit = folder / "loss.png", receipt.get("unit", "nats per token")
     if png or _is_old(picture, receipt):
-        draw_curve(lines, picture, title)
+        draw_curve(lines, picture, title, unit)
     curve = "![loss curve](loss.png)" if picture.exists() else "The curve is in report.html."
     write_whole(folder / "report.md", to_markdown(title, curve, sections))
-    write_whole(folder / "report.html", to_html(title, curve_svg(lines), sections))
+    write_whole(folder / "report.html", to_html(title, curve_svg(lines, unit), sections))
 
 
 def _is_old(picture: Path, receipt: dict) -> bool:

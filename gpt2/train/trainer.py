@@ -28,6 +28,7 @@ from gpt2.cli import write_yaml
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
 from gpt2.generate import generate
+from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import blame
 from gpt2.train.describe import derived, show_result
@@ -46,6 +47,8 @@ from gpt2.train.saver import Saver
 from gpt2.train.signals import Interrupted, StopSignals
 
 NAMES = ("idx", "targets", "doc_start")
+REPORT_EVERY_S = 30.0  # at checkpoints, so that it costs nothing where they come often
+SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
 class Trainer:
@@ -74,15 +77,17 @@ class Trainer:
         self.names = getattr(train_data, "names", NAMES)
         self.folder = Path(config.out_dir) / config.run_name
         self.rows_per_step = config.tokens_per_step // train_data.block_size
-        self.dtype = _select_dtype(config.dtype, group.device)
+        self.dtype = select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
         self.optimizer = make_optimizer(self.model, config)
         self.params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        adapters = lora_config(self.model)
+        self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
         self.first_step = self.step = 0
         self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
         self.guard = Guard(config.spike_z, group)
         self.snapshots = Snapshots()
-        self.saved_step = -1
+        self.saved_step, self.reported = -1, -math.inf
         self.signals = StopSignals()
         self.resumed: checkpoint.Checkpoint | None = None
         self.preflight: Preflight | None = None
@@ -121,7 +126,9 @@ class Trainer:
         self.config, self.preflight = preflight(
             self.config, self.model, self.optimizer, self.group,
             block_size=self.train_data.block_size, bfloat16=self.dtype == torch.bfloat16,
-            compiled=self.compiled, resumed=self.resumed,
+            compiled=self.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
+            reference=_n_numbers(self.objective) - _n_numbers(self.model),
+            full_rows=not getattr(self.train_data, "trim", False), resumed=self.resumed,
         )  # fmt: skip
         self._divide_step()
         config, group, end = self.config, self.group, "failed"
@@ -183,8 +190,8 @@ class Trainer:
             print(f"{name:<22}{value}")
         self.metrics = Metrics(self.folder, config, dataclasses.asdict(config), self.first_step)
         self.receipt = Receipt(
-            self.folder, config, self.model, self.group, first_step=self.first_step,
-            predicted=self.preflight.predicted(),
+            self.folder, config, self.model, self.group, unit=self.objective.unit,
+            first_step=self.first_step, predicted=self.preflight.predicted(),
         )  # fmt: skip
         self.saver = Saver(
             self.folder,
@@ -248,7 +255,7 @@ class Trainer:
         for micro_step in range(self.grad_accum_steps):
             start = micro_step * config.micro_batch_size
             micro_batch = {k: v[start : start + config.micro_batch_size] for k, v in batch.items()}
-            if self.model.config.dropout:
+            if self.has_dropout:
                 # A function of (seed, step, row), so no random state needs saving.
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
@@ -386,6 +393,7 @@ class Trainer:
             meta = checkpoint.describe(
                 self.model, tokenizer=self.tokenizer.to_dict(),
                 train=dataclasses.asdict(self.config), state=state,
+                chat_template=getattr(self.train_data, "chat_template", None),
             )  # fmt: skip
             self.saver.save(self.step, self.model, self.optimizer, meta)
 
@@ -400,10 +408,14 @@ class Trainer:
 
     def _report(self, end: str) -> None:
         """Brings receipt and report up to date; end: how the launch ended, or "running"."""
+        running, now = end == "running", time.monotonic()
         try:
             self.receipt.update(self.step, end)
+            if running and now - self.reported < REPORT_EVERY_S:
+                return
+            self.reported = now
             price = self.config.gpu_hour_price
-            write_report(self.folder, gpu_hour_price=price, png=end != "running")
+            write_report(self.folder, gpu_hour_price=price, png=not running)
         except (OSError, ImportError) as error:
             self.metrics.say(f"no report: {error}")
 
@@ -444,8 +456,9 @@ class Trainer:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (self.peak_flops * self.group.world_size)
         self.metrics.log(step, values)
-        predicted = self.preflight.step_seconds if self.preflight is not None else None
-        self.metrics.show_step(step, values, (self.config.max_steps - step) * seconds, predicted)
+        eta_s = (self.config.max_steps - step) * seconds
+        predicted = self.preflight.predicted()["step_ms"]
+        self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
 
     def _validate(self) -> None:
         started, step = time.perf_counter(), self.step
@@ -453,8 +466,10 @@ class Trainer:
         if self.metrics is not None and not self.metrics.logged(step, "val/loss"):
             self.metrics.log(step, {f"val/{name}": value for name, value in found.items()})
             seconds = time.perf_counter() - started
+            shown = [k for k in found if k not in ("loss", "units")][:SHOWN]
+            text = "".join(f"  {name} {found[name]:.4f}" for name in shown)
             self.metrics.say(
-                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}  "
+                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}{text}  "
                 f"({seconds:.1f} s)"
             )
 
@@ -471,6 +486,10 @@ class Trainer:
             self.metrics.log(self.step, {"sample": text})
 
 
+def _n_numbers(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
@@ -481,7 +500,8 @@ def _lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def _select_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def select_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of matmuls for "auto", "float32", "bfloat16"."""
     if dtype == "auto":
         dtype = (
             "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"

@@ -9,6 +9,7 @@ the start of the launch that logged it, or where a rollback ended.
 """
 
 import contextlib
+import dataclasses
 import io
 import math
 import tempfile
@@ -19,15 +20,19 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.cli import read_yaml
-from gpt2.config import TrainConfig, VerifyConfig
-from gpt2.train import distributed
+from gpt2.config import DPOConfig, SFTConfig, TrainConfig, VerifyConfig
+from gpt2.train import distributed, dpo, pretrain, sft
 from gpt2.train.distributed import Distributed
 from gpt2.train.metrics import read_metrics
-from gpt2.train.pretrain import make_trainer
 from gpt2.train.receipt import describe_data, git_state, hardware, read_receipt, versions
 from gpt2.train.signals import Interrupted
 
 LEAST_STEPS = 10
+MAKERS = {
+    DPOConfig: dpo.make_trainer,
+    SFTConfig: sft.make_trainer,
+    TrainConfig: pretrain.make_trainer,
+}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative differences of losses that another order of additions may make over a few steps."""
 
@@ -81,8 +86,19 @@ def _read(run: Path) -> tuple[TrainConfig, list[dict], dict]:
     for name in ("config.yaml", "metrics.jsonl", "receipt.json"):
         if not (run / name).exists():
             raise OSError(f"{run}: no {name} here, so this is no run that can be verified")
-    config = TrainConfig(**read_yaml(TrainConfig, run / "config.yaml"))
+    config = _read_config(run / "config.yaml")
     return config, read_metrics(run / "metrics.jsonl"), read_receipt(run)
+
+
+def _read_config(path: Path) -> TrainConfig:
+    """Of the kind of run whose options stand there."""
+    import yaml
+
+    names = set(yaml.safe_load(path.read_text()) or ())
+    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in MAKERS}
+    # Pretraining's options are part of fine-tuning's.
+    cls = next((c for c in (TrainConfig, *MAKERS) if names <= fields[c]), TrainConfig)
+    return cls(**read_yaml(cls, path))
 
 
 def _choose(run: Path, name: str, lines: list[dict], receipt: dict):
@@ -145,7 +161,7 @@ def _repeat(config, options, from_checkpoint, first: int, to: int, group: Distri
             config, out_dir=folder, resume="never", log_every=1, save_every=0, eval_every=0,
             sample_every=0, wandb_project="", device=options.device or config.device,
         )  # fmt: skip
-        trainer = make_trainer(config, group)
+        trainer = MAKERS[type(config)](config, group)
         if from_checkpoint is not None:
             trainer.resume(from_checkpoint)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Interrupted):

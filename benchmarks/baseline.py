@@ -1,0 +1,302 @@
+"""What benchmarks/train_step.py measures: this project's trainer, and what it is compared with.
+
+A contestant has step(), which does one optimizer step without waiting for the device, and
+waited_s, the seconds that its steps waited for data. All train GPT-2 of the same shape from random
+weights, in the same precision, on rows x accum rows of T tokens a step, with fused AdamW and
+clipped gradients.
+
+    trainer     gpt2.train.trainer.Trainer: its own train_step, its feed, its guard
+    pytorch     plain PyTorch as nanoGPT's train.py does it, written anew: torch.compile of one
+                module, SDPA by the backend that is fastest here, F.cross_entropy on whole logits,
+                a random window of a memory map for each row
+    nanogpt     model.py of a nanoGPT checkout, in the loop of the second
+"""
+
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from gpt2.cli import coerce
+from gpt2.config import PRESETS, GPTConfig, TrainConfig
+from gpt2.data import write_shard
+from gpt2.model import GPT
+from gpt2.train import distributed
+from gpt2.train.objectives import LanguageModeling
+from gpt2.train.pretrain import find_tokenizer, open_data
+from gpt2.train.trainer import Trainer
+
+CONTESTANTS = ("trainer", "pytorch", "nanogpt")
+LR, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is the same for all contestants."""
+
+    preset: str
+    rows: int  # of T = the preset's block_size tokens in one forward pass
+    accum: int  # forward passes in a step
+    device: str
+    dtype: str  # bfloat16 or float32, of matmuls
+    compile: bool
+    kernels: str  # of the trainer
+    data: str  # folder with train_000000.bin
+    nanogpt: str  # a checkout, for the contestant of that name
+    options: tuple[str, ...] = ()  # further options of TrainConfig, as name=value
+
+    @property
+    def shape(self) -> GPTConfig:
+        return PRESETS[self.preset]
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.accum * self.shape.block_size
+
+    def autocast(self):
+        enabled = self.dtype == "bfloat16"
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
+
+
+def write_data(folder: Path, vocab_size: int, n_tokens: int) -> None:
+    """Random tokens as one shard: how long a step takes does not depend on them.
+
+    Its manifest names that many characters as the tokenizer, which needs no further package.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = np.random.default_rng(0).integers(0, vocab_size, n_tokens)
+    write_shard(folder / "train_000000.bin", tokens)
+    chars = "".join(chr(i + (2048 if i >= 0xD800 else 0)) for i in range(vocab_size))
+    manifest = {"tokenizer": {"name": "char", "chars": chars}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def make(name: str, setup: Setup):
+    """The contestant. Raises ValueError for an unknown one, OSError for a missing checkout."""
+    torch.manual_seed(1337)
+    if name == "trainer":
+        return OurTrainer(setup)
+    if torch.device(setup.device).type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the trainer does
+    if name == "pytorch":
+        model = PlainGPT(setup.shape).to(setup.device)
+        return PlainLoop(setup, model, fastest_sdpa(setup))
+    if name == "nanogpt":
+        return PlainLoop(setup, _nanogpt(setup).to(setup.device), None)
+    raise ValueError(f"unknown contestant {name!r}: known are {', '.join(CONTESTANTS)}")
+
+
+class OurTrainer:
+    """The project's trainer, step by step, as its own loop calls it."""
+
+    def __init__(self, setup: Setup):
+        config = TrainConfig(
+            preset=setup.preset, data=setup.data, tokens_per_step=setup.tokens,
+            micro_batch_size=setup.rows, max_steps=1_000_000, lr=LR, weight_decay=WEIGHT_DECAY,
+            beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP, eval_every=0, save_every=0,
+            verify="off", device=setup.device, dtype=setup.dtype, kernels=setup.kernels,
+            compile="on" if setup.compile else "off",
+        )  # fmt: skip
+        config = replace(config, **_train_options(setup.options))
+        group = distributed.start(config.device)
+        model = GPT(config.model_config(), config.kernels, group.device)
+        data = open_data(config, "train", model.config.block_size)
+        tokenizer = find_tokenizer(config.data)
+        self.trainer = Trainer(config, LanguageModeling(model), data, None, tokenizer, group)
+        self.details = {"kernels": f"{model.ops.name} ({model.ops.reason})"}
+        self.steps = 0
+
+    @property
+    def waited_s(self) -> float:
+        return self.trainer.train_feed.waited_s
+
+    def step(self) -> None:
+        trainer = self.trainer
+        trainer.train_step(self.steps, trainer.params)
+        self.steps = trainer.step = self.steps + 1
+        trainer.guard.verdicts()  # reads the step before, as the loop does
+
+    def close(self) -> float:
+        """Ends its threads; returns the last loss."""
+        last = self.trainer.guard.verdicts(all_steps=True)[-1].loss
+        self.trainer.train_feed.close()
+        return last
+
+
+class PlainLoop:
+    """nanoGPT's loop: model(idx, targets) -> (logits, loss), the next batch fetched meanwhile."""
+
+    def __init__(self, setup: Setup, model: nn.Module, backend: SDPBackend | None):
+        self.setup, self.model, self.backend = setup, model, backend
+        self.forward = torch.compile(model) if setup.compile else model
+        decay = [p for p in model.parameters() if p.dim() >= 2]
+        plain = [p for p in model.parameters() if p.dim() < 2]
+        groups = [{"params": decay, "weight_decay": WEIGHT_DECAY},
+                  {"params": plain, "weight_decay": 0.0}]  # fmt: skip
+        self.optimizer = torch.optim.AdamW(groups, LR, BETAS, fused=True)
+        self.path, self.waited_s = Path(setup.data) / "train_000000.bin", 0.0
+        self.details = {"sdpa": backend.name if backend else "chosen by torch"}
+        self.random = np.random.default_rng(1)
+        self.batch = self._fetch()
+
+    def _fetch(self) -> tuple[Tensor, Tensor]:
+        T, device = self.setup.shape.block_size, torch.device(self.setup.device)
+        data = np.memmap(self.path, np.uint16, "r", offset=1024)  # opened anew, as nanoGPT does
+        starts = self.random.integers(0, len(data) - T, self.setup.rows)
+        x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
+        y = torch.stack(
+            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts]
+        )
+        if device.type == "cuda":
+            return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))
+        return x, y
+
+    def step(self) -> None:
+        setup = self.setup
+        for _ in range(setup.accum):
+            with setup.autocast(), _only(self.backend):
+                _, loss = self.forward(*self.batch)
+                loss = loss / setup.accum
+            started = time.perf_counter()
+            self.batch = self._fetch()  # while the device is at the forward pass
+            self.waited_s += time.perf_counter() - started
+            with _only(self.backend):
+                loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.detach() * setup.accum
+
+    def close(self) -> float:
+        return self.loss.item()
+
+
+class PlainGPT(nn.Module):
+    """GPT-2 in plain PyTorch: what a compiled, careful reimplementation has."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, V = config.n_embd, config.padded_vocab_size
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(config.block_size, C)
+        self.blocks = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(C, bias=config.bias)
+        self.lm_head = nn.Linear(C, V, bias=False)
+        self.lm_head.weight = self.wte.weight
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                last = name.endswith(("attn_out.weight", "mlp_out.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
+        position = torch.arange(idx.shape[1], device=idx.device)
+        x = self.wte(idx) + self.wpe(position)  # (B, T, C)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))  # (B, T, V)
+        return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+class PlainBlock(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        C, bias = config.n_embd, config.bias
+        self.heads = config.n_head
+        self.ln_1, self.ln_2 = nn.LayerNorm(C, bias=bias), nn.LayerNorm(C, bias=bias)
+        self.attn_in, self.attn_out = nn.Linear(C, 3 * C, bias), nn.Linear(C, C, bias)
+        self.mlp_in, self.mlp_out = nn.Linear(C, 4 * C, bias), nn.Linear(4 * C, C, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.attn_in(self.ln_1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        x = x + self.attn_out(y.transpose(1, 2).reshape(B, T, C))
+        return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
+
+
+def fastest_sdpa(setup: Setup) -> SDPBackend | None:
+    """The backend whose forward and backward are the fastest at this shape; None on a CPU."""
+    device = torch.device(setup.device)
+    if device.type != "cuda":
+        return None
+    from benchmarks.common import measure
+
+    c = setup.shape
+    shape = (setup.rows, c.n_head, c.block_size, c.n_embd // c.n_head)
+    dtype = getattr(torch, setup.dtype)
+    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
+    upstream = torch.randn(shape, device=device, dtype=dtype)
+
+    def call(backend: SDPBackend) -> None:
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(*qkv, is_causal=True)
+            torch.autograd.grad(out, qkv, upstream)
+
+    times: dict[SDPBackend, float] = {}
+    for backend in (
+        SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+    ):  # fmt: skip
+        try:
+            times[backend] = measure(lambda b=backend: call(b), warmup_ms=20, repeat_ms=50).median
+        except RuntimeError:  # not for this GPU, shape or build
+            continue
+    return min(times, key=times.__getitem__) if times else None
+
+
+def _train_options(options: tuple[str, ...]) -> dict:
+    """NAME=VALUE as values for TrainConfig, spelled as in its YAML files."""
+    if not options:
+        return {}
+    import yaml
+
+    values = yaml.safe_load("\n".join(option.replace("=", ": ", 1) for option in options))
+    return coerce(TrainConfig, values, "--option")
+
+
+def _only(backend: SDPBackend | None):
+    return nullcontext() if backend is None else sdpa_kernel(backend)
+
+
+def _nanogpt(setup: Setup) -> nn.Module:
+    path = Path(setup.nanogpt) / "model.py"
+    if not path.exists():
+        raise OSError(2, "no model.py of nanoGPT here; name a checkout with --nanogpt", str(path))
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    c = setup.shape
+    return module.GPT(
+        module.GPTConfig(
+            block_size=c.block_size, vocab_size=c.padded_vocab_size, n_layer=c.n_layer,
+            n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=c.bias,
+        )
+    )  # fmt: skip
+
+
+def timed_steps(step: Callable[[], None], n: int, device: torch.device) -> list[float]:
+    """Milliseconds of n steps in a row; the device is waited for only at the end."""
+    if device.type != "cuda":
+        times = []
+        for _ in range(n):
+            started = time.perf_counter()
+            step()
+            times.append((time.perf_counter() - started) * 1e3)
+        return times
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+    events[0].record()
+    for event in events[1:]:
+        step()
+        event.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]

@@ -1,0 +1,124 @@
+// Linear layers for a decode step on a CPU, where x has a few rows only: the module
+// gpt2._decode_linear. Only gpt2/ops.py imports it.
+//
+//     y (M, N) = x (M, K) w (N, K)^T + bias (N),   float32, all contiguous
+//
+// Every weight is read once and used M times, so for small M the time is that of reading w. A core
+// that reads one stream of consecutive addresses gets about half of the memory's bandwidth on the
+// machine this was written on, and a few rows that lie next to each other are one stream. So w is
+// read as four streams that are far apart: rows n, n + N/4, n + N/2 and n + 3N/4 together. For M > 3
+// they are read again from the L1 cache for the next three rows of x.
+//
+// Each y is the sum over k in the same order whatever M is, so a row's result does not depend on
+// the other rows.
+//
+// Threads are OpenMP's. torch links libgomp.so.1 too and is loaded first, so they are its threads.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAS_KERNEL 1
+#define AVX2 __attribute__((target("avx2,fma")))
+#else
+#define HAS_KERNEL 0
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+#if HAS_KERNEL
+constexpr int LANES = 8;
+constexpr int STREAMS = 4;
+constexpr int64_t AHEAD = 128;  // floats that each stream is prefetched ahead: eight cache lines
+
+AVX2 inline float sum(__m256 v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
+// ROWS rows of x (apart by K) times COLUMNS rows of w (apart by far * K), into y (apart by N and
+// far).
+template <int ROWS, int COLUMNS>
+AVX2 inline void tile(const float* x, const float* w, const float* bias, float* y, int64_t N,
+                      int64_t K, int64_t far) {
+  __m256 acc[ROWS][COLUMNS];
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; ++c) acc[r][c] = _mm256_setzero_ps();
+  int64_t k = 0;
+  for (; k + LANES <= K; k += LANES) {
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; ++c) {
+      const float* at = w + c * far * K + k;
+      // Prefetching past the end of w is harmless.
+      _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_T0);
+      const __m256 weight = _mm256_loadu_ps(at);
+#pragma GCC unroll 4
+      for (int r = 0; r < ROWS; ++r)
+        acc[r][c] = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * K + k), weight, acc[r][c]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 4
+    for (int c = 0; c < COLUMNS; ++c) {
+      float total = sum(acc[r][c]);
+      for (int64_t rest = k; rest < K; ++rest) total += x[r * K + rest] * w[c * far * K + rest];
+      y[r * N + c * far] = total + (bias ? bias[c * far] : 0.0f);
+    }
+  }
+}
+
+// All M rows of x times the rows n, n + far, ... of w.
+template <int COLUMNS>
+AVX2 void columns(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
+                  int64_t K, int64_t n, int64_t far) {
+  w += n * K;
+  y += n;
+  if (bias) bias += n;
+  int64_t m = 0;
+  for (; m + 3 <= M; m += 3) tile<3, COLUMNS>(x + m * K, w, bias, y + m * N, N, K, far);
+  if (M - m == 2) tile<2, COLUMNS>(x + m * K, w, bias, y + m * N, N, K, far);
+  if (M - m == 1) tile<1, COLUMNS>(x + m * K, w, bias, y + m * N, N, K, far);
+}
+
+AVX2 void linear(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
+                 int64_t K, int64_t n_threads) {
+  const int64_t far = N / STREAMS;
+#pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
+  for (int64_t n = 0; n < far; ++n) columns<STREAMS>(x, w, bias, y, M, N, K, n, far);
+  for (int64_t n = far * STREAMS; n < N; ++n) columns<1>(x, w, bias, y, M, N, K, n, 0);
+}
+
+bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#else
+void linear(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t) {
+  throw std::runtime_error("not supported on this CPU");
+}
+
+bool is_supported() { return false; }
+#endif
+
+const float* input(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+}  // namespace
+
+PYBIND11_MODULE(_decode_linear, m) {
+  m.doc() = "Linear layers with few rows; see csrc/decode_linear.cpp.";
+  m.def("is_supported", &is_supported, "Whether this CPU has the instructions (AVX2 and FMA).");
+  m.def(
+      "linear",
+      [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t M, int64_t N, int64_t K,
+         int64_t n_threads) {
+        py::gil_scoped_release release;
+        linear(input(x), input(w), input(bias), reinterpret_cast<float*>(y), M, N, K, n_threads);
+      },
+      "y = x w^T + bias on the addresses of float32 tensors; bias 0 for none.");
+}

@@ -1,0 +1,121 @@
+"""A model with its tokenizer and chat template: what sample, chat and compare have in common."""
+
+from dataclasses import dataclass, field
+
+from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
+from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
+from gpt2.model import GPT
+from gpt2.tokenizer import Tokenizer
+from gpt2.train.distributed import select_device
+
+DEFAULT_TEMPLATE = "user_assistant"
+
+
+@dataclass
+class Assistant:
+    """template: the name of a chat template, or None: a prompt is text to be continued."""
+
+    name: str
+    model: GPT
+    tokenizer: Tokenizer
+    template: str | None
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        return () if self.tokenizer.eot is None else (self.tokenizer.eot,)
+
+    def encode(self, prompt: str, system: str = "") -> list[int]:
+        """A prompt as the template has a question, or as it is.
+
+        Raises ValueError where it leaves no room in the context.
+        """
+        if self.template is None:
+            tokens = self.tokenizer.encode(prompt, allow_special=True)
+        else:
+            tokens = encode_prompt(
+                [*_system(system), {"role": "user", "content": prompt}],
+                self.tokenizer, self.template,
+            )  # fmt: skip
+        if len(tokens) >= self.block_size:
+            raise ValueError(
+                f"{self.name}: a prompt of {len(tokens)} tokens leaves no room in the model's "
+                f"context (block_size) of {self.block_size}: shorten it ({prompt[:40]!r}...)"
+            )
+        return tokens
+
+
+def load_assistant(
+    name: str, *, device: str = "auto", kernels: str = "auto", template: str = "auto"
+) -> Assistant:
+    """template: "auto" takes the one that was saved with the model, "none" none.
+
+    Raises OSError and ValueError as load_model does, and ValueError for an unknown template.
+    """
+    saved = load_chat_template(name)
+    chosen = {"auto": saved, "none": None}.get(template, template)
+    if chosen is not None:
+        find_template(chosen)
+    tokenizer = load_tokenizer(name)
+    return Assistant(name, load_model(name, select_device(device), kernels), tokenizer, chosen)
+
+
+@dataclass
+class Conversation:
+    """The turns of a chat, as many of the latest as fit the model's context."""
+
+    assistant: Assistant  # with a template
+    system: str = ""
+    messages: list[Message] = field(default_factory=list)  # user and assistant in turn
+
+    def ask(self, question: str, max_new_tokens: int) -> tuple[list[int], int]:
+        """Adds a question; returns the prompt and how many of the oldest turns were dropped.
+
+        They are dropped until max_new_tokens fit, or half of the context if that is less. Raises
+        ValueError, and leaves the conversation as it was, for a question that is empty, holds a
+        marker of the template, or leaves no room even alone.
+        """
+        messages = [*self.messages, {"role": "user", "content": question}]
+        block_size = self.assistant.block_size
+        wanted = min(max_new_tokens, block_size // 2)
+        dropped = 0
+        while True:
+            tokens = self._encode(messages)
+            if len(tokens) + wanted <= block_size:
+                break
+            if len(messages) == 1:
+                if len(tokens) < block_size:
+                    break
+                raise ValueError(
+                    f"the question has {len(tokens)} tokens with its template"
+                    f"{' and the system text' if self.system else ''}, which leaves no room in "
+                    f"the model's context (block_size) of {block_size}: shorten it"
+                )
+            messages = messages[2:]
+            dropped += 1
+        self.messages = messages
+        return tokens, dropped
+
+    def answer(self, text: str) -> None:
+        """Adds the answer; without one its question is forgotten."""
+        if text.strip():
+            self.messages.append({"role": "assistant", "content": text})
+        else:
+            self.messages.pop()
+
+    def set_system(self, text: str) -> None:
+        """Raises ValueError where it holds a marker of the template."""
+        probe = [*_system(text), {"role": "user", "content": "?"}]
+        check_messages(probe, self.assistant.template)
+        self.system = text
+
+    def _encode(self, messages: list[Message]) -> list[int]:
+        template = self.assistant.template
+        return encode_prompt([*_system(self.system), *messages], self.assistant.tokenizer, template)
+
+
+def _system(text: str) -> list[Message]:
+    return [{"role": "system", "content": text}] if text.strip() else []

@@ -1,0 +1,337 @@
+"""Conversations as tokens: templates, which tokens are learnt, and the forms that rows come in.
+
+A conversation is a list of messages {"role": ..., "content": ...}: perhaps one from "system", then
+"user" and "assistant" in turn. A user's message may have an "input" besides, the text that an
+instruction is about, as Alpaca's rows do.
+
+A template turns it into pieces of text. Each piece is tokenised on its own, so the same marker and
+the same content give the same tokens wherever they stand, in training and at generation. GPT-2's
+vocabulary has no special tokens for roles: markers are ordinary text, and only <|endoftext|>, which
+ends every answer, is a token of its own. So content that holds a marker of its template is refused:
+nobody could tell it from a turn. Content loses the white space around it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from gpt2.config import suggest
+from gpt2.tokenizer import END_OF_TEXT, Tokenizer
+
+Message = dict  # role, content, and perhaps input
+# Names that data sets give to the roles.
+ROLES = {
+    "system": "system", "user": "user", "assistant": "assistant",
+    "human": "user", "gpt": "assistant", "prompter": "user",
+}  # fmt: skip
+
+
+class ChatError(ValueError):
+    """What is wrong with a conversation; kind: the same in few words, for counting."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(text)
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written.
+
+    system: the piece before and after the system text. default: what stands where there is none,
+    without and with an input. user: before and after the user's text; input: between it and its
+    input, where it has one. assistant: before an answer. markers: what no content may hold.
+    """
+
+    name: str
+    summary: str
+    system: tuple[str, str]
+    default: tuple[str, str]
+    user: tuple[str, str]
+    input: str
+    assistant: str
+    markers: tuple[str, ...]
+
+
+_ALPACA = "Write a response that appropriately completes the request.\n\n"
+TEMPLATES: dict[str, Template] = {
+    "user_assistant": Template(
+        "user_assistant",
+        "<|user|>, newline, question, newline, <|assistant|>, newline, answer, <|endoftext|>",
+        system=("<|system|>\n", "\n"),
+        default=("", ""),
+        user=("<|user|>\n", "\n"),
+        input="\n",
+        assistant="<|assistant|>\n",
+        markers=("<|system|>", "<|user|>", "<|assistant|>", END_OF_TEXT),
+    ),
+    # The prompt of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca), with the newline
+    # before the answer that the `text` column of its data set has. System text replaces its first
+    # sentences; a further turn has only the headings.
+    "alpaca": Template(
+        "alpaca",
+        "### Instruction:, perhaps ### Input:, ### Response:, answer, <|endoftext|>",
+        system=("", "\n\n"),
+        default=(
+            f"Below is an instruction that describes a task. {_ALPACA}",
+            "Below is an instruction that describes a task, paired with an input that provides "
+            f"further context. {_ALPACA}",
+        ),
+        user=("### Instruction:\n", "\n\n"),
+        input="\n\n### Input:\n",
+        assistant="### Response:\n",
+        markers=("### Instruction:", "### Input:", "### Response:", END_OF_TEXT),
+    ),
+}
+
+
+def find_template(name: str) -> Template:
+    """Raises ValueError for an unknown name."""
+    if name not in TEMPLATES:
+        raise ValueError(f"unknown chat template {name!r}: {suggest(name, TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def encode_chat(
+    messages: list[Message], tokenizer: Tokenizer, template: str
+) -> tuple[list[int], list[bool]]:
+    """A conversation for training: its tokens, and for each whether it is to be learnt.
+
+    Learnt are the assistant's tokens and the <|endoftext|> after them. Raises ChatError for a
+    conversation that is empty, has no answer at its end, roles that are unknown or out of turn,
+    content that is not text or holds a marker; ValueError for an unknown template and a tokenizer
+    without an end of text.
+    """
+    check_messages(messages, template)
+    if messages[-1]["role"] != "assistant":
+        raise ChatError("no answer", "the conversation ends without an answer of the assistant")
+    return _encode(messages, tokenizer, template)
+
+
+def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) -> list[int]:
+    """The tokens up to where an answer begins, exactly those that encode_chat puts before it.
+
+    messages: as for encode_chat, the last one from "user". Raises as encode_chat does.
+    """
+    check_messages(messages, template)
+    if messages[-1]["role"] != "user":
+        raise ChatError("no question", "a prompt ends with a message from the user")
+    tokens, _ = _encode(messages, tokenizer, template)
+    return tokens + tokenizer.encode(find_template(template).assistant)
+
+
+def check_messages(messages: list[Message], template: str) -> None:
+    """Raises ChatError for what encode_chat refuses, except for an answer that is missing."""
+    markers = find_template(template).markers
+    if not isinstance(messages, list):
+        kind = type(messages).__name__
+        raise ChatError("not text", f"messages must be a list, got {kind}")
+    if not messages:
+        raise ChatError("empty conversation", "the conversation has no messages")
+    expected = ("system", "user")
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or "role" not in message or "content" not in message:
+            raise ChatError(
+                "not text", f"message {number} needs a role and a content, got {message!r:.80}"
+            )
+        role = message["role"]
+        if role not in ("system", "user", "assistant"):
+            raise ChatError(
+                "unknown role",
+                f"message {number} has the unknown role {role!r}: use system, user or assistant",
+            )
+        if role not in expected:
+            raise ChatError(
+                "roles out of turn",
+                f"message {number} is from {role!r}, where {' or '.join(expected)} is due",
+            )
+        expected = ("assistant",) if role == "user" else ("user",)
+        _check_text(message["content"], f"message {number} ({role})", markers)
+        if not message["content"].strip():
+            kind = "no answer" if role == "assistant" else "empty message"
+            raise ChatError(kind, f"message {number} ({role}) is empty")
+        if message.get("input") is not None:
+            _check_text(message["input"], f"the input of message {number}", markers)
+    if expected == ("user",) and len(messages) == 1:
+        raise ChatError("empty conversation", "the conversation has system text only")
+
+
+def messages_from_row(row: dict) -> list[Message]:
+    """The conversation in a row of a data set. Known are, in this order:
+
+    messages: [{role, content}]                   OpenAI, TRL, Tulu
+    conversations: [{from, value}]                ShareGPT; also [{role, content}]
+    conversations: [question, answer, ...]        LIMA
+    instruction, input | context, output | response, history: [[question, answer]]   Alpaca, Dolly
+    prompt, response | completion                 TRL; either may be text or a list of messages
+    question, answer                              GSM8K
+    Each may have `system` besides. Raises ChatError for anything else and for a row without answer;
+    what the messages hold is left for encode_chat to check, except for roles.
+    """
+    if not isinstance(row, dict):
+        raise ChatError("unknown fields", f"a row must be an object, got {type(row).__name__}")
+    for fields, read in _FORMS:
+        if all(any(name in row for name in names) for names in fields):
+            messages = read(row)
+            break
+    else:
+        partial = _answer_missing(row)
+        if partial:
+            raise ChatError("no answer", f"the row has {partial!r} but no answer")
+        raise ChatError(
+            "unknown fields",
+            "the row has none of the known fields (messages; conversations; instruction, output; "
+            "prompt, response or completion; question, answer): it has "
+            + (", ".join(map(repr, list(row)[:12])) or "none"),
+        )
+    if row.get("system"):
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    return messages
+
+
+def _encode(messages, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[bool]]:
+    if tokenizer.eot is None:
+        raise ValueError(
+            f"the {tokenizer.name} tokenizer has no end of text, which ends an answer: start from "
+            "a model with the gpt2 or the byte tokenizer"
+        )
+    tokens: list[int] = []
+    is_target: list[bool] = []
+    for text, learnt in _pieces(messages, find_template(template)):
+        piece = tokenizer.encode(text) + ([tokenizer.eot] if learnt else [])
+        tokens += piece
+        is_target += [learnt] * len(piece)
+    return tokens, is_target
+
+
+def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is an answer) in order; an answer's <|endoftext|> is not in the text."""
+    if messages[0]["role"] != "system":
+        yield t.default[bool(_input(messages[0]))], False
+    for message in messages:
+        content = message["content"].strip()
+        if message["role"] == "assistant":
+            yield t.assistant, False
+            yield content, True
+            continue
+        before, after = t.system if message["role"] == "system" else t.user
+        yield before, False
+        yield content, False
+        if _input(message):
+            yield t.input, False
+            yield _input(message), False
+        yield after, False
+
+
+def _input(message: Message) -> str:
+    return (message.get("input") or "").strip()
+
+
+def _check_text(text, where: str, markers: tuple[str, ...]) -> None:
+    if not isinstance(text, str):
+        raise ChatError("not text", f"{where} holds {type(text).__name__}, not text")
+    for marker in markers:
+        if marker in text:
+            raise ChatError(
+                "template marker in text",
+                f"{where} holds the template's marker {marker!r}, which could not be told from a "
+                "turn",
+            )
+
+
+def _from_messages(row: dict) -> list[Message]:
+    return _message_list(row["messages"], "messages")
+
+
+def _from_conversations(row: dict) -> list[Message]:
+    turns = row["conversations"]
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        roles = ("user", "assistant")
+        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return messages
+    return _message_list(turns, "conversations")
+
+
+def _from_instruction(row: dict) -> list[Message]:
+    history = row.get("history") or []
+    if not isinstance(history, list) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in history
+    ):
+        raise ChatError("not text", "history must be a list of [question, answer]")
+    messages = []
+    for question, answer in history:
+        messages += _pair(question, answer)
+    answer = _first(row, ("output", "response"))
+    messages += _pair(row["instruction"], answer)
+    messages[-2]["input"] = _first(row, ("input", "context"))
+    return messages
+
+
+def _from_prompt(row: dict) -> list[Message]:
+    prompt, answer = row["prompt"], _first(row, ("response", "completion"))
+    if isinstance(prompt, list):
+        messages = _message_list(prompt, "prompt")
+    else:
+        messages = [{"role": "user", "content": prompt}]
+    if isinstance(answer, list):
+        return messages + _message_list(answer, "completion")
+    return messages + [{"role": "assistant", "content": _answer(answer)}]
+
+
+def _from_question(row: dict) -> list[Message]:
+    return _pair(row["question"], row["answer"])
+
+
+# (fields, how to read them): of each group of names one is there.
+_FORMS: list[tuple[tuple[tuple[str, ...], ...], Callable[[dict], list[Message]]]] = [
+    ((("messages",),), _from_messages),
+    ((("conversations",),), _from_conversations),
+    ((("instruction",), ("output", "response")), _from_instruction),
+    ((("prompt",), ("response", "completion")), _from_prompt),
+    ((("question",), ("answer",)), _from_question),
+]
+
+
+def _answer_missing(row: dict) -> str:
+    return next((n for n in ("instruction", "prompt", "question") if n in row), "")
+
+
+def _pair(question, answer) -> list[Message]:
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": _answer(answer)},
+    ]
+
+
+def _answer(answer):
+    if answer is None:
+        raise ChatError("no answer", "the row's answer is null")
+    return answer
+
+
+def _first(row: dict, names: tuple[str, ...]):
+    return next((row[name] for name in names if name in row), None)
+
+
+def _message_list(turns, name: str) -> list[Message]:
+    """OpenAI's {role, content} or ShareGPT's {from, value}, with this project's names of roles."""
+    if not isinstance(turns, list):
+        raise ChatError("not text", f"{name} must be a list, got {type(turns).__name__}")
+    messages = []
+    for number, turn in enumerate(turns, 1):
+        named = isinstance(turn, dict) and "role" in turn
+        keys = ("role", "content") if named else ("from", "value")
+        if not isinstance(turn, dict) or any(key not in turn for key in keys):
+            raise ChatError(
+                "not text",
+                f"{name} {number} needs a role and a content (or from and value), got {turn!r:.80}",
+            )
+        role, content = (turn[key] for key in keys)
+        if not isinstance(role, str) or role not in ROLES:
+            raise ChatError(
+                "unknown role",
+                f"message {number} has the unknown role {role!r}: known are {', '.join(ROLES)}",
+            )
+        messages.append({"role": ROLES[role], "content": content})
+        if isinstance(turn.get("input"), str):
+            messages[-1]["input"] = turn["input"]
+    return messages

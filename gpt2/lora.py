@@ -1,0 +1,278 @@
+"""LoRA: a frozen model learns a low-rank update of some of its linear layers.
+
+    y = W x + b + (alpha / rank) B A dropout(x),    A (rank, in) random, B (out, rank) zero at first
+
+    add_lora(model, LoRAConfig(rank=8))             in place; now only A and B are trained
+    with adapters_off(model): ...                   the model as it was
+    save_adapters(model, folder)                    peft's files; load_adapters reads them
+    merge(model)                                    W += (alpha / rank) B A; plain layers again
+
+A layer that gets an adapter stays where it is and keeps its weight and bias, so their names in
+checkpoints do not change; it has lora_A.weight and lora_B.weight besides, which peft writes as
+base_model.model.<layer>.lora_A.weight. GPT-2 of Hugging Face stores W transposed, which peft's
+config has as fan_in_fan_out; A and B are the same for both.
+
+Sources: Hu et al., LoRA (arXiv 2106.09685), section 4; https://github.com/huggingface/peft.
+Left out: adapters on embeddings and biases, several adapters at a time, DoRA, quantised weights.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.config import LORA_LAYERS, LoRAConfig
+from gpt2.model import GPT
+
+TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+# What an adapter_config.json may say so that the formula above holds; options that neither these
+# two lists name must be off (None, false, empty). Some ways to begin change W too: not listed.
+ALLOWED = {
+    "peft_type": ("LORA",), "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+}  # fmt: skip
+READ_OR_IRRELEVANT = {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+    "layers_pattern", "layers_to_transform", "base_model_name_or_path", "revision", "task_type",
+    "peft_version", "auto_mapping", "inference_mode", "fan_in_fan_out", "megatron_core",
+    "qalora_group_size",
+}  # fmt: skip
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with an adapter; made by add_lora, which shares `switch` among all of them."""
+
+    def __init__(self, linear: nn.Linear, config: LoRAConfig, switch: "Switch"):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        place = dict(device=linear.weight.device, dtype=torch.float32)
+        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, **place)
+        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, **place)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft and nn.Linear begin
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale, self.dropout = config.scale, config.dropout
+        self.switch = switch
+        self.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        if not self.switch.on:
+            return y
+        # F.dropout and not nn.Dropout: GPT.set_dropout must not change it.
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        return y + self.lora_B(self.lora_A(x)) * self.scale
+
+    def update(self) -> Tensor:
+        """What the adapter adds to the weight, (out, in) float32."""
+        return self.lora_B.weight @ self.lora_A.weight * self.scale
+
+
+class Switch:
+    """Whether the adapters of a model take part."""
+
+    def __init__(self):
+        self.on = True
+
+
+def add_lora(model: GPT, config: LoRAConfig, base: dict | None = None) -> GPT:
+    """Puts adapters into a model, in place, and freezes all else; returns the model.
+
+    The adapters begin as no change: the model's output is the same.
+    base: what checkpoints are to say of the model as it is, {"path", "xxh3_128"}.
+    Raises ValueError for a model that has adapters.
+    """
+    if lora_config(model) is not None:
+        raise ValueError("the model has adapters already: merge them first")
+    model.requires_grad_(False)
+    switch = Switch()
+    for block in model.transformer.h:
+        for layer in config.layers:
+            parent, name = layer.split(".")
+            parent = getattr(block, parent)
+            setattr(parent, name, LoRALinear(getattr(parent, name), config, switch))
+    model.lora, model.lora_base = config, base
+    return model
+
+
+def lora_config(model: GPT) -> LoRAConfig | None:
+    """The adapters that a model has; None for none."""
+    return getattr(model, "lora", None)
+
+
+@contextmanager
+def adapters_off(model: GPT) -> Iterator[None]:
+    """The model without its adapters, as long as the context lasts."""
+    switches = {layer.switch for layer in lora_layers(model).values()}
+    for switch in switches:
+        switch.on = False
+    try:
+        yield
+    finally:
+        for switch in switches:
+            switch.on = True
+
+
+@torch.no_grad()
+def merge(model: GPT) -> GPT:
+    """Adds the adapters to the weights, in place; returns the model, with nothing frozen."""
+    for name, layer in lora_layers(model).items():
+        plain = nn.Linear(
+            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
+        )
+        plain.weight, plain.bias = layer.weight, layer.bias
+        plain.weight += layer.update()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain.train(layer.training))
+    model.lora = model.lora_base = None
+    return model.requires_grad_(True)
+
+
+def lora_layers(model: GPT) -> dict[str, LoRALinear]:
+    """The layers with adapters by their names, such as transformer.h.0.attn.c_attn."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
+
+
+def weights_hash(model: GPT) -> str:
+    """xxh3-128 of a model's weights, by which adapters know the model that they are for."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        rows = model.config.vocab_size if name == "transformer.wte.weight" else len(parameter)
+        digest.update(name.encode())
+        digest.update(parameter[:rows].detach().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def adapter_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    """What is trained: transformer.h.0.attn.c_attn.lora_A.weight and so on."""
+    return {n: p for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def adapter_tensors(model: GPT) -> dict[str, Tensor]:
+    """The adapters under peft's names, on the CPU."""
+    return {PREFIX + n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
+
+
+def adapter_config(config: LoRAConfig, base: str | None = None) -> dict:
+    """peft's adapter_config.json; base: where its users find the model."""
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base,
+        "r": config.rank, "lora_alpha": config.alpha, "lora_dropout": config.dropout,
+        "target_modules": list(config.targets), "fan_in_fan_out": True, "bias": "none",
+        "inference_mode": True,
+    }  # fmt: skip
+
+
+def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> None:
+    """Writes what peft.PeftModel.from_pretrained loads onto the exported base model.
+
+    Raises ValueError for a model without adapters, OSError where the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    config, folder = lora_config(model), Path(folder)
+    if config is None:
+        raise ValueError("the model has no adapters to save")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(adapter_tensors(model), folder / TENSORS, metadata={"format": "pt"})
+    text = json.dumps(adapter_config(config, base), indent=2) + "\n"
+    (folder / CONFIG).write_text(text)
+
+
+def load_adapters(model: GPT, folder: str | Path) -> GPT:
+    """Puts the adapters of a folder, ours or peft's, into a model, in place; returns the model.
+
+    Raises OSError where a file is missing, ValueError for adapters of another shape or kind.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / TENSORS
+    if not path.exists():
+        raise OSError(2, "a folder of adapters needs adapter_model.safetensors", str(path))
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error})") from error
+    config = read_adapter_config(folder, tensors)
+    check_adapters(model, config, tensors, str(path))
+    add_lora(model, config)
+    return copy_adapters(model, tensors)
+
+
+@torch.no_grad()
+def copy_adapters(model: GPT, tensors: dict[str, Tensor]) -> GPT:
+    """Copies tensors under peft's names into the adapters that a model has; returns the model."""
+    for name, parameter in adapter_parameters(model).items():
+        parameter.copy_(tensors[PREFIX + name])
+    return model
+
+
+def read_adapter_config(folder: str | Path, tensors: dict[str, Tensor]) -> LoRAConfig:
+    """The adapters of a folder; which layers have one is read from the names of the tensors.
+
+    Raises OSError (no adapter_config.json), ValueError (damaged, or options that are not
+    supported).
+    """
+    path = Path(folder) / CONFIG
+    try:
+        config = json.loads(path.read_text())
+        rank, alpha = config["r"], config["lora_alpha"]
+    except FileNotFoundError as error:
+        raise OSError(2, "a folder of adapters needs adapter_config.json", str(path)) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the config of LoRA adapters ({error!r})") from error
+    for key, value in config.items():
+        allowed = value in ALLOWED[key] if key in ALLOWED else not value
+        if not allowed and key not in READ_OR_IRRELEVANT:
+            raise ValueError(f"{path}: {key} is {value!r}, which is not supported here")
+    if config.get("use_rslora"):
+        alpha = alpha * math.sqrt(rank)  # its scale is alpha / sqrt(rank)
+    found = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in tensors)]
+    if not found:
+        raise ValueError(f"{Path(folder) / TENSORS}: holds no adapters of GPT-2's linear layers")
+    return LoRAConfig(rank, alpha, config.get("lora_dropout") or 0.0, tuple(found))
+
+
+def base_name(folder: str | Path) -> str:
+    """What an adapter_config.json names as its base model. Raises ValueError where it does not."""
+    path = Path(folder) / CONFIG
+    try:
+        name = json.loads(path.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        name = None
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path}: does not name its base model, base_model_name_or_path")
+    return name
+
+
+def check_adapters(model: GPT, config: LoRAConfig, tensors: dict[str, Tensor], where: str) -> None:
+    """Raises ValueError where tensors are not exactly those of config's adapters on this model."""
+    wanted = {}
+    for i, block in enumerate(model.transformer.h):
+        for layer in config.layers:
+            linear = block.get_submodule(layer)
+            name = f"{PREFIX}transformer.h.{i}.{layer}"
+            wanted[f"{name}.lora_A.weight"] = (config.rank, linear.in_features)
+            wanted[f"{name}.lora_B.weight"] = (linear.out_features, config.rank)
+    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: adapters for another model: this one has {model.config.n_layer} layers; "
+            f"missing {sorted(missing)[:2] or 'none'}, unknown {sorted(unknown)[:2] or 'none'}"
+        )
+    for name, shape in wanted.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{where}: adapters for another model: {name} has shape "
+                f"{tuple(tensors[name].shape)}, this model of width {model.config.n_embd} and rank "
+                f"{config.rank} needs {shape}"
+            )

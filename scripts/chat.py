@@ -1,0 +1,161 @@
+"""A chat with a model in the terminal.
+
+    python scripts/chat.py runs/alpaca
+    python scripts/chat.py runs/alpaca --temperature 0 --system "You answer in one sentence."
+
+The model should have been fine-tuned on conversations (scripts/sft.py), whose template comes with
+it. The answer is written as it is made; Ctrl-C stops it, Ctrl-D or /quit leaves, /help lists the
+other commands. Where the conversation outgrows the model's context its oldest turns are dropped.
+Questions may come from a pipe, one a line.
+"""
+
+import dataclasses
+import sys
+
+from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
+from gpt2.cli import parse, run_script
+from gpt2.config import ChatConfig
+from gpt2.data.chat import find_template
+from gpt2.generate import complete
+from gpt2.text import RowTexts
+from gpt2.tokenizer import END_OF_TEXT
+
+HELP = """\
+/reset         forget the conversation
+/temp X        temperature; 0 takes the most likely token always
+/top_p X       keep the most likely tokens that together reach probability X
+/system TEXT   what stands before the conversation, which begins anew; none without TEXT
+/help          this list
+/quit          leave, as Ctrl-D; Ctrl-C only stops an answer"""
+
+
+class Chat:
+    def __init__(self, config: ChatConfig):
+        self.config = config
+        assistant = load_assistant(
+            config.model, device=config.device, kernels=config.kernels, template=config.template
+        )
+        if assistant.template is None:
+            assistant.template = DEFAULT_TEMPLATE
+            note(
+                f"{config.model} was not trained on conversations: it is asked in the template "
+                f"{DEFAULT_TEMPLATE!r}, and will hardly answer"
+            )
+        if assistant.tokenizer.eot is None:
+            raise ValueError(
+                f"{config.model}: its {assistant.tokenizer.name} tokenizer has no end of text, "
+                "which ends an answer: take a model with the gpt2 or the byte tokenizer"
+            )
+        self.assistant = assistant
+        # A model that writes the next question has ended its answer.
+        markers = find_template(assistant.template).markers
+        self.stops = [marker for marker in markers if marker != END_OF_TEXT]
+        self.conversation = Conversation(assistant)
+        self.conversation.set_system(config.system)
+        self.turns = 0  # asked so far; each has a seed of its own
+
+    def command(self, line: str) -> bool:
+        """Carries out a line that begins with /; False to leave. Raises ValueError."""
+        name, _, value = line.partition(" ")
+        match name:
+            case "/quit" | "/exit":
+                return False
+            case "/help":
+                note(HELP)
+            case "/reset":
+                self.conversation.messages.clear()
+                note("the conversation is forgotten")
+            case "/temp" | "/top_p":
+                option = "temperature" if name == "/temp" else "top_p"
+                self.config = dataclasses.replace(self.config, **{option: number(name, value)})
+                note(f"{option} {getattr(self.config, option)}")
+            case "/system":
+                self.conversation.set_system(value.strip())
+                self.conversation.messages.clear()
+                note("the conversation begins anew")
+            case _:
+                raise ValueError(f"unknown command {name!r}: /help lists them")
+        return True
+
+    def ask(self, question: str) -> None:
+        """Writes the answer as it grows; Ctrl-C stops it, and what there is of it counts."""
+        conversation, config = self.conversation, self.config
+        prompt, dropped = conversation.ask(question, config.max_new_tokens)
+        if dropped:
+            turns = "turn does" if dropped == 1 else f"{dropped} turns do"
+            note(f"the oldest {turns} not fit the context any more and went")
+        room = self.assistant.block_size - len(prompt)
+        show = lambda row, text: print(text, end="", flush=True)  # noqa: E731
+        texts = RowTexts(self.assistant.tokenizer, self.stops, show)
+        seed = None if config.seed is None else config.seed + self.turns
+        self.turns += 1
+        end = "stop"
+        try:
+            [row] = complete(
+                self.assistant.model, [prompt], max_new_tokens=min(config.max_new_tokens, room),
+                sampling=config.sampling(), stop_tokens=self.assistant.stop_tokens, stop=texts,
+                seed=seed,
+            )  # fmt: skip
+            end = row.reason
+        except KeyboardInterrupt:
+            end = "Ctrl-C"
+        texts.finish()
+        print(flush=True)
+        [answer] = texts.texts(1)
+        conversation.answer(answer)
+        if end == "Ctrl-C":
+            note("stopped")
+        elif end == "length" and room < config.max_new_tokens:
+            note("cut: the context is full")
+        elif end == "length":
+            note(f"cut after {config.max_new_tokens} tokens (--max_new_tokens)")
+        if not answer.strip():
+            note("no answer; the question is forgotten")
+
+
+def number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ValueError(f"{name} needs a number, got {value!r}") from None
+
+
+def note(text: str) -> None:
+    print(f"({text})" if "\n" not in text else text, file=sys.stderr, flush=True)
+
+
+def read_line() -> str | None:
+    """A line without the white space around it; None at the end of the input."""
+    is_terminal = sys.stdin.isatty()
+    while True:
+        try:
+            return input("> " if is_terminal else "").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print()
+            note("leave with /quit or Ctrl-D")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the input is not UTF-8 text: {error.reason}") from None
+
+
+def main() -> None:
+    config = parse(ChatConfig, __doc__)
+    chat = Chat(config)
+    if sys.stdin.isatty():
+        import readline  # noqa: F401, gives input() its line editing
+
+        note(f"{config.model}, {chat.assistant.template}; /help lists the commands")
+    while (line := read_line()) is not None:
+        try:
+            if line.startswith("/"):
+                if not chat.command(line):
+                    break
+            elif line:
+                chat.ask(line)
+        except ValueError as error:  # of this line only
+            note(str(error))
+
+
+if __name__ == "__main__":
+    run_script(main)

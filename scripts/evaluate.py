@@ -1,0 +1,25 @@
+"""Evaluates a model: HellaSwag, WikiText perplexity, LAMBADA, validation loss.
+
+    python scripts/evaluate.py gpt2 --tasks hellaswag lambada        # a name of the hub
+    python scripts/evaluate.py runs/mine --tasks val                 # on the data it was trained on
+    torchrun --nproc-per-node 8 scripts/evaluate.py runs/gpt2_124m   # work shared by 8 GPUs
+
+Prints a table beside GPT-2's and GPT-3's figures and writes the results as JSON. Data sets are
+looked for in --data_dir and downloaded there if need be.
+"""
+
+from gpt2.cli import parse, run_script
+from gpt2.config import EvaluateConfig
+from gpt2.evals.suite import evaluate
+from gpt2.train import distributed
+
+
+def main() -> None:
+    config = parse(EvaluateConfig, __doc__)
+    group = distributed.start(config.device)
+    evaluate(config, group, group.barrier)
+    distributed.stop(group)
+
+
+if __name__ == "__main__":
+    run_script(main)

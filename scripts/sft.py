@@ -1,0 +1,25 @@
+"""Fine-tunes a model on conversations, so that it answers.
+
+    python scripts/sft.py configs/sft_alpaca.yaml                          # gpt2 on Alpaca
+    python scripts/sft.py runs/mine --data chats.jsonl --run_name mine_chat
+    torchrun --nproc-per-node 8 scripts/sft.py configs/sft_alpaca.yaml --micro_batch_size 2
+    python scripts/sft.py configs/sft_alpaca.yaml --resume auto            # goes on with a run
+
+A row of your own data is {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...
+}]}, or has instruction, input and output; or prompt and response; or question and answer. Only the
+assistant's tokens count for the loss. Rows that cannot be used end the run, or with --bad_rows skip
+are left out and counted.
+"""
+
+from gpt2.cli import parse, run_script
+from gpt2.config import SFTConfig
+from gpt2.data.conversations import listing
+from gpt2.train.sft import sft
+
+
+def main() -> None:
+    sft(parse(SFTConfig, f"{__doc__}\nData sets:\n{listing()}"))
+
+
+if __name__ == "__main__":
+    run_script(main)

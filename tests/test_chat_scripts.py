@@ -1,0 +1,286 @@
+"""chat, compare and sample as a user runs them, on a byte model that was taught a few answers."""
+
+import importlib.util
+import io
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.assistant import Assistant, Conversation
+from gpt2.checkpoint import save_checkpoint
+from gpt2.cli import run_script
+from gpt2.config import GPTConfig
+from gpt2.data.chat import encode_chat, encode_prompt
+from gpt2.model import GPT
+from gpt2.tokenizer import ByteTokenizer, CharTokenizer
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TEMPLATE = "user_assistant"
+LESSONS = {"hi": "Hello!", "who?": "A <b>small</b> | model.", "long": "z" * 200}
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory) -> Path:
+    """A checkpoint that answers LESSONS by heart; it was saved with its chat template."""
+    torch.manual_seed(0)
+    tokenizer = ByteTokenizer()
+    shape = dict(n_layer=1, n_head=4, n_embd=64, block_size=128, vocab_size=257)
+    model = GPT(GPTConfig(**shape), "torch")
+    rows = [
+        encode_chat(
+            [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
+            tokenizer, TEMPLATE,
+        )
+        for q, a in LESSONS.items()
+    ]  # fmt: skip
+    idx, targets = torch.full((3, 129), tokenizer.eot), torch.full((3, 129), -100)
+    for i, (tokens, learnt) in enumerate(rows):
+        tokens, learnt = torch.tensor(tokens)[:129], torch.tensor(learnt)[:129]
+        idx[i, : len(tokens)] = tokens
+        targets[i, : len(tokens)] = tokens.where(learnt, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(200):
+        logits = model(idx[:, :-1])
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    save = dict(tokenizer=tokenizer.to_dict(), train={}, chat_template=TEMPLATE)
+    return save_checkpoint(tmp_path_factory.mktemp("taught"), 1, model, **save)
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A checkpoint with random weights, without a chat template."""
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=32, block_size=64, vocab_size=257), "torch")
+    return save_checkpoint(tmp_path / "base", 1, model, tokenizer={"name": "byte"}, train={})
+
+
+@pytest.fixture
+def script(capfd, monkeypatch):
+    """Runs a script by name with lines on its stdin; returns exit status, stdout and stderr."""
+
+    def run(name: str, *arguments, lines: list[str] = (), patch=None) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setattr("gpt2.cli._dev_mode", lambda: False)
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if patch is not None:
+            patch(module)
+        status = 0
+        try:
+            run_script(module.main)
+        except SystemExit as error:
+            status = error.code or 0
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def one_line_error(result) -> str:
+    status, _, err = result
+    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, result
+    return err
+
+
+CPU = ("--device", "cpu")
+GREEDY = (*CPU, "--temperature", "0")
+
+
+def test_chat_answers_and_takes_commands(script, taught):
+    lines = [
+        "hi", "/reset", "who?", "/temp 0.5", "/temp hot", "/top_p 2", "/nonsense", "/help", "",
+        "<|user|> hi", "/system Be brief.", "/reset", "/quit", "hi",
+    ]  # fmt: skip
+    status, out, err = script("chat", taught, *GREEDY, lines=lines)
+    assert status == 0
+    assert out == "Hello!\nA <b>small</b> | model.\n"
+    for words in (
+        "the conversation is forgotten", "temperature 0.5", "/temp needs a number, got 'hot'",
+        "top_p must lie in (0, 1], got 2.0", "unknown command '/nonsense'", "/system TEXT",
+        "marker '<|user|>'", "the conversation begins anew",
+    ):  # fmt: skip
+        assert words in err, words
+
+
+def test_chat_ends_with_its_input_and_says_where_an_answer_was_cut(script, taught):
+    status, out, err = script("chat", taught, *GREEDY, "--max_new_tokens", "5", lines=["hi", "é"])
+    assert status == 0 and out.startswith("Hello\n")
+    assert "(cut after 5 tokens (--max_new_tokens))" in err
+    status, out, err = script("chat", taught, *GREEDY, lines=["long"])
+    assert status == 0 and set(out) == {"z", "\n"} and "(cut: the context is full)" in err
+
+
+def test_chat_drops_the_oldest_turns_and_says_so(script, taught):
+    status, out, err = script("chat", taught, *GREEDY, lines=["hi", "hi", "hi", "x" * 200, "hi"])
+    assert status == 0
+    assert re.search(r"the oldest .*turns? do(es)? not fit the context any more and went", err)
+    assert "leaves no room in the model's context (block_size) of 128" in err
+    assert out.startswith("Hello!\n") and out.endswith("\n")
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(script, taught):
+    def patch(module):
+        complete, asked = module.complete, []
+
+        def interrupted(model, prompts, *, stop, **options):
+            asked.append(prompts)
+
+            def press(row, tokens):
+                found = stop(row, tokens)
+                if len(asked) == 1 and len(tokens) == 3:
+                    raise KeyboardInterrupt
+                return found
+
+            return complete(model, prompts, stop=press, **options)
+
+        module.complete = interrupted
+
+    status, out, err = script("chat", taught, *GREEDY, lines=["hi", "/reset", "hi"], patch=patch)
+    assert status == 0 and out == "Hel\nHello!\n" and "(stopped)" in err
+
+
+def test_chat_with_a_model_that_has_no_template(script, base, tmp_path):
+    status, out, err = script("chat", base, *CPU, "--seed", "1", lines=["hi"])
+    assert status == 0 and "was not trained on conversations" in err and "user_assistant" in err
+    again = script("chat", base, *CPU, "--seed", "1", lines=["hi"])
+    assert (status, out) == again[:2]
+    model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=3), "torch")
+    chars = save_checkpoint(
+        tmp_path / "chars", 1, model, tokenizer=CharTokenizer("abc").to_dict(), train={}
+    )
+    status, _, err = script("chat", chars, *CPU)
+    assert status == 1 and "char tokenizer has no end of text" in err
+    assert "unknown chat template" in one_line_error(script("chat", base, "--template", "chatml"))
+
+
+def test_conversation_keeps_the_latest_turns_that_fit(base):
+    from gpt2.checkpoint import load_model
+
+    assistant = Assistant("base", load_model(base), ByteTokenizer(), TEMPLATE)
+    talk = Conversation(assistant, system="s")
+    everything = []
+    for i in range(6):
+        question = {"role": "user", "content": f"{i}"}
+        prompt, dropped = talk.ask(question["content"], 10)
+        everything.append(question)
+        system = {"role": "system", "content": "s"}
+        kept = everything[-len(talk.messages) :]
+        assert talk.messages == kept and kept[0]["role"] == "user"
+        assert prompt == encode_prompt([system, *kept], ByteTokenizer(), TEMPLATE)
+        assert len(prompt) + 10 <= 64
+        if len(kept) < len(everything):  # one turn more would not have fitted
+            more = [system, *everything[-len(kept) - 2 :]]
+            assert len(encode_prompt(more, ByteTokenizer(), TEMPLATE)) + 10 > 64
+        talk.answer("a")
+        everything.append({"role": "assistant", "content": "a"})
+    assert len(talk.messages) < len(everything)
+    before = list(talk.messages)
+    for bad, message in (("", "empty"), ("<|user|>", "marker"), ("x" * 60, "leaves no room")):
+        with pytest.raises(ValueError, match=message):
+            talk.ask(bad, 10)
+        assert talk.messages == before
+    talk.messages.clear()
+    talk.ask("q", 10)
+    talk.answer(" ")
+    assert talk.messages == []
+
+
+class Cells(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.rows, self.tags, self.open = [], set(), False
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        assert not {"src", "href"} & dict(attributes).keys()  # needs no other file
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self.open = True
+
+    def handle_endtag(self, tag):
+        self.open = self.open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.open:
+            self.rows[-1][-1] += data
+
+
+def test_compare_writes_both_tables(script, taught, base, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hi\n<i>\nwho?\n")
+    out = tmp_path / "deep" / "table"
+    options = (*CPU, "--max_new_tokens", 30, "--batch_size", 2)
+    status, printed, err = script(
+        "compare", "--models", taught, base, "--prompts", prompts, "--out", out, *options
+    )
+    assert status == 0, err
+    assert f"{taught}: 3 prompts, template user_assistant" in printed
+    cells = Cells()
+    page = out.with_suffix(".html").read_text(encoding="utf-8")
+    cells.feed(page)
+    assert [row[0] for row in cells.rows] == ["prompt", "hi", "<i>", "who?"]
+    assert [len(row) for row in cells.rows] == [3] * 4
+    assert cells.rows[1][1] == "Hello!" and cells.rows[3][1] == LESSONS["who?"]
+    assert cells.rows[1][2].endswith("[cut after 30 tokens]")
+    assert not {"i", "b", "script"} & cells.tags
+    lines = out.with_suffix(".md").read_text(encoding="utf-8").split("\n")
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 5 and all(line.count("|") == 4 for line in table)
+    assert "A &lt;b&gt;small&lt;/b&gt; &#124; model." in table[4] and "greedy" in lines[0]
+
+
+def test_compare_with_seeds_does_not_depend_on_the_batch(script, base, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nbb\nccc\n")
+    options = ("--models", base, "--prompts", prompts, *CPU, "--temperature", 1, "--seed", 7)
+    pages = []
+    for size in (1, 3):
+        out = tmp_path / str(size)
+        assert script("compare", *options, "--out", out, "--batch_size", size)[0] == 0
+        pages.append(out.with_suffix(".html").read_text())
+    assert pages[0] == pages[1] and "seed 7" in pages[0]
+
+
+def test_compare_errors(script, base, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    run = lambda *more: script("compare", "--models", base, "--prompts", prompts, *more)  # noqa: E731
+    assert "prompts.txt: No such file" in one_line_error(run())
+    prompts.write_bytes(b"caf\xe9\n")
+    assert "not UTF-8 text, byte 3 is 0xe9" in one_line_error(run())
+    prompts.write_text("\n")
+    assert "holds no prompt" in one_line_error(run())
+    prompts.write_text(f"short\n{'long ' * 20}\n")
+    error = one_line_error(run(*CPU))
+    assert "a prompt of 100 tokens leaves no room" in error and "'long long" in error
+
+
+def test_sample_uses_the_template_stops_and_reports(script, taught, base, tmp_path):
+    status, out, err = script("sample", taught, "--prompt", "hi", "who?", *GREEDY)
+    assert status == 0, err
+    assert out == f"hi\nHello!\n{'-' * 40}\nwho?\n{LESSONS['who?']}\n"
+    assert re.fullmatch(r"\d+ tokens, [\d,.]+ tokens/s\n", err)
+    status, out, err = script(
+        "sample", taught, "--prompt", "hi", "--num_samples", 2, "--stop", "o!", "ll",
+        "--log_probabilities", "True", *GREEDY,
+    )  # fmt: skip
+    assert status == 0, err
+    assert out == f"hi\nHe\n{'-' * 40}\nhi\nHe\n"
+    assert (
+        len(re.findall(r"row \d: 4 tokens, log probability -0\.\d\d, -0\.\d{3} a token", err)) == 2
+    )
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("hi\nthere\n\nwho?\n")
+    status, out, err = script("sample", base, "--prompt_file", prompts, *CPU, "--min_p", "0.1")
+    assert status == 0 and out.startswith("hi\nthere")
+    prompts.write_bytes(b"\xff")
+    assert "not UTF-8" in one_line_error(script("sample", base, "--prompt_file", prompts))

@@ -1,0 +1,295 @@
+"""Runs of DPO and of adapters: they learn, resume, are the same on two ranks, and load anywhere."""
+
+import json
+import math
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import GPT2LMHeadModel
+
+from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
+from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig
+from gpt2.hf import export_hf
+from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
+from gpt2.model import GPT
+from gpt2.tokenizer import ByteTokenizer
+from gpt2.train.dpo import dpo
+from gpt2.train.sft import sft
+
+from .conftest import command_line, losses
+from .test_trainer import interrupted_at
+
+ROOT = Path(__file__).parent.parent
+LORA = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1)
+
+
+def save_base(run: Path, seed=0, template="user_assistant", **shape) -> str:
+    torch.manual_seed(seed)
+    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257) | shape
+    model = GPT(GPTConfig(**shape), "torch")
+    tokenizer = ByteTokenizer().to_dict()
+    save_checkpoint(run, 0, model, tokenizer=tokenizer, train={}, chat_template=template)
+    return str(run)
+
+
+@pytest.fixture
+def config(tmp_path) -> DPOConfig:
+    """A run of a second: the answer that repeats the question is preferred to its reverse."""
+    words = [f"{i:03}" for i in range(60)]
+    rows = [{"prompt": w, "chosen": f"yes {w}", "rejected": f"no {w[::-1]}"} for w in words]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DPOConfig(
+        init_from=save_base(tmp_path / "runs" / "base"), data=str(data), val_fraction=0.2,
+        tokens_per_step=1024, micro_batch_size=2, max_steps=6, lr=3e-3, eval_every=3, save_every=3,
+        log_every=1, run_name="run", out_dir=str(tmp_path / "runs"), device="cpu",
+    )  # fmt: skip
+
+
+def run_of(config) -> Path:
+    return Path(config.out_dir) / config.run_name
+
+
+def weights(run: Path, step: int, file=TENSORS) -> dict[str, torch.Tensor]:
+    return load_file(run / "checkpoints" / f"step_{step:08d}" / file)
+
+
+@pytest.mark.parametrize("options", [{}, LORA, {"loss_type": "ipo"}], ids=["full", "lora", "ipo"])
+def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
+    config = replace(config, max_steps=16, eval_every=8, save_every=0, **options)
+    dpo(config)
+    run = run_of(config)
+    first = 25.0 if options.get("loss_type") == "ipo" else math.log(2)  # (0 - 1 / (2 beta))^2
+    assert losses(run)[0] == pytest.approx(first, abs=1e-4)
+    margins = losses(run, "train/reward_margin")
+    assert margins[0] == 0.0 and margins[-1] > margins[4] > 0.01
+    for split in ("train", "val"):
+        gap, chosen, rejected = (
+            losses(run, f"{split}/reward_{name}") for name in ("margin", "chosen", "rejected")
+        )
+        assert gap == pytest.approx(
+            [c - r for c, r in zip(chosen, rejected, strict=True)], abs=1e-5
+        )
+    assert losses(run, "val/reward_accuracy")[-1] > 0.9
+    assert losses(run, "val/loss")[-1] < 0.9 * first
+    assert load_chat_template(run) == "user_assistant"
+    printed = capsys.readouterr().out
+    assert "reward_margin" in printed and "pairs in rows of 2 x 64" in printed
+    assert ("parameters are trained: rank 4, scale 2" in printed) == (options is LORA)
+
+
+@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
+def test_the_reference_computed_before_is_that_of_each_step(config, options):
+    dpo(replace(config, run_name="each", **options))
+    dpo(replace(config, run_name="before", precompute_reference=True, **options))
+    each, before = (Path(config.out_dir) / name for name in ("each", "before"))
+    for key in ("train/loss", "train/reward_chosen", "val/loss", "val/reward_margin"):
+        assert losses(before, key) == pytest.approx(losses(each, key), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("options", [LORA, {"precompute_reference": True}], ids=["lora", "full"])
+def test_resume_continues_bit_for_bit(config, options):
+    """With the reference of the start, not of the checkpoint, and with the adapters' dropout."""
+    whole, cut = (replace(config, run_name=name, **options) for name in ("whole", "cut"))
+    dpo(whole)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2.train.trainer.Trainer.train_step", interrupted_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            dpo(cut)
+    dpo(replace(cut, resume="auto"))
+    file = TENSORS if options is LORA else "model.safetensors"
+    for name, value in weights(run_of(whole), 6, file).items():
+        assert torch.equal(value, weights(run_of(cut), 6, file)[name]), name
+    assert losses(run_of(cut)) == losses(run_of(whole))
+
+
+@pytest.mark.ddp
+def test_two_ranks_give_the_losses_of_one(config, free_port):
+    """Adapters, their switch and a batch trimmed differently on each rank, under DDP."""
+    config = replace(config, lora_rank=4)
+    dpo(replace(config, run_name="one"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", str(free_port), str(ROOT / "scripts" / "dpo.py"),
+        *command_line(replace(config, run_name="two")),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks x 2 micro steps x 2 rows x 128" in done.stdout
+    one, two = (Path(config.out_dir) / name for name in ("one", "two"))
+    for key in ("train/loss", "train/reward_margin", "val/loss", "val/reward_accuracy"):
+        assert losses(two, key) == pytest.approx(losses(one, key), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_compiled_training_gives_the_same_losses(config, monkeypatch):
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager"))
+    config = replace(config, max_steps=3, save_every=0, **LORA | {"lora_dropout": 0.0})
+    dpo(replace(config, run_name="eager"))
+    dpo(replace(config, run_name="compiled", compile="on"))
+    eager, compiled = (losses(Path(config.out_dir) / name) for name in ("eager", "compiled"))
+    assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's use
+def test_a_checkpoint_of_adapters(config, tmp_path):
+    """Holds only them; load_model merges them in, and peft loads the folder as it is."""
+    dpo(replace(config, **LORA))
+    run, base = run_of(config), load_model(config.init_from, kernels="torch")
+    folder = run / "checkpoints" / "step_00000006"
+    names = {"adapter_config.json", TENSORS, "optimizer.safetensors"}
+    assert {path.name for path in folder.iterdir()} == names | {"checkpoint.json"}
+    assert read_checkpoint(run).files.keys() == names
+    assert read_checkpoint(run).base["xxh3_128"] == weights_hash(base)
+    moments = weights(run, 6, "optimizer.safetensors")
+    assert len(moments) == 3 * len(weights(run, 6)) == 3 * 2 * 4 * 2
+    assert all(".lora_" in name for name in moments)
+    merged = load_model(run, kernels="torch")
+    assert all(p.requires_grad for p in merged.parameters())
+
+    export_hf(base, tmp_path / "base_hf")
+    theirs = peft.PeftModel.from_pretrained(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "base_hf"), folder
+    )
+    idx = torch.randint(0, 257, (2, 30))
+    expected = theirs(idx).logits
+    assert_close(merged(idx), expected, rtol=1e-4, atol=1e-5)
+    assert (base(idx) - expected).abs().max() > 1e-3
+    export_hf(merged, tmp_path / "merged_hf")
+    assert_close(GPT2LMHeadModel.from_pretrained(tmp_path / "merged_hf")(idx).logits, merged(idx),
+                 rtol=1e-4, atol=1e-5)  # fmt: skip
+
+    # Adapters go onto what was itself made with adapters; a new run starts from the sum.
+    second = replace(config, init_from=str(run), run_name="second", **LORA)
+    dpo(second)
+    assert losses(run_of(second))[0] == pytest.approx(math.log(2), abs=1e-6)
+    before = load_model(run_of(second), kernels="torch")(idx)
+    # The runs may lie elsewhere, if they lie there together.
+    shutil.move(config.out_dir, tmp_path / "moved")
+    base_path = read_checkpoint(tmp_path / "moved" / "second").base["path"]
+    assert base_path.endswith("runs/run/checkpoints/step_00000006")
+    with pytest.raises(OSError, match="neither here nor in a folder above"):
+        load_model(tmp_path / "moved" / "second")
+    (tmp_path / "moved").rename(config.out_dir)
+    assert torch.equal(load_model(run_of(second), kernels="torch")(idx), before)
+
+
+def test_runs_that_move_together_with_their_working_folder(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replace(config, init_from="runs/base", out_dir="runs", max_steps=1, **LORA)
+    dpo(config)
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move("runs", "elsewhere/runs")
+    assert load_model("elsewhere/runs/run").config.n_embd == 32
+
+
+def test_adapters_for_another_model(config, tmp_path):
+    dpo(replace(config, **LORA))
+    shutil.rmtree(config.init_from)
+    save_base(Path(config.init_from), seed=1)
+    with pytest.raises(ValueError, match="adapters for another model.*runs/base.*hash.*has"):
+        load_model(run_of(config))
+    with pytest.raises(ValueError, match="adapters for another model"):
+        dpo(replace(config, resume="auto", max_steps=8, **LORA))
+    shutil.rmtree(config.init_from)
+    save_base(Path(config.init_from), n_layer=3)
+    with pytest.raises(ValueError, match="holds another model: n_layer 2 .here 3."):
+        load_model(run_of(config))
+    shutil.rmtree(config.init_from)
+    with pytest.raises(OSError, match="runs/base.*neither here nor"):
+        load_model(run_of(config))
+
+
+def test_other_adapters_on_resume(config):
+    dpo(replace(config, **LORA))
+    resumed = replace(config, resume="auto", max_steps=8)
+    with pytest.raises(ValueError, match="holds adapters, but all weights are trained here"):
+        dpo(resumed)
+    with pytest.raises(ValueError, match="holds other adapters.*rank=4.*here.*rank=2"):
+        dpo(replace(resumed, lora_rank=2))
+
+
+def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
+    model = load_model(config.init_from, kernels="torch")
+    add_lora(model, LoRAConfig(2))
+    for layer in ("c_attn", "c_proj"):
+        torch.nn.init.normal_(getattr(model.transformer.h[0].attn, layer).lora_B.weight)
+    save_adapters(model, tmp_path / "adapters", config.init_from)
+    idx = torch.randint(0, 257, (1, 20))
+    loaded = load_model(tmp_path / "adapters", kernels="torch")
+    assert_close(loaded(idx), model(idx), rtol=1e-4, atol=1e-5)
+    text = (tmp_path / "adapters" / "adapter_config.json").read_text()
+    (tmp_path / "adapters" / "adapter_config.json").write_text(text.replace("runs/base", "no/no/x"))
+    with pytest.raises(OSError, match="neither here nor"):
+        load_model(tmp_path / "adapters")
+
+
+def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
+    rows = [{"prompt": q, "response": a} for q, a in (("Hi", "Hello!"), ("Who?", "A model."))]
+    data = tmp_path / "chat.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
+    run = SFTConfig(
+        init_from=config.init_from, data=str(data), max_steps=40, eval_every=0, log_every=1,
+        tokens_per_step=128, micro_batch_size=1, lr=2e-2, run_name="sft", out_dir=config.out_dir,
+        device="cpu", lora_rank=8,
+    )  # fmt: skip
+    before = weights_hash(load_model(run.init_from))
+    sft(run)
+    assert losses(run_of(run))[-1] < losses(run_of(run))[0] - 0.3  # its base knows nothing
+    assert weights_hash(load_model(run.init_from)) == before
+    assert read_checkpoint(run_of(run)).base["xxh3_128"] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"beta": 0.0}, "beta must be above 0"),
+        ({"label_smoothing": 0.5}, "label_smoothing must lie in"),
+        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with loss_type sigmoid"),
+        ({"dropout": 0.1}, "dropout 0.1: DPO compares"),
+        ({"lora_rank": -1}, "lora_rank must not be negative"),
+        ({"lora_rank": 2, "lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
+        ({"lora_dropout": 0.1}, "lora_dropout goes with adapters"),
+        ({"init_from": ""}, "fine-tuning starts from a model"),
+        ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
+        ({"block_size": 128}, "block_size 128 is longer than the context"),
+        ({"val_fraction": 0.0}, "none of the 60 pairs .* is val"),
+        ({"data": "nowhere.jsonl"}, "no such JSON file or folder"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(config, changes, words):
+    with pytest.raises((ValueError, OSError), match=words):
+        dpo(replace(config, **changes))
+    assert not run_of(config).exists()
+
+
+def test_the_template_of_the_start_is_used_unless_told_otherwise(config, tmp_path, capsys):
+    alpaca = save_base(tmp_path / "alpaca", template="alpaca", block_size=256)
+    config = replace(config, init_from=alpaca, tokens_per_step=2048, max_steps=1)
+    dpo(config)
+    assert read_checkpoint(run_of(config)).chat_template == "alpaca"
+    dpo(replace(config, run_name="told", template="user_assistant"))
+    assert "was trained with alpaca, not user_assistant" in capsys.readouterr().out
+    assert load_chat_template(Path(config.out_dir) / "told") == "user_assistant"
+
+
+def test_show_batch_shows_pairs(config, monkeypatch, capsys):
+    dpo(replace(config, max_steps=1))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["show_batch.py", str(run_of(config)), "--rows", "1"])
+    runpy.run_path(str(ROOT / "scripts" / "show_batch.py"), run_name="__main__")
+    shown = capsys.readouterr().out
+    word = shown.split("<|user|>\n")[1][:3]
+    assert f"<|user|>\n{word}\n<|assistant|>\n[[yes {word}<|endoftext|>]]" in shown
+    assert f"[[no {word[::-1]}<|endoftext|>]]" in shown
+    assert "chosen" in shown and "rejected" in shown and "7 more pairs" in shown

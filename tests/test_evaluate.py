@@ -1,0 +1,223 @@
+"""scripts/evaluate.py as a user runs it, on made-up data of the real forms."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2 import hf
+from gpt2.checkpoint import save_checkpoint
+from gpt2.config import GPTConfig
+from gpt2.data import write_shard
+from gpt2.evals.files import FILES, find_file, json_lines, read_text
+from gpt2.evals.published import PUBLISHED
+from gpt2.evals.suite import SHOWN, TASKS, table
+from gpt2.model import GPT
+from gpt2.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+
+from . import test_scripts
+from .test_scripts import SCRIPTS, one_line_error
+
+script = test_scripts.script  # the fixture
+
+ENDINGS = ["runs.", "sleeps well.", "eats an apple.", "reads the paper."]
+
+
+@pytest.fixture
+def data_dir(tmp_path) -> Path:
+    """Files under the names that evaluate looks for, in the shapes that it accepts."""
+    folder = tmp_path / "eval"
+    (folder / "wikitext2").mkdir(parents=True)
+    (folder / "lambada").mkdir()
+    rows = [
+        {"ctx": f"The man number {i} wakes up and", "endings": ENDINGS, "label": i % 4}
+        for i in range(30)
+    ]
+    (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [{"context": f"no. {i} " * (i % 7 + 1), "continuation": "word"} for i in range(20)]
+    (folder / "lambada" / "lambada_openai.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    text = " = Title = \n" + " It cost 1 @,@ 000 , he said . \n" * 40
+    (folder / "wikitext2" / "wiki.test.raw").write_text(text)
+    return folder
+
+
+def make_run(folder: Path, tokenizer, **shape) -> Path:
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, vocab_size=tokenizer.vocab_size, **shape)
+    save_checkpoint(
+        folder, 7, GPT(config, "torch"), tokenizer=tokenizer.to_dict(),
+        train={"data": str(folder / "data")},
+    )  # fmt: skip
+    (folder / "data").mkdir()
+    write_shard(folder / "data" / "val_000000.bin", np.arange(500) % tokenizer.vocab_size)
+    manifest = {"tokenizer": tokenizer.to_dict()}
+    (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_every_task_table_and_json(script, tmp_path, data_dir):
+    run = make_run(tmp_path / "run", ByteTokenizer(), block_size=64)
+    status, out, err = script(
+        "evaluate", run, "--tasks", *TASKS, "--data_dir", data_dir, "--device", "cpu"
+    )
+    assert status == 0, err
+    written = json.loads((run / "evaluation_step_00000007.json").read_text())
+    results = written["results"]
+    assert written["step"] == 7 and written["tokenizer"] == "byte" and written["ranks"] == 1
+    assert results["hellaswag"]["examples"] == 30 and results["lambada"]["examples"] == 20
+    # The raw test texts of both WikiTexts are one.
+    wikitext = [{**results[t], "seconds": 0} for t in ("wikitext2", "wikitext103")]
+    assert wikitext[0] == wikitext[1] and wikitext[0]["words"] == 3 + 40 * 9
+    assert results["val"]["tokens"] == 7 * 64
+    shown = [line.split() for line in out.splitlines()]
+    for task, key, unit in [("hellaswag", "acc_norm", "%"), ("val", "loss", "")]:
+        value = f"{results[task][key] * (100 if unit else 1):.2f}"
+        row = next(r for r in shown if r[: len(key.split("_")) + 1] == [task, *key.split("_")])
+        assert row[-9] == value
+    assert "GPT-3, published" in out and "Radford et al. (2019), table 3" in out
+    assert out.rstrip().endswith(f"results: {run / 'evaluation_step_00000007.json'}")
+
+    raw = script(
+        "evaluate", run / "checkpoints" / "step_00000007", "--tasks", "wikitext2", "--data_dir",
+        data_dir, "--detokenize", "False", "--limit", "2", "--stride", "5", "--dtype", "bfloat16",
+        "--out", tmp_path / "raw.json", "--device", "cpu",
+    )  # fmt: skip
+    assert raw[0] == 0, raw
+    result = json.loads((tmp_path / "raw.json").read_text())["results"]["wikitext2"]
+    assert (
+        result["bytes"] == result["tokens"] == len(" = Title = \n It cost 1 @,@ 000 , he said . \n")
+    )
+    assert result["stride"] == 5 and result["detokenized"] is False
+
+
+def test_a_hugging_face_folder(script, tmp_path, data_dir, monkeypatch):
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=64, vocab_size=50257)
+    hf.export_hf(GPT(config, "torch"), tmp_path / "hf", GPT2Tokenizer())
+    monkeypatch.chdir(tmp_path)
+    status, out, err = script(
+        "evaluate", tmp_path / "hf", "--tasks", "hellaswag", "--data_dir", data_dir, "--limit", "8"
+    )
+    assert status == 0, err
+    written = json.loads((tmp_path / "evaluation_hf.json").read_text())
+    assert written["results"]["hellaswag"]["examples"] == 8 and written["step"] is None
+
+
+def test_a_character_model_is_evaluated_as_far_as_its_characters_go(script, tmp_path, data_dir):
+    text = (data_dir / "wikitext2" / "wiki.test.raw").read_text()
+    run = make_run(tmp_path / "run", CharTokenizer(text + "\n"), block_size=16)
+    status, out, err = script(
+        "evaluate", run, "--tasks", "wikitext2", "val", "--data_dir", data_dir, "--device", "cpu"
+    )
+    assert status == 0, err
+    result = json.loads((run / "evaluation_step_00000007.json").read_text())["results"]
+    assert result["wikitext2"]["block_size"] == 16
+    characters = script("evaluate", run, "--tasks", "hellaswag", "--data_dir", data_dir)
+    message = one_line_error(characters)
+    assert "hellaswag_val.jsonl: line 1: character" in message and "does not occur" in message
+    short = make_run(tmp_path / "short", ByteTokenizer(), block_size=8)
+    message = one_line_error(script("evaluate", short, "--data_dir", data_dir))
+    assert "an ending of 17 tokens does not fit the model's context (block_size) of 8" in message
+
+
+def test_bad_input(script, tmp_path, data_dir):
+    run = make_run(tmp_path / "run", ByteTokenizer(), block_size=64)
+    path = data_dir / "hellaswag_val.jsonl"
+    good = json.dumps({"ctx": "c", "endings": ENDINGS, "label": 0}) + "\n"
+
+    def fails(content: str, *options) -> str:
+        path.write_text(content)
+        options = options or ("--tasks", "hellaswag", "--data_dir", data_dir)
+        return one_line_error(script("evaluate", run, *options))
+
+    assert f"{path}: empty" in fails("\n")
+    assert f"{path}: line 2 is not UTF-8 JSON" in fails(good + '{"ctx": "cut sh')
+    assert "line 3: 'endings' must be 4 texts" in fails(good * 2 + '{"ctx": "c", "endings": ["a"]}')
+    assert "line 1: needs a context" in fails('{"endings": []}')
+    bad_label = good.replace('"label": 0', '"label": 4')
+    assert "line 2: 'label' must be 0 to 3, got 4" in fails(good + bad_label)
+    assert "line 1 is a list" in fails("[1, 2]\n")
+    (data_dir / "lambada" / "lambada_openai.jsonl").write_text('{"text": "oneword"}')
+    message = one_line_error(script("evaluate", run, "--tasks", "lambada", "--data_dir", data_dir))
+    assert "line 1: needs a passage of several words" in message
+    message = one_line_error(
+        script("evaluate", run, "--tasks", "wikitext2", "--data_dir", data_dir, "--stride", "65")
+    )
+    assert "stride must lie between 1 and the context (block_size) of 64, got 65" in message
+    status, _, err = script("evaluate", run, "--tasks", "squad")
+    assert status == 2 and "squad" in err
+    assert "no val shards" in fails("", "--tasks", "val", "--data", tmp_path / "eval")
+    other = make_run(tmp_path / "other", CharTokenizer("abc"), block_size=8)
+    message = one_line_error(script("evaluate", run, "--tasks", "val", "--data", other / "data"))
+    assert "was made with the char tokenizer, the model has a byte tokenizer of 257" in message
+
+
+def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    monkeypatch.setattr("gpt2.data.readers.HubRows._load", offline)
+    for task, file in FILES.items():
+        with pytest.raises(OSError, match="network is unreachable") as caught:
+            find_file(task, tmp_path)
+        expected = tmp_path / file.folders[0] / file.names[0]
+        assert caught.value.filename == str(expected) and "--data_dir" in caught.value.strerror
+        expected.write_text("x")
+        assert find_file(task, tmp_path) == expected
+        expected.unlink()
+
+
+def test_a_download_becomes_the_file_only_when_it_is_whole(tmp_path, monkeypatch):
+    import io
+
+    from gpt2.data.readers import Row
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b'{"a": 1}\n'))
+    assert list(json_lines(find_file("hellaswag", tmp_path)))[0][1] == {"a": 1}
+    lines = [Row("= T = \n"), Row(" text \n")]
+    monkeypatch.setattr("gpt2.data.readers.HubRows.items", lambda self: iter(lines))
+    assert read_text(find_file("wikitext2", tmp_path)) == "= T = \n text \n"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_what_is_published_is_shown_and_every_column_lines_up():
+    assert PUBLISHED.keys() <= SHOWN.keys() and {task for task, _ in SHOWN} == set(TASKS)
+    results = {task: {key: 0.5 for t, key in SHOWN if t == task} for task in TASKS}
+    lines = table("m", results).split("\n")
+    rows = lines[2 : 2 + len(SHOWN)]
+    assert len({len(row) for row in lines[1 : 2 + len(SHOWN)]}) == 1 and len(rows[0]) <= 110
+    [row] = [row for row in rows if row.startswith("hellaswag acc norm %")]
+    assert row.split()[4:] == "50.00 29.45 37.52 43.20 48.89 33.70 43.60 51.00 54.70".split()
+
+
+@pytest.mark.ddp
+def test_two_ranks_give_exactly_the_counts_of_one(script, tmp_path, data_dir, free_port):
+    torch.manual_seed(3)
+    run = make_run(tmp_path / "run", ByteTokenizer(), block_size=64)
+    options = [
+        "--tasks", *TASKS, "--data_dir", str(data_dir), "--device", "cpu",
+        "--tokens_per_batch", "600",
+    ]  # fmt: skip
+    assert script("evaluate", run, *options, "--out", tmp_path / "1.json")[0] == 0
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+            "--master-port", str(free_port), SCRIPTS / "evaluate.py", run, *options,
+            "--out", tmp_path / "2.json",
+        ],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("results: ") == 1
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    for task in TASKS:
+        for key, value in one["results"][task].items():
+            if key != "seconds":
+                exact = key in ("acc", "acc_norm") or not isinstance(value, float)
+                same = value if exact else pytest.approx(value, rel=1e-12)
+                assert two["results"][task][key] == same, (task, key)

@@ -1,0 +1,223 @@
+"""Fine-tuning runs: it learns to answer and to stop, resumes, and is the same on two ranks."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
+from gpt2.cli import parse
+from gpt2.config import GPTConfig, SFTConfig, TrainConfig
+from gpt2.data.chat import encode_prompt
+from gpt2.generate import generate
+from gpt2.model import GPT
+from gpt2.tokenizer import ByteTokenizer, CharTokenizer
+from gpt2.train.sft import sft
+
+from .conftest import command_line, losses
+from .test_trainer import interrupted_at, weights
+
+ROOT = Path(__file__).parent.parent
+ANSWERS = {"Hi": "Hello!", "Who?": "A model.", "2 + 2?": "It is 4.", "Bye": "See you\nsoon."}
+
+
+def save_base(folder: Path, tokenizer=None, **shape) -> str:
+    tokenizer = tokenizer or ByteTokenizer()
+    config = GPTConfig(
+        **dict(n_layer=2, n_head=2, n_embd=32, block_size=96, vocab_size=tokenizer.vocab_size)
+        | shape
+    )
+    torch.manual_seed(0)
+    save_checkpoint(
+        folder, 0, GPT(config, "torch"), tokenizer=tokenizer.to_dict(), train=asdict(TrainConfig())
+    )
+    return str(folder)
+
+
+def write(path: Path, rows) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def config(tmp_path) -> SFTConfig:
+    """A run of a second: 40 conversations in 20 rows, 2 rows a step."""
+    rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}."} for i in range(40)]
+    return SFTConfig(
+        init_from=save_base(tmp_path / "base"), data=write(tmp_path / "qa.jsonl", rows),
+        val_fraction=0.2, tokens_per_step=192, micro_batch_size=1, max_steps=6, lr=1e-3,
+        eval_every=3, save_every=3, log_every=1, run_name="run", out_dir=str(tmp_path / "runs"),
+        device="cpu",
+    )  # fmt: skip
+
+
+def run_of(config) -> Path:
+    return Path(config.out_dir) / config.run_name
+
+
+def test_learns_its_answers_and_where_they_end(config, tmp_path):
+    rows = [{"prompt": q, "completion": a} for q, a in ANSWERS.items()]
+    config = replace(
+        config, data=write(tmp_path / "four.jsonl", rows), max_steps=120, lr=1e-2, eval_every=0,
+        save_every=0, tokens_per_step=192, micro_batch_size=2, init_from=save_base(
+            tmp_path / "wide", n_embd=64),
+    )  # fmt: skip
+    sft(config)
+    assert losses(run_of(config))[-1] < 0.05
+    model, tokenizer = load_model(run_of(config), kernels="torch"), ByteTokenizer()
+    template = load_chat_template(run_of(config))
+    assert template == "user_assistant"
+    prompts = [
+        encode_prompt([{"role": "user", "content": question}], tokenizer, template)
+        for question in ANSWERS
+    ]
+    found = generate(model, prompts, max_new_tokens=40, temperature=0, stop_tokens=[tokenizer.eot])
+    assert [tokenizer.decode(row) for row in found] == list(ANSWERS.values())
+    # They end by their own end of text, not by the room that was left.
+    assert max(map(len, found)) < 40
+
+
+def test_packed_and_padded_steps_have_one_loss_and_one_gradient(config, capsys):
+    """All conversations in one step, packed or one to a row: the same sum over the same tokens."""
+    config = replace(config, eval_every=0, save_every=0, max_steps=2, lr=1e-4)
+    packed = replace(config, run_name="packed", tokens_per_step=96 * 20, micro_batch_size=10)
+    sft(packed)
+    assert "in 20 packed rows" in capsys.readouterr().out
+    padded = replace(config, packing=False, run_name="padded", tokens_per_step=96 * 40)
+    sft(replace(padded, micro_batch_size=8))
+    a, b = (run_of(c) for c in (packed, padded))
+    assert losses(a) == pytest.approx(losses(b), rel=1e-5)
+    assert losses(a, "train/grad_norm") == pytest.approx(losses(b, "train/grad_norm"), rel=1e-4)
+
+
+def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path, capsys):
+    rows = [json.loads(line) for line in Path(config.data).read_text().splitlines()]
+    rows += [{"question": "no answer"}, {"question": "long", "answer": "a" * 99}]
+    data = write(tmp_path / "mixed.jsonl", rows)
+    with pytest.raises(
+        ValueError, match="line 41: the row has 'question' but no answer; --bad_rows skip"
+    ):
+        sft(replace(config, data=data))
+    assert not Path(config.out_dir).exists()
+    config = replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1)
+    sft(config)
+    out = capsys.readouterr().out
+    assert f"{data}: left out 1: no answer, first {data}: line 41: the row has 'question'" in out
+    assert f"{data}: left out 1: longer than block_size, first {data}: line 42" in out
+    train = next(line for line in out.splitlines() if line.startswith("train: "))
+    n_rows = int(train.split(" conversations in ")[1].split()[0])
+    assert "packed rows of 96" in train and "filled" in train
+    assert f"{n_rows:,} steps, {n_rows * 192:,} tokens, 2.00 epochs" in out
+    saved = parse(SFTConfig, "", [str(run_of(config) / "config.yaml")])
+    assert saved.max_steps == n_rows == read_checkpoint(run_of(config)).step
+    assert len(losses(run_of(config), "val/loss")) == 1 + (n_rows - 1) // 3
+    sft(replace(config, resume="auto"))
+    out = capsys.readouterr().out
+    assert f"resumed               from step {n_rows}" in out and "changed since" not in out
+
+
+@pytest.mark.parametrize("template", ["user_assistant", "alpaca"])
+def test_the_template_is_saved(config, tmp_path, template, capsys):
+    base = save_base(tmp_path / "long", block_size=256)
+    sft(replace(config, template=template, init_from=base, tokens_per_step=512, max_steps=1))
+    assert load_chat_template(run_of(config)) == template
+    assert read_checkpoint(run_of(config)).chat_template == template
+    assert load_chat_template(base) is None and load_chat_template("gpt2") is None
+    other = {"alpaca": "user_assistant", "user_assistant": "alpaca"}[template]
+    capsys.readouterr()
+    sft(replace(config, template=other, init_from=str(run_of(config)), tokens_per_step=512,
+                max_steps=1, run_name="again"))  # fmt: skip
+    assert f"knows {template}, this run has {other}" in capsys.readouterr().out
+    assert load_chat_template(Path(config.out_dir) / "again") == other
+
+
+def test_the_recipe():
+    recipe = parse(SFTConfig, "", [str(ROOT / "configs" / "sft_alpaca.yaml")])
+    assert (recipe.init_from, recipe.max_steps, recipe.bad_rows) == ("gpt2", 0, "skip")
+    assert recipe.grad_accum_steps(1024, 1) == 2
+    on_eight = replace(recipe, micro_batch_size=2)
+    assert on_eight.grad_accum_steps(1024, 8) == 1
+
+
+@pytest.mark.parametrize("dropout", [None, 0.2])
+def test_resume_continues_bit_for_bit(config, dropout):
+    whole = replace(config, dropout=dropout, run_name="whole")
+    sft(whole)
+    cut = replace(whole, run_name="cut")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gpt2.train.trainer.Trainer.train_step", interrupted_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            sft(cut)
+    sft(replace(cut, resume="auto"))
+    a, b = weights(run_of(whole), 6), weights(run_of(cut), 6)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+    assert losses(run_of(whole)) == losses(run_of(cut))
+    assert losses(run_of(whole), "val/loss") == losses(run_of(cut), "val/loss")
+
+
+@pytest.mark.ddp
+def test_two_ranks_give_the_losses_of_one(config, free_port):
+    """Rows with different numbers of targets on each rank: the mean is over all of them."""
+    sft(replace(config, run_name="one"))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--master-port", str(free_port), str(ROOT / "scripts" / "sft.py"),
+        *command_line(replace(config, run_name="two")),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks x 1 micro steps x 1 rows x 96" in done.stdout
+    assert done.stdout.count("train: ") == 1
+    one, two = (Path(config.out_dir) / name for name in ("one", "two"))
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert losses(two, "val/loss") == pytest.approx(losses(one, "val/loss"), rel=1e-5)
+
+
+def test_val_data_of_its_own(config, tmp_path, capsys):
+    val = write(tmp_path / "val.jsonl", [{"question": "5 + 5?", "answer": "It is 10."}])
+    sft(replace(config, val_data=val, max_steps=1))
+    out = capsys.readouterr().out
+    assert "train: 40 conversations" in out and "val: 1 conversations in 1 packed rows" in out
+    assert len(losses(run_of(config), "val/loss")) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(init_from=""), "fine-tuning starts from a model"),
+        (dict(init_from="nowhere/at/all"), "no checkpoint, run"),
+        (dict(data="nowhere.jsonl"), "known data set"),
+        (dict(val_data="nowhere.jsonl"), "known data set"),
+        (dict(block_size=97), "longer than the context"),
+        (dict(block_size=16), r"no conversation to train on in 40 rows: left out 40: longer than"),
+        (dict(overlong="error", block_size=32), "line 1: the conversation has 39 tokens"),
+        (dict(tokens_per_step=100), "nearest valid tokens_per_step are 96 and 192"),
+        (dict(val_fraction=1e-9), "none of the 40 conversations .* is val by val_fraction"),
+        (dict(val_fraction=1.0), r"val_fraction must lie in \[0, 1\)"),
+        (dict(epochs=0.0), "epochs must be above 0"),
+        (dict(val_data="x.jsonl", eval_every=0), "is for validation, but eval_every is 0"),
+        (dict(max_conversations=0), "max_conversations must be at least 1"),
+        (dict(max_steps=0, epochs=0.1, warmup_steps=9), "warmup_steps 9 must not be above max_st"),
+        (dict(max_steps=-1), "max_steps must be above 0"),
+        (dict(lr=-1.0, max_steps=0), "lr must be above 0"),
+        (dict(n_layer=3), "n_layer comes from init_from"),
+        (dict(preset="char"), "the shape comes from init_from"),
+        (dict(doc_mask=True), "never see each other"),
+        (dict(resume="nowhere"), "no checkpoint"),
+    ],
+)
+def test_bad_input_ends_before_anything_is_written(config, changes, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        sft(replace(config, **changes))
+    assert not Path(config.out_dir).exists()
+
+
+def test_a_model_without_an_end_of_text(config, tmp_path):
+    base = save_base(tmp_path / "char", CharTokenizer("abc <|>\n"))
+    with pytest.raises(ValueError, match="char tokenizer has no end of text"):
+        sft(replace(config, init_from=base))

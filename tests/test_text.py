@@ -1,0 +1,93 @@
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2.text import GrowingText, RowTexts, read_prompts
+from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
+
+
+def cut(text: str, stops: list[str]) -> tuple[str, bool]:
+    """The text before the stop string that ends first, found by looking at every beginning."""
+    for end in range(len(text) + 1):
+        hits = [stop for stop in stops if text[:end].endswith(stop)]
+        if hits:
+            return text[: end - max(map(len, hits))], True
+    return text, False
+
+
+@settings(deadline=None)  # a busy machine takes its time
+@given(
+    st.text("ab\n \N{SNOWMAN}\N{GRINNING FACE}é", max_size=30),
+    st.lists(st.text("ab\n \N{SNOWMAN}é", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_text_ends_exactly_before_a_stop_string(text, stops, bytewise):
+    tokenizer = ByteTokenizer() if bytewise else GPT2Tokenizer()
+    growing, shown = GrowingText(tokenizer, stops), ""
+    expected, stops_there = cut(text, stops)
+    for token in tokenizer.encode(text):
+        shown += growing.push(token)
+        assert growing.text == shown and expected.startswith(shown)  # nothing is taken back
+        if growing.stopped:
+            break
+    shown += growing.finish()
+    assert (shown, growing.text, growing.stopped) == (expected, expected, stops_there)
+
+
+def test_a_token_that_straddles_a_stop_string():
+    tokenizer = GPT2Tokenizer()
+    tokens = tokenizer.encode(" something else")
+    assert len(tokens) == 2
+    growing = GrowingText(tokenizer, ["thing el"])
+    assert growing.push(tokens[0]) == " some"  # the rest may become the stop string
+    assert growing.push(tokens[1]) == "" and growing.stopped and growing.finish() == ""
+    assert growing.push(tokens[1]) == ""
+
+
+def test_half_a_character_waits_for_its_rest():
+    tokenizer = GPT2Tokenizer()
+    tokens = tokenizer.encode("\N{SNOWMAN}")
+    assert len(tokens) > 1
+    growing = GrowingText(tokenizer)
+    assert [growing.push(t) for t in tokens] == [""] * (len(tokens) - 1) + ["\N{SNOWMAN}"]
+    growing.push(tokens[0])
+    assert growing.finish() == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_rows_have_texts_of_their_own():
+    tokenizer, shown = ByteTokenizer(), []
+    rows = RowTexts(tokenizer, ["ab"], lambda row, text: shown.append((row, text)))
+    assert not rows(0, [ord("a")]) and not rows(1, [ord("b")])
+    assert rows(0, [ord("a"), ord("b")]) and not rows(1, [ord("b"), ord("a")])
+    rows.finish()
+    assert rows.texts(3) == ["", "ba", ""] and shown == [(1, "b"), (1, "a")]
+    with pytest.raises(ValueError, match="must not be empty"):
+        RowTexts(tokenizer, ["x", ""])
+
+
+@pytest.mark.parametrize(
+    "content, prompts",
+    [
+        ("one\ntwo\r\nthree", ["one", "two", "three"]),
+        ("\n\none\n", ["one"]),
+        ("a\nb\n\nc\n \t\n\nd\n", ["a\nb", "c", "d"]),
+        ("one\ntwo\n\n", ["one", "two"]),
+        ("\ufeff  indented\n", ["  indented"]),
+    ],
+)
+def test_prompts_of_a_file(tmp_path, content, prompts):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content.encode())
+    assert read_prompts(path) == prompts
+
+
+def test_prompts_files_that_are_refused(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(ValueError, match="not UTF-8 text, byte 2 is 0xef"):
+        read_prompts(path)
+    path.write_text(" \n\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        read_prompts(path)
+    with pytest.raises(OSError, match="No such file"):
+        read_prompts(tmp_path / "none.txt")

@@ -1,0 +1,223 @@
+"""benchmarks/train_step.py and the recipe's plan: small, on a CPU."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import train_step
+from benchmarks.baseline import PlainGPT, Setup, make, write_data
+from benchmarks.projection import measured, plan
+from benchmarks.step_profile import KINDS, draw, floors_ms, kind_of, summarize
+from gpt2.config import PRESETS, TrainConfig
+from gpt2.model import GPT
+from gpt2.train.objectives import LanguageModeling
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def setup(tmp_path) -> Setup:
+    write_data(tmp_path / "data", 65, 5000)
+    return Setup("char", 2, 2, "cpu", "float32", False, "torch", str(tmp_path / "data"), "")
+
+
+def test_the_baseline_is_the_same_model():
+    """Same weights, same loss and gradients: its time is that of the same work."""
+    config = replace(PRESETS["char"], bias=True)
+    ours, plain = GPT(config, "torch"), PlainGPT(config)
+    assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in ours.parameters())
+    pairs = {"wte": "transformer.wte", "wpe": "transformer.wpe", "ln_f": "transformer.ln_f"}
+    for i in range(config.n_layer):
+        for theirs, mine in (
+            ("ln_1", "ln_1"), ("ln_2", "ln_2"), ("attn_in", "attn.c_attn"),
+            ("attn_out", "attn.c_proj"), ("mlp_in", "mlp.c_fc"), ("mlp_out", "mlp.c_proj"),
+        ):  # fmt: skip
+            pairs[f"blocks.{i}.{theirs}"] = f"transformer.h.{i}.{mine}"
+    for theirs, mine in pairs.items():
+        plain.get_submodule(theirs).load_state_dict(ours.get_submodule(mine).state_dict())
+    # Rows beyond the vocabulary: ours leaves them out of the loss, so here they must not count.
+    idx, targets = torch.randint(0, 65, (2, 2, 64))
+    loss_sum, _ = LanguageModeling(ours)({"idx": idx, "targets": targets})
+    h = plain.ln_f(_blocks(plain, idx))
+    logits = (h @ plain.wte.weight.T)[..., :65]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert (loss_sum / 128).item() == pytest.approx(expected.item(), rel=1e-5)
+    _, whole = plain(idx, targets)  # with the 7 rows of padding, whose logits are 0
+    padding = torch.cat([logits.flatten(0, 1), torch.zeros(128, 7)], 1)
+    expected = torch.nn.functional.cross_entropy(padding, targets.flatten())
+    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def _blocks(plain: PlainGPT, idx):
+    x = plain.wte(idx) + plain.wpe.weight[: idx.shape[1]]
+    for block in plain.blocks:
+        x = block(x)
+    return x
+
+
+@pytest.mark.parametrize("name", ["trainer", "pytorch"])
+def test_a_contestant_trains_and_is_measured(setup, name):
+    record = train_step.measure(name, setup, 3, True, time.time() - 1.0)
+    assert len(record["step_ms"]) == 3 and min(record["step_ms"]) > 0
+    assert record["launch_to_first_step_s"] > 1.0 and 0 <= record["data_wait_share"] < 0.5
+    assert 3.5 < record["last_loss"] < 5.0 and "peak_bytes" not in record
+    ms = record["profile"]["ms"]
+    assert set(ms) == set(KINDS) and min(ms["GEMM"], ms["attention"], ms["optimizer"]) > 0
+    json.dumps(record)
+
+
+def test_the_trainer_is_the_real_one(setup):
+    contestant = make("trainer", replace(setup, options=("grad_clip=0.5", "exact_reduction=true")))
+    config = contestant.trainer.config
+    assert type(contestant.trainer).__module__ == "gpt2.train.trainer"
+    assert (config.grad_clip, config.exact_reduction, config.tokens_per_step) == (0.5, True, 256)
+    before = contestant.trainer.model.lm_head.weight.detach().clone()
+    contestant.step()
+    contestant.step()
+    assert contestant.trainer.step == 2 and not contestant.trainer.model.lm_head.weight.equal(
+        before
+    )
+    contestant.close()
+    with pytest.raises(ValueError, match="unknown key 'gradclip': did you mean 'grad_clip'"):
+        make("trainer", replace(setup, options=("gradclip=1",)))
+    with pytest.raises(OSError, match="no model.py of nanoGPT here"):
+        make("nanogpt", setup)
+    with pytest.raises(ValueError, match="unknown contestant"):
+        make("jax", setup)
+
+
+def test_kernels_are_sorted_by_their_names():
+    for name, kind in {
+        "nvjet_hsh_192x192_64x4_2x1_v_bz_coopB_NTN": "GEMM",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "GEMM",
+        "_attention_fwd_kernel": "attention",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>": "attention",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
+        "_layer_norm_bwd_kernel": "norm",
+        "triton_per_fused_add_native_layer_norm_3": "norm",
+        "triton_red_fused__log_softmax_nll_loss_forward_7": "loss",
+        "_cross_entropy_fwd_kernel": "loss",
+        "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>": "optimizer",
+        "triton_poi_fused_gelu_4": "other",
+        "Memcpy HtoD (Pinned -> Device)": "other",
+    }.items():
+        assert kind_of(name) == kind, name
+
+
+def test_idle_is_what_no_kernel_covers():
+    events = [
+        {"name": "gemm", "ts": 100.0, "dur": 50.0},
+        {"name": "gemm", "ts": 120.0, "dur": 10.0},  # inside the first, on another stream
+        {"name": "flash", "ts": 160.0, "dur": 20.0},  # 10 after it
+        {"name": "gelu", "ts": 200.0, "dur": 40.0},  # 20 after it
+    ]
+    found = summarize(events, steps=2)
+    expected = {"GEMM": 30.0, "attention": 10.0, "other": 20.0, "idle": 15.0}
+    assert found["ms"] == {kind: expected.get(kind, 0.0) / 1e3 for kind in KINDS}
+    assert found["largest_other"] == {"gelu": 0.02}
+
+
+def test_floors_of_the_124m_model_are_the_known_ones():
+    """At 790 TFLOP/s and 4.3 TB/s, 32 rows: 30.8 ms of GEMM and 1.5 ms of loss, as computed by hand
+    for that GPU; attention counts 3.5 x the causal forward pass.
+    """
+    ceilings = {"bf16_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12}
+    floors = floors_ms(PRESETS["gpt2"], 32, 1, 124_439_808, ceilings)
+    assert floors["GEMM"] == pytest.approx(30.8, abs=0.1)
+    assert floors["attention"] == pytest.approx(3.5 * 2 * 32 * 12 * 1024**2 * 768 / 790e9)
+    assert floors["loss"] == pytest.approx(1.53, abs=0.01)
+    assert floors["optimizer"] == pytest.approx(0.93, abs=0.01)
+    twice = floors_ms(PRESETS["gpt2"], 32, 2, 124_439_808, ceilings)
+    assert twice["GEMM"] == 2 * floors["GEMM"] and twice["optimizer"] == floors["optimizer"]
+
+
+def record_of(ms: float, peak: float) -> dict:
+    """What a process on a GPU would leave; the times are made up."""
+    return {
+        "launch_to_first_step_s": 20.0, "first_step_s": 9.0, "step_ms": [ms, ms, 9 * ms],
+        "data_wait_share": 0.002, "peak_bytes": peak, "profile": {"ms": dict.fromkeys(KINDS, 1.0)},
+    }  # fmt: skip
+
+
+def test_the_report_says_which_bars_are_met(tmp_path):
+    setup = Setup("gpt2", 64, 4, "cuda", "bfloat16", True, "auto", "data", "")
+    contestants = {"trainer": {}, "pytorch": {}, "nanogpt": {"error": "it broke"}}
+    for cold in (True, False):
+        train_step.add(contestants["trainer"], record_of(400.0, 10e9), cold)
+        train_step.add(contestants["pytorch"], record_of(480.0, 20e9), cold)
+    ceilings = {"bf16_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step, "peak_flops", lambda *_: 989.4e12)
+        result = train_step.conclude(setup, contestants, ceilings)
+    ours = result["contestants"]["trainer"]
+    assert ours["tokens_per_s"] == pytest.approx(262_144 / 0.4)
+    assert ours["mfu"] == pytest.approx(262_144 / 0.4 * 855_166_464 / 989.4e12)
+    text = train_step.report([result])
+    for line in (
+        "gpt2: tokens/s 655,360, bar >= 600,000: met",
+        "gpt2: times the fastest other 1.20, bar >= 1.25: NOT met",
+        "gpt2: of the least other peak 0.50, bar <= 0.60: met",
+        "gpt2: data wait 0.20%, bar <= 1.00%: met",
+        "gpt2: first step warm, s 20.0, bar <= 15.0: NOT met",
+        "it broke",
+    ):  # fmt: skip
+        assert line in text, text
+    draw([result], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    folder = tmp_path / "results" / "gpu"
+    folder.mkdir(parents=True)
+    content = {"results": [result], "hardware": "H200", "commit": "0123456789"}
+    (folder / "train_step.json").write_text(json.dumps(content))
+    speed, source = measured("gpt2", tmp_path / "results")
+    assert speed == ours["tokens_per_s"] and "H200, commit 01234567" in source
+    assert measured("gpt2-xl", tmp_path / "results") is None
+
+
+def test_one_call_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Two processes of the trainer alone, and everything that is written."""
+    options = (
+        "--model char --alone --rows 2 --accum 1 --steps 2 --rounds 1 --device cpu --tokens 5000"
+    )
+    monkeypatch.setattr(sys, "argv", ["train_step", *options.split(), "--out", str(tmp_path)])
+    train_step.main()
+    shown = capsys.readouterr().out
+    assert "on a CPU: MFU, peak memory, idle time, floors and bars are not applicable" in shown
+    assert "MFU = tokens/s x (6 N + 12 L C T) / peak" in shown and "failed" not in shown
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    ours = content["results"][0]["contestants"]["trainer"]
+    assert len(ours["rounds_ms"]) == 1 and ours["mfu"] is None and content["commit"]
+    assert len(ours["cold_first_step_s"]) == len(ours["warm_first_step_s"]) == 1
+    assert (tmp_path / "train_step.png").exists() and (tmp_path / "train_step.md").exists()
+
+
+def test_the_plan_of_the_124m_recipe():
+    rows = dict(plan(TrainConfig(micro_batch_size=64), (500_000.0, "given"), 8, 3.0))
+    assert rows["tokens"] == "9,999,745,024 = 19,073 steps x 524,288"
+    assert rows["step"] == "8 GPUs x 1 micro steps x 64 x 1024"
+    assert rows["FLOPs"].startswith("8.551e+18")
+    assert rows["hours"] == "0.69 on 8 GPUs, 5.6 GPU hours: a projection"
+    assert rows["cost"] == "16.67 at 3 a GPU hour: a projection"
+    unknown = dict(plan(TrainConfig(micro_batch_size=64), None, 1, None))
+    assert unknown["hours"].startswith("not known") and "cost" not in unknown
+
+
+def test_the_recipes_script_plans_and_refuses():
+    def run(*options: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            ["bash", ROOT / "scripts" / "reproduce_124m.sh", *options],
+            capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
+        )  # fmt: skip
+
+    done = run("--plan", "--tokens_per_s", "400000", "--gpus", "4")
+    assert done.returncode == 0, done.stderr
+    assert "1.74 on 4 GPUs, 6.9 GPU hours: a projection" in done.stdout
+    assert "fetching" not in done.stdout
+    wrong = run("--gpu", "4")
+    assert wrong.returncode == 2 and "unknown option --gpu" in wrong.stderr
+    assert run("--gpus").returncode == 2 and "--plan" in run("--help").stdout
