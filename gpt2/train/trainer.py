@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
 from gpt2.cli import write_yaml
@@ -32,12 +31,12 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.train import blame
 from gpt2.train.describe import derived, show_result
 from gpt2.train.distributed import Distributed, peak_flops
-from gpt2.train.exact import TreeSum
 from gpt2.train.guard import Guard, Verdict
 from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.metrics import Metrics
 from gpt2.train.objectives import IGNORE_INDEX, Batch
-from gpt2.train.optim import learning_rate, make_optimizer
+from gpt2.train.optim import learning_rate
+from gpt2.train.parallel import make_layout
 from gpt2.train.rollback import Snapshots
 from gpt2.train.saver import Saver
 from gpt2.train.signals import Interrupted, StopSignals
@@ -75,27 +74,18 @@ class Trainer:
         self.rows_per_step = config.tokens_per_step // block_size
         self.dtype = _select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
-        self.optimizer = make_optimizer(self.model, config)
-        self.params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        self.compiled = (
+            config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
+        )
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.layout = make_layout(config, objective, group, self.compiled, self.grad_accum_steps)
+        self.optimizer, self.params = self.layout.optimizer, self.layout.params
         self.first_step = self.step = 0
         self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
         self.guard = Guard(config.spike_z, group)
         self.snapshots = Snapshots()
         self.saved_step = -1
         self.signals = StopSignals()
-        self.ddp = self.tree = None
-        forward = objective
-        if config.exact_reduction:
-            micro_batches = self.grad_accum_steps * group.world_size
-            self.tree = TreeSum(micro_batches, group.rank, group.world_size)
-        elif group.world_size > 1:
-            forward = self.ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        compiled = (
-            config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
-        )
-        self.compiled = compiled
-        self.train_forward = torch.compile(forward) if compiled else forward
-        self.eval_forward = torch.compile(objective) if compiled else objective
         if group.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
 
@@ -183,7 +173,7 @@ class Trainer:
                 self._save()
             if self._is_due(config.eval_every) and self.val_data is not None:
                 self._validate()
-            if _due(step, config.sample_every) and group.is_main:
+            if _due(step, config.sample_every):
                 self._sample()
             if last:
                 break
@@ -223,27 +213,16 @@ class Trainer:
                 # A function of (seed, step, row), so no random state needs saving.
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
-            if self.ddp is not None:
-                # Gradients are exchanged once, in the backward pass of the last micro step.
-                self.ddp.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
+            self.layout.begin(last=micro_step == self.grad_accum_steps - 1)
             with self._autocast():
-                loss_sum, metrics = self.train_forward(micro_batch)
+                loss_sum, metrics = self.layout.train_forward(micro_batch)
                 loss = loss_sum / n_units
-            # DDP averages over ranks, but this is a sum already divided by the count of all ranks.
-            (loss * (group.world_size if self.ddp is not None else 1)).backward()
+            self.layout.backward(loss)
             total += loss.detach()
             for name, value in metrics.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach() / n_units
-            if self.tree is not None:
-                self.tree.add([p.grad for p in params] + [loss.detach()])
-                for p in params:
-                    p.grad = None
-        if self.tree is not None:
-            *grads, total = self.tree.finish()
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            total = total if group.is_main else torch.zeros_like(total)  # it is everyone's already
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        total = self.layout.finish(total)
+        grad_norm = self.layout.clip(config.grad_clip or math.inf)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
         self.optimizer.found_inf = self.guard.judge(step, data_step, total, grad_norm)
@@ -273,7 +252,7 @@ class Trainer:
                 parts[self.names.index("targets")][max(n_rows - first, 0) :] = IGNORE_INDEX
                 batch = self._name(parts)
                 with self._autocast():
-                    loss_sum, metrics = self.eval_forward(batch)
+                    loss_sum, metrics = self.layout.eval_forward(batch)
                 found = {"loss": loss_sum, **metrics, "units": self.objective.count(batch)}
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
@@ -288,7 +267,10 @@ class Trainer:
 
     def _autocast(self):
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=enabled)
+        # No pass uses a weight twice, and a cache would keep bf16 copies of those shared out.
+        return torch.autocast(
+            self.group.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def _signalled(self) -> bool:
         return self.signals.received is not None
@@ -341,6 +323,7 @@ class Trainer:
         """Goes back to the older snapshot, and behind the data of the step that was skipped."""
         step = self.step = self.snapshots.restore(self.model, self.optimizer)
         self.guard.forget(step)
+        self.saved_step = -1  # what is saved of later steps is of what was left
         self.data_offset = verdict.data_step + 1 - step
         self.losses, self.sums = [], {}
         if self.metrics is not None:
@@ -359,6 +342,8 @@ class Trainer:
                 train=dataclasses.asdict(self.config), state=state,
             )  # fmt: skip
             self.saver.save(self.step, self.model, self.optimizer, meta)
+        elif self.layout.sharded:
+            checkpoint.snapshot(self.model, self.optimizer, keep=False)
 
     def _leave(self) -> None:
         """Ends the run after a signal; what is to be saved has been handed to the saver."""
@@ -379,7 +364,6 @@ class Trainer:
     def _on_save_failed(self, step: int, error: OSError) -> None:
         if step == self.config.max_steps or self.signals.received:
             raise error  # there is no later one
-        self.saved_step = -1
         self.metrics.say(
             f"step {step:>6}/{self.config.max_steps}  NOT saved: {error.strerror or error}; "
             "training goes on (on_save_error)"
@@ -422,10 +406,13 @@ class Trainer:
         start = "\n" if self.tokenizer.eot is None else None
         prompt = self.tokenizer.encode(start) if start else [self.tokenizer.eot]
         room = self.model.config.block_size - len(prompt)
-        tokens = generate(
-            self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50, seed=0
-        )
-        self.metrics.say(f"sample: {self.tokenizer.decode(tokens[0])!r}")
+        with self.layout.callable_model():
+            tokens = generate(
+                self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50,
+                seed=0,
+            )  # fmt: skip
+        if self.metrics is not None:
+            self.metrics.say(f"sample: {self.tokenizer.decode(tokens[0])!r}")
 
 
 def _due(step: int, every: int) -> bool:
