@@ -12,6 +12,7 @@ import torch
 from gpt2.config import TrainConfig
 from gpt2.train import distributed, pretrain
 from gpt2.train.objectives import LanguageModeling
+from gpt2.train.trainer import Trainer
 
 
 class Poisoned(LanguageModeling):
@@ -25,11 +26,26 @@ class Poisoned(LanguageModeling):
         return loss_sum, metrics
 
 
+def tell_what_is_held(real):
+    def run(self, *args):
+        real(self, *args)
+        state = [t for s in self.optimizer.state.values() for k, t in s.items() if k != "step"]
+        weights, moments = (
+            sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
+            for tensors in (self.model.parameters(), state)
+        )
+        name, rank = self.config.run_name, self.group.rank
+        print(f"{name}: rank {rank} holds {weights} weights, {moments} moments", flush=True)
+
+    return run
+
+
 def main() -> None:
     group = distributed.start("cpu")
     start, stop = distributed.start, distributed.stop
     distributed.start, distributed.stop = lambda *_: group, lambda _: group.barrier()
     pretrain.LanguageModeling = Poisoned
+    Trainer.run = tell_what_is_held(Trainer.run)
     with open(sys.argv[1]) as file:
         runs = json.load(file)
     for options in runs:

@@ -1,6 +1,7 @@
 """Layouts of several ranks (over gloo) and activation checkpointing: the same training."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -74,7 +75,10 @@ def test_layouts_train_alike(train_config, free_port, tmp_path):
     again = replace(base, run_name="again", sharding="full", activation_checkpointing=True)
     runs.append(asdict(again) | {"poisoned": poisoned})
     for stop, sharding in ((2, "full"), (3, "optimizer"), (5, "full"), (6, "none")):
-        mixed = replace(base, run_name="mixed", resume="auto", max_steps=stop, sharding=sharding)
+        mixed = replace(
+            base, run_name="mixed", resume="auto", max_steps=stop, sharding=sharding,
+            activation_checkpointing=stop > 3,
+        )  # fmt: skip
         runs.append(asdict(mixed) | {"poisoned": poisoned})
     for s in layouts:
         back = replace(base, run_name=f"back_{s}", sharding=s, guard="rollback", snapshot_every=2)
@@ -83,6 +87,20 @@ def test_layouts_train_alike(train_config, free_port, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     assert "sharding full, activation checkpointing" in done.stdout
+
+    held = {
+        (run, rank): (int(weights), int(moments))
+        for run, rank, weights, moments in re.findall(
+            r"(\w+): rank (\d) holds (\d+) weights, (\d+) moments", done.stdout
+        )
+    }
+    n, _ = held["none", "0"]
+    assert done.stdout.count("27,840 parameters: 2 layers") == len(runs)
+    for rank in "01":
+        assert held["none", rank] == (n, 2 * n)
+        assert held["optimizer", rank] == (n, pytest.approx(n, rel=0.05))
+        assert held["full", rank] == (n // 2, n)
+    assert sum(held["optimizer", rank][1] for rank in "01") == 2 * n
 
     out = Path(base.out_dir)
     expected = losses(out / "none")
@@ -161,8 +179,8 @@ def test_activation_checkpointing_changes_no_bit(train_config, dtype):
 @pytest.mark.parametrize("ops", ["torch", "triton"])
 def test_activation_checkpointing_keeps_less(tiny, ops):
     """The gradients are the same bits, and of a block only what enters it is kept."""
-    objective = LanguageModeling(GPT(replace(tiny, n_layer=3), ops))
-    batch = {k: torch.randint(65, (2, 16)) for k in ("idx", "targets")}
+    objective = LanguageModeling(GPT(tiny, ops))
+    batch = {k: torch.randint(65, (1, 16)) for k in ("idx", "targets")}
     kept, grads = [], []
     for again in (False, True):
         objective.model.activation_checkpointing = again

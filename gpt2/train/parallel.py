@@ -13,7 +13,8 @@ same in all of them, so a run may go on in another, with another number of ranks
 full gathers float32 weights and leaves bf16 to autocast: so its arithmetic is that of the other
 layouts, for twice the bytes that gathering bf16 would take. Without activation_checkpointing
 autograd keeps those bf16 copies of a pass, 2 bytes a parameter. Gradients are reduced after every
-micro step, since one that waits for the last is whole on every rank.
+micro step, since one that waits for the last is whole on every rank. A model is made whole on each
+device before it is shared out: 4 bytes a parameter must fit.
 
 Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
 """
@@ -37,16 +38,15 @@ from gpt2.train.optim import make_optimizer, parameter_groups
 
 
 def make_layout(
-    config: TrainConfig, objective: nn.Module, group: Distributed, compiled: bool, micro_steps: int
+    config: TrainConfig, objective: nn.Module, group: Distributed, compiled: bool
 ) -> "Layout":
     """The layout that config names; one process alone has nothing to share out.
 
     objective: on the group's device; sharding full makes its parameters DTensors, in place.
-    compiled: with torch.compile.  micro_steps: of one step, on each rank.
-    Raises ValueError where the number of ranks does not fit.
+    compiled: with torch.compile. Raises ValueError where the number of ranks does not fit.
     """
     if config.exact_reduction:
-        return ExactSum(config, objective, group, compiled, micro_steps)
+        return ExactSum(config, objective, group, compiled)
     sharded = {"none": Layout, "optimizer": ShardedOptimizer, "full": FullySharded}
     kind = sharded[config.sharding] if group.world_size > 1 else Layout
     return kind(config, objective, group, compiled)
@@ -71,11 +71,18 @@ class Layout:
         self.params = [p for g in parameter_groups(objective.model, config) for p in g["params"]]
         self.optimizer = self._make_optimizer(objective)
 
-    def begin(self, *, last: bool) -> None:
-        """Before the forward pass of a micro step; last: of its step."""
+    def divide_step(self, micro_steps: int) -> None:
+        """Says how many micro steps make up a step, before the first one.
+
+        Raises ValueError where they do not fit the number of ranks.
+        """
+        self.micro_steps = micro_steps
+
+    def begin(self, micro_step: int) -> None:
+        """Before the forward pass of a micro step, counted from 0."""
         if self.ddp is not None:
             # Gradients are exchanged once, in the backward pass of the last micro step.
-            self.ddp.require_backward_grad_sync = last
+            self.ddp.require_backward_grad_sync = micro_step == self.micro_steps - 1
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of a micro step; loss: its share of the mean over the whole step."""
@@ -112,8 +119,8 @@ class Layout:
 class ExactSum(Layout):
     """Like DDP, with sums that do not depend on the number of ranks; see gpt2.train.exact."""
 
-    def __init__(self, config, objective, group, compiled, micro_steps: int):
-        super().__init__(config, objective, group, compiled)
+    def divide_step(self, micro_steps: int) -> None:
+        group = self.group
         self.tree = TreeSum(micro_steps * group.world_size, group.rank, group.world_size)
 
     def backward(self, loss: Tensor) -> None:
@@ -213,7 +220,9 @@ class FullySharded(Layout):
         root = self.units[-1]  # the others are gathered when they are called
         root.unshard()
         try:
-            yield
+            # Without compiling: each new length of the cache would be compiled again.
+            with torch.compiler.set_stance("force_eager"):
+                yield
         finally:
             root.reshard()
 

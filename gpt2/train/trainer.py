@@ -78,7 +78,8 @@ class Trainer:
             config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
         )
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.layout = make_layout(config, objective, group, self.compiled, self.grad_accum_steps)
+        self.layout = make_layout(config, objective, group, self.compiled)
+        self.layout.divide_step(self.grad_accum_steps)
         self.optimizer, self.params = self.layout.optimizer, self.layout.params
         self.first_step = self.step = 0
         self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
@@ -213,7 +214,7 @@ class Trainer:
                 # A function of (seed, step, row), so no random state needs saving.
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
-            self.layout.begin(last=micro_step == self.grad_accum_steps - 1)
+            self.layout.begin(micro_step)
             with self._autocast():
                 loss_sum, metrics = self.layout.train_forward(micro_batch)
                 loss = loss_sum / n_units
