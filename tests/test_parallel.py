@@ -34,7 +34,7 @@ def start(n: int, port: int, runs: list[dict], folder: Path) -> subprocess.Compl
         "--master-port", str(port), "-m", "tests.parallel_worker", str(folder / "runs.json"),
     ]  # fmt: skip
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=400, cwd=WORKER.parent.parent
+        command, capture_output=True, text=True, timeout=580, cwd=WORKER.parent.parent
     )
 
 
@@ -174,6 +174,40 @@ def test_activation_checkpointing_changes_no_bit(train_config, dtype):
     runs = Path(config.out_dir)
     assert losses(runs / "again") == losses(runs / "run")
     assert equal(files(runs / "again", 6), files(runs / "run", 6))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
+def test_compiled_dropout_is_the_same_when_computed_again(train_config):
+    config = replace(train_config, dropout=0.2, compile="on", max_steps=3, eval_every=0)
+    pretrain(config)
+    pretrain(replace(config, run_name="again", activation_checkpointing=True))
+    runs = Path(config.out_dir)
+    assert losses(runs / "again") == pytest.approx(losses(runs / "run"), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_layouts_compiled_and_with_the_kernels(train_config, free_port, tmp_path):
+    base = replace(train_config, micro_batch_size=2, max_steps=3, sample_every=2, save_every=0)
+    again = replace(base, activation_checkpointing=True)
+    runs = [
+        replace(base, run_name="plain"),
+        replace(again, run_name="compiled_full", compile="on", sharding="full"),
+        replace(again, run_name="compiled_optimizer", compile="on", sharding="optimizer"),
+        replace(again, run_name="triton_full", kernels="triton", sharding="full"),
+        replace(again, run_name="bfloat16", dtype="bfloat16"),
+        replace(again, run_name="bfloat16_full", dtype="bfloat16", sharding="full"),
+    ]
+    done = start(2, free_port, [asdict(run) for run in runs], tmp_path)
+    assert done.returncode == 0, done.stderr
+    out = Path(base.out_dir)
+    for key in ("train/loss", "val/loss"):
+        for run in ("compiled_full", "compiled_optimizer", "triton_full"):
+            wanted = pytest.approx(losses(out / "plain", key), rel=1e-4)
+            assert losses(out / run, key) == wanted, (run, key)
+        wanted = pytest.approx(losses(out / "bfloat16", key), rel=1e-3)
+        assert losses(out / "bfloat16_full", key) == wanted, key
 
 
 @pytest.mark.parametrize("ops", ["torch", "triton"])

@@ -20,9 +20,9 @@ Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP 
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,8 @@ from gpt2.model import Block
 from gpt2.train.distributed import Distributed
 from gpt2.train.exact import TreeSum
 from gpt2.train.optim import make_optimizer, parameter_groups
+
+T = TypeVar("T")
 
 
 def make_layout(
@@ -97,10 +99,9 @@ class Layout:
         """Scales the gradients down to a norm of max_norm, over all of them; returns the norm."""
         return torch.nn.utils.clip_grad_norm_(self.params, max_norm)
 
-    @contextmanager
-    def callable_model(self) -> Iterator[None]:
-        """In it objective.model can be called itself, by all ranks equally often."""
-        yield
+    def call_model(self, function: Callable[[], T]) -> T:
+        """function(), which may call objective.model itself; by all ranks equally often."""
+        return function()
 
     def _wrap(self, objective: nn.Module, compiled: bool) -> None:
         forward = objective
@@ -211,30 +212,20 @@ class FullySharded(Layout):
     def clip(self, max_norm: float) -> Tensor:
         return super().clip(max_norm).full_tensor()
 
-    @contextmanager
-    def callable_model(self) -> Iterator[None]:
-        # What is gathered for the first time in inference mode could not be trained afterwards.
-        for unit in self.units[:-1]:
-            unit.unshard()
-            unit.reshard()
-        root = self.units[-1]  # the others are gathered when they are called
-        root.unshard()
-        try:
-            # Without compiling: each new length of the cache would be compiled again.
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            root.reshard()
+    def call_model(self, function: Callable[[], T]) -> T:
+        # Without compiling: each new length of the cache would be compiled again.
+        with torch.compiler.set_stance("force_eager"):
+            return self.root.call(function)
 
     def _wrap(self, objective: nn.Module, compiled: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
         # A linear layer's output is a view; nothing here is added to one in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.group.device.type, (self.group.world_size,))
-        self.units = [m for m in objective.modules() if isinstance(m, Block)] + [objective]
-        for unit in self.units:
+        self.root = objective
+        for unit in [m for m in objective.modules() if isinstance(m, Block)] + [objective]:
             if compiled and unit is not objective:
                 # Blocks alone, which are compiled once for all: gathering stays outside.
                 unit.forward = torch.compile(unit.forward)
@@ -244,4 +235,6 @@ class FullySharded(Layout):
             # Add, not average: the loss is already divided by the count of all ranks.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        objective.call = lambda function: function()
+        register_fsdp_forward_method(objective, "call")  # so that it gathers, as forward does
         self._set_forward(objective, objective, compiled=False)

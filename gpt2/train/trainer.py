@@ -16,6 +16,7 @@ and samples, so that running out of memory in those costs nothing.
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -407,11 +408,11 @@ class Trainer:
         start = "\n" if self.tokenizer.eot is None else None
         prompt = self.tokenizer.encode(start) if start else [self.tokenizer.eot]
         room = self.model.config.block_size - len(prompt)
-        with self.layout.callable_model():
-            tokens = generate(
-                self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50,
-                seed=0,
-            )  # fmt: skip
+        continued = partial(
+            generate, self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8,
+            top_k=50, seed=0,
+        )  # fmt: skip
+        tokens = self.layout.call_model(continued)
         if self.metrics is not None:
             self.metrics.say(f"sample: {self.tokenizer.decode(tokens[0])!r}")
 
