@@ -213,9 +213,16 @@ class FullySharded(Layout):
         return super().clip(max_norm).full_tensor()
 
     def call_model(self, function: Callable[[], T]) -> T:
+        def after_gathering():
+            # What inference mode gathers first, it leaves in tensors that cannot be trained.
+            for block in self.blocks:
+                block.unshard()
+                block.reshard()
+            return function()
+
         # Without compiling: each new length of the cache would be compiled again.
         with torch.compiler.set_stance("force_eager"):
-            return self.root.call(function)
+            return self.root.call(after_gathering)
 
     def _wrap(self, objective: nn.Module, compiled: bool) -> None:
         from torch.distributed.device_mesh import init_device_mesh
@@ -225,7 +232,8 @@ class FullySharded(Layout):
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(self.group.device.type, (self.group.world_size,))
         self.root = objective
-        for unit in [m for m in objective.modules() if isinstance(m, Block)] + [objective]:
+        self.blocks = [m for m in objective.modules() if isinstance(m, Block)]
+        for unit in (*self.blocks, objective):
             if compiled and unit is not objective:
                 # Blocks alone, which are compiled once for all: gathering stays outside.
                 unit.forward = torch.compile(unit.forward)
