@@ -35,6 +35,7 @@ from gpt2.model import GPT
 
 FORMAT = 1
 META, MODEL, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"
+MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names of its state
 Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor name -> tensor in host memory
 
 
@@ -97,22 +98,30 @@ def describe(
 
 @torch.no_grad()
 def snapshot(
-    model: GPT, optimizer: torch.optim.Optimizer | None = None, out: Tensors | None = None
+    model: GPT,
+    optimizer: torch.optim.Optimizer | None = None,
+    out: Tensors | None = None,
+    *,
+    keep: bool = True,
 ) -> Tensors:
     """Copies of a model's weights and an optimizer's moments in host memory.
 
+    Where ranks share these out (gpt2.train.parallel) all must call it; each tensor is gathered for
+    itself, and copied only where keep is True.
     out: an earlier snapshot of the same model, which is written over and returned: its memory, for
     a GPU page-locked, is allocated only once.
     """
-    sources = {_weights_file(model): dict(_model_tensors(model))}
+    sources = {_weights_file(model): _model_tensors(model)}
     if optimizer is not None:
-        sources[OPTIMIZER] = dict(_optimizer_tensors(model, optimizer))
+        sources[OPTIMIZER] = _optimizer_tensors(model, optimizer)
     out = {} if out is None else out
-    for file, group in sources.items():
+    for file, tensors in sources.items():
         memory = out.setdefault(file, {})
-        for name, tensor in group.items():
+        for name, tensor in tensors:
+            if not keep:
+                continue
             if name not in memory:
-                memory[name] = _host_memory(tensor)
+                memory[name] = host_memory(tensor)
             memory[name].copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
@@ -360,6 +369,7 @@ def load_training_state(
 ) -> None:
     """Copies a checkpoint's weights into model and, where given, its moments into optimizer.
 
+    Where ranks share these out each takes its part.
     Raises ValueError for a model of another shape, damaged files, or a checkpoint without optimizer
     state.
     """
@@ -373,33 +383,38 @@ def load_training_state(
         raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
     _check_adapters(checkpoint, model)
     verify(checkpoint)
-    weights = _weights_file(model)
+    weights, prefix, saved = _weights_file(model), _prefix(model), _saved_parameters(model)
     files = (weights,) if optimizer is None else (weights, OPTIMIZER)
-    restore({name: _read_tensors(checkpoint.path / name) for name in files}, model, optimizer)
-
-
-@torch.no_grad()
-def restore(tensors: Tensors, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Copies a snapshot's weights into model and, where given, its moments into optimizer."""
-    weights, prefix = tensors[_weights_file(model)], _prefix(model)
-    for name, parameter in _saved_parameters(model).items():
-        value = weights[prefix + name]
-        parameter[: len(value)] = value.to(parameter.device)
-        parameter[len(value) :] = 0.0
+    stored = {name: _read_tensors(checkpoint.path / name) for name in files}
+    for name, parameter in saved.items():
+        parameter.copy_(_placed(stored[weights][prefix + name], parameter))
     if optimizer is None:
         return
-    stored = tensors[OPTIMIZER]
-    if not stored:  # from before the first step
-        optimizer.state.clear()
-        return
-    for name, parameter in _saved_parameters(model).items():
+    own = {p for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in saved.items():
+        if parameter not in own:
+            continue
         state = optimizer.state[parameter]
-        for key in ("exp_avg", "exp_avg_sq"):
-            value = stored[f"{name}/{key}"].to(parameter.device)
-            state[key] = torch.zeros_like(parameter)
-            state[key][: len(value)] = value
+        for key in MOMENTS:
+            value = _placed(stored[OPTIMIZER][f"{name}/{key}"], parameter)
+            state[key] = torch.zeros_like(parameter).copy_(value)
         # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
-        state["step"] = stored[f"{name}/step"].to(parameter.device, copy=True)
+        state[STEP] = stored[OPTIMIZER][f"{name}/{STEP}"].to(parameter.device, copy=True)
+
+
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """value with the padding of a parameter; of one that ranks share out, this rank's part."""
+    whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    whole[: len(value)] = value
+    if not _is_shared_out(like):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _is_shared_out(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
 
 
 def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
@@ -441,13 +456,21 @@ def _saved_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
 
 def _model_tensors(model: GPT):
     for name, parameter in _saved_parameters(model).items():
-        yield _prefix(model) + name, _without_padding(name, parameter.detach(), model.config)
+        yield _prefix(model) + name, _whole(name, parameter.detach(), model.config)
 
 
 def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer):
+    # An optimizer whose state lies on other ranks as well has a way to get it.
+    moments = getattr(optimizer, "moments", optimizer.state.__getitem__)
     for name, parameter in _saved_parameters(model).items():
-        for key, value in optimizer.state[parameter].items():
-            yield f"{name}/{key}", _without_padding(name, value, model.config)
+        for key, value in moments(parameter).items():
+            yield f"{name}/{key}", _whole(name, value, model.config)
+
+
+def _whole(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
+    if _is_shared_out(tensor):
+        tensor = tensor.full_tensor()
+    return _without_padding(name, tensor, config)
 
 
 def _without_padding(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
@@ -456,7 +479,8 @@ def _without_padding(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
     return tensor
 
 
-def _host_memory(like: Tensor) -> Tensor:
+def host_memory(like: Tensor) -> Tensor:
+    """Memory for a copy of a tensor, page-locked where that tensor is on a GPU."""
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
 

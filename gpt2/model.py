@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gpt2.config import GPTConfig
 from gpt2.ops import Ops, select_ops
@@ -176,6 +177,8 @@ class GPT(nn.Module):
         super().__init__()
         ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
+        # Training keeps only what enters each block, and computes the rest again going backward.
+        self.activation_checkpointing = False
         self.transformer = nn.ModuleDict(
             dict(
                 wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -227,8 +230,10 @@ class GPT(nn.Module):
             self.transformer.wte(idx) + self.transformer.wpe(position)
         )  # (B, T, C)
         branch = None
+        again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
-            x, branch = block(x, branch, doc_start, cache)
+            inputs = (x, branch, doc_start, cache)
+            x, branch = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
         h, _ = self.transformer.ln_f(branch, residual=x)
         if cache is not None:
             cache.advance(T)

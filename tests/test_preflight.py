@@ -142,7 +142,7 @@ def test_activation_checkpointing_keeps_the_inputs_of_blocks(monkeypatch):
 
 def test_layouts_divide_what_they_should():
     ddp = setting(PRESETS["gpt2"], 8, cuda=True, kernels="triton", bfloat16=True, world_size=8)
-    zero1, fsdp = (replace(ddp, layout=layout) for layout in ("zero1", "fsdp"))
+    zero1, fsdp = (replace(ddp, sharding=name) for name in ("optimizer", "full"))
     a, b, c = memory(ddp), memory(zero1), memory(fsdp)
     assert a.parameters == 124_475_904 * 4 and a.optimizer == 2 * a.parameters
     assert b.optimizer == a.optimizer // 8 and a.peak - b.peak == a.optimizer - b.optimizer

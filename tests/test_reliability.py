@@ -203,6 +203,18 @@ def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
     assert equal(weights(run), weights(Path(config.out_dir) / "by_hand"))
 
 
+def test_what_was_left_by_a_rollback_is_saved_anew(train_config, poisoned):
+    config = replace(
+        train_config, eval_every=0, save_every=1, keep_last=0, max_steps=9, guard="rollback",
+        snapshot_every=3,
+    )  # fmt: skip
+    poisoned.rows = [row_of(config, 7, 2)]
+    pretrain(config)
+    saved = list_checkpoints(Path(config.out_dir) / "run")
+    offsets = [checkpoint.read_checkpoint(path).state["data_offset"] for path in saved]
+    assert offsets == [0] * 2 + [5] * 7
+
+
 def test_stop_policy_saves_and_says_which_step(train_config, poisoned):
     config = replace(train_config, eval_every=0, save_every=0, guard="stop")
     poisoned.rows = [row_of(config, 3, 0)]

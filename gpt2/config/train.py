@@ -123,6 +123,13 @@ class TrainConfig:
     # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.exact.
     exact_reduction: bool = False
 
+    # What several ranks share out, instead of each having all of it: nothing (DDP); optimizer:
+    # AdamW's moments (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.parallel.
+    sharding: Literal["none", "optimizer", "full"] = "none"
+    # Keep only the inputs of each block, and compute the rest again in the backward pass: less
+    # memory, about a third more arithmetic.
+    activation_checkpointing: bool = False
+
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
@@ -171,6 +178,11 @@ class TrainConfig:
             )
         if not 0.0 < self.decay_fraction <= 1.0:
             raise ValueError(f"decay_fraction must lie in (0, 1], got {self.decay_fraction}")
+        if self.exact_reduction and self.sharding != "none":
+            raise ValueError(
+                f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
+                f"{self.sharding}"
+            )
         if not self.run_name or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 

@@ -47,6 +47,7 @@ def derived(trainer) -> list[tuple[str, str]]:
             f"{device_name(group.device)}, {dtype} matmuls, "
             f"compile {'on' if trainer.compiled else 'off'}",
         ),
+        ("layout", _layout(c, group.world_size)),
         ("kernels", f"{m.ops.name} ({m.ops.reason})"),
         ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
         ("run folder", str(trainer.folder)),
@@ -73,6 +74,13 @@ def derived(trainer) -> list[tuple[str, str]]:
     elif not c.init_from:
         rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
     return rows
+
+
+def _layout(config, world_size: int) -> str:
+    words = f"sharding {config.sharding}"
+    if config.sharding != "none" and world_size == 1:
+        words += " (one process: nothing to share out)"
+    return words + (", activation checkpointing" if config.activation_checkpointing else "")
 
 
 def show_result(trainer) -> None:

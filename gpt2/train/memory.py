@@ -42,7 +42,7 @@ class Setting:
     compiled: bool = False
     doc_mask: bool = False
     activation_checkpointing: bool = False  # blocks keep their inputs only and compute again
-    layout: Literal["ddp", "zero1", "fsdp"] = "ddp"  # what is divided among the ranks
+    sharding: Literal["none", "optimizer", "full"] = "none"  # see gpt2.train.parallel
     world_size: int = 1
     exact_reduction: bool = False  # partial sums of gradients are kept; see gpt2.train.exact
     host_copies: int = 0  # of weights and moments, in host memory: checkpoints, snapshots
@@ -79,16 +79,16 @@ class Memory:
 
 def memory(s: Setting) -> Memory:
     """The parts of the peak of a training step."""
-    shard = s.world_size if s.layout == "fsdp" else 1
+    shard = s.world_size if s.sharding == "full" else 1
     gradients, activations, casts, logits, working = max(_moments(s), key=sum)
     return Memory(
         parameters=4 * s.n_params // shard,
         gradients=gradients // shard,
-        optimizer=8 * s.n_trained // (1 if s.layout == "ddp" else s.world_size),
+        optimizer=8 * s.n_trained // (1 if s.sharding == "none" else s.world_size),
         activations=activations,
         bfloat16_weights=casts,
         logits=logits,
-        working=working + (_unsharded_bytes(s) if s.layout == "fsdp" else 0),
+        working=working + (_unsharded_bytes(s) if s.sharding == "full" else 0),
         batches=2 * s.tokens * s.micro_steps * (20 if s.doc_mask else 16),
         host_copies=0 if s.cuda else s.host_copies * 4 * (s.n_params + 2 * s.n_trained),
     )
@@ -224,7 +224,7 @@ def step_parts(s: Setting, ceilings: Ceilings) -> dict[str, float]:
     logits = 3 * N * V * w
     weights = 6 * 12 * C * C * L if s.bfloat16 else 0
     accumulation = 12 * s.n_trained if s.micro_steps > 1 else 0
-    share = 1 if s.layout == "ddp" else s.world_size
+    share = 1 if s.sharding == "none" else s.world_size
     optimizer = 40 * s.n_trained // share  # norm 4, clip 8, AdamW reads 16 and writes 12
     seconds = {
         "matmuls": matrices / ceilings.flops,

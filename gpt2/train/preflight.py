@@ -129,7 +129,8 @@ def preflight(
     n_params = s.n_params + reference
     s = replace(s, n_params=n_params, bfloat16=bfloat16, compiled=compiled, doc_mask=doc_mask)
     moments = [t for state in optimizer.state.values() for t in state.values()]
-    held = sum(t.nbytes for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor))
+    tensors = [t for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor)]
+    held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
     available = available_bytes(group.device, held)
     available = min(group.gather(available))
     largest = largest_fit(s, available)
@@ -284,6 +285,8 @@ def _setting(config: TrainConfig, model: GPT, group: Distributed, block_size: in
         bfloat16=False, cuda=group.device.type == "cuda", kernels=model.ops.name,
         n_params=sum(p.numel() for p in parameters),
         n_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        sharding=config.sharding if group.world_size > 1 else "none",
+        activation_checkpointing=config.activation_checkpointing,
         world_size=group.world_size, exact_reduction=config.exact_reduction,
         # One for the checkpoint being written, two to roll back to.
         host_copies=1 + 2 * (config.guard == "rollback"),
@@ -301,8 +304,9 @@ def _refusal(config, s: Setting, peak: int, available: int, largest: int, device
         )
     one = replace(s, rows=1, micro_steps=s.rows * s.micro_steps)
     return (
-        f"{what}, and even micro_batch_size 1 needs {size(memory(one).peak)}: train a smaller "
-        f"model, use a block_size below {s.block_size}, or a device with more memory"
+        f"{what}, and even micro_batch_size 1 needs {size(memory(one).peak)}: use "
+        f"activation_checkpointing or, on several devices, sharding; train a smaller model; use a "
+        f"block_size below {s.block_size}, or a device with more memory"
     )
 
 

@@ -16,12 +16,12 @@ and samples, so that running out of memory in those costs nothing.
 import dataclasses
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from gpt2 import checkpoint
 from gpt2.cli import write_yaml
@@ -33,12 +33,12 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.train import blame
 from gpt2.train.describe import derived, show_result
 from gpt2.train.distributed import Distributed, peak_flops
-from gpt2.train.exact import TreeSum
 from gpt2.train.guard import Guard, Verdict
 from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.metrics import Metrics
 from gpt2.train.objectives import IGNORE_INDEX, Batch
-from gpt2.train.optim import learning_rate, make_optimizer
+from gpt2.train.optim import learning_rate
+from gpt2.train.parallel import make_layout
 from gpt2.train.preflight import Preflight, preflight
 from gpt2.train.receipt import Receipt
 from gpt2.train.report import write_report
@@ -79,8 +79,12 @@ class Trainer:
         self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.dtype = select_dtype(config.dtype, group.device)
         self.peak_flops = peak_flops(group.device, self.dtype)
-        self.optimizer = make_optimizer(self.model, config)
-        self.params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        self.compiled = (
+            config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
+        )
+        self.model.activation_checkpointing = config.activation_checkpointing
+        self.layout = make_layout(config, objective, group, self.compiled)
+        self.optimizer, self.params = self.layout.optimizer, self.layout.params
         adapters = lora_config(self.model)
         self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
         self.first_step = self.step = 0
@@ -91,18 +95,8 @@ class Trainer:
         self.signals = StopSignals()
         self.resumed: checkpoint.Checkpoint | None = None
         self.preflight: Preflight | None = None
-        self.ddp = self.tree = None
         if config.micro_batch_size != "auto":  # else when it is known, in run()
             self._divide_step()
-        forward = objective
-        if group.world_size > 1 and not config.exact_reduction:
-            forward = self.ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-        compiled = (
-            config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
-        )
-        self.compiled = compiled
-        self.train_forward = torch.compile(forward) if compiled else forward
-        self.eval_forward = torch.compile(objective) if compiled else objective
         if group.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
 
@@ -172,13 +166,10 @@ class Trainer:
 
     def _divide_step(self) -> None:
         """Into micro steps; micro_batch_size is a number by now."""
-        group = self.group
         self.grad_accum_steps = self.config.grad_accum_steps(
-            self.train_data.block_size, group.world_size
+            self.train_data.block_size, self.group.world_size
         )
-        if self.config.exact_reduction:
-            micro_batches = self.grad_accum_steps * group.world_size
-            self.tree = TreeSum(micro_batches, group.rank, group.world_size)
+        self.layout.divide_step(self.grad_accum_steps)
 
     def _open_run_folder(self) -> None:
         config = self.config
@@ -219,7 +210,7 @@ class Trainer:
                 self._save()
             if self._is_due(config.eval_every) and self.val_data is not None:
                 self._validate()
-            if _due(step, config.sample_every) and group.is_main:
+            if _due(step, config.sample_every):
                 self._sample()
             if last:
                 break
@@ -259,27 +250,16 @@ class Trainer:
                 # A function of (seed, step, row), so no random state needs saving.
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
-            if self.ddp is not None:
-                # Gradients are exchanged once, in the backward pass of the last micro step.
-                self.ddp.require_backward_grad_sync = micro_step == self.grad_accum_steps - 1
+            self.layout.begin(micro_step)
             with self._autocast():
-                loss_sum, metrics = self.train_forward(micro_batch)
+                loss_sum, metrics = self.layout.train_forward(micro_batch)
                 loss = loss_sum / n_units
-            # DDP averages over ranks, but this is a sum already divided by the count of all ranks.
-            (loss * (group.world_size if self.ddp is not None else 1)).backward()
+            self.layout.backward(loss)
             total += loss.detach()
             for name, value in metrics.items():
                 self.sums[name] = self.sums.get(name, 0.0) + value.detach() / n_units
-            if self.tree is not None:
-                self.tree.add([p.grad for p in params] + [loss.detach()])
-                for p in params:
-                    p.grad = None
-        if self.tree is not None:
-            *grads, total = self.tree.finish()
-            for p, grad in zip(params, grads, strict=True):
-                p.grad = grad
-            total = total if group.is_main else torch.zeros_like(total)  # it is everyone's already
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, config.grad_clip or math.inf)
+        total = self.layout.finish(total)
+        grad_norm = self.layout.clip(config.grad_clip or math.inf)
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = learning_rate(step, config)
         self.optimizer.found_inf = self.guard.judge(step, data_step, total, grad_norm)
@@ -309,7 +289,7 @@ class Trainer:
                 parts[self.names.index("targets")][max(n_rows - first, 0) :] = IGNORE_INDEX
                 batch = self._name(parts)
                 with self._autocast():
-                    loss_sum, metrics = self.eval_forward(batch)
+                    loss_sum, metrics = self.layout.eval_forward(batch)
                 found = {"loss": loss_sum, **metrics, "units": self.objective.count(batch)}
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + value.double()
@@ -324,7 +304,10 @@ class Trainer:
 
     def _autocast(self):
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.group.device.type, torch.bfloat16, enabled=enabled)
+        # No pass uses a weight twice, and a cache would keep bf16 copies of those shared out.
+        return torch.autocast(
+            self.group.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def _signalled(self) -> bool:
         return self.signals.received is not None
@@ -377,6 +360,7 @@ class Trainer:
         """Goes back to the older snapshot, and behind the data of the step that was skipped."""
         step = self.step = self.snapshots.restore(self.model, self.optimizer)
         self.guard.forget(step)
+        self.saved_step = -1  # what is saved of later steps is of what was left
         self.data_offset = verdict.data_step + 1 - step
         self.losses, self.sums = [], {}
         if self.metrics is not None:
@@ -396,6 +380,8 @@ class Trainer:
                 chat_template=getattr(self.train_data, "chat_template", None),
             )  # fmt: skip
             self.saver.save(self.step, self.model, self.optimizer, meta)
+        elif self.layout.sharded:
+            checkpoint.snapshot(self.model, self.optimizer, keep=False)
 
     def _leave(self) -> None:
         """Ends the run after a signal; what is to be saved has been handed to the saver."""
@@ -430,7 +416,6 @@ class Trainer:
     def _on_save_failed(self, step: int, error: OSError) -> None:
         if step == self.config.max_steps or self.signals.received:
             raise error  # there is no later one
-        self.saved_step = -1
         self.metrics.say(
             f"step {step:>6}/{self.config.max_steps}  NOT saved: {error.strerror or error}; "
             "training goes on (on_save_error)"
@@ -477,13 +462,16 @@ class Trainer:
         start = "\n" if self.tokenizer.eot is None else None
         prompt = self.tokenizer.encode(start) if start else [self.tokenizer.eot]
         room = self.model.config.block_size - len(prompt)
-        tokens = generate(
-            self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50, seed=0
-        )
-        text = self.tokenizer.decode(tokens[0])
-        self.metrics.say(f"sample: {text!r}")
-        if not self.metrics.logged(self.step, "sample"):
-            self.metrics.log(self.step, {"sample": text})
+        continued = partial(
+            generate, self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8,
+            top_k=50, seed=0,
+        )  # fmt: skip
+        tokens = self.layout.call_model(continued)
+        if self.metrics is not None:
+            text = self.tokenizer.decode(tokens[0])
+            self.metrics.say(f"sample: {text!r}")
+            if not self.metrics.logged(self.step, "sample"):
+                self.metrics.log(self.step, {"sample": text})
 
 
 def _n_numbers(module: torch.nn.Module) -> int:
