@@ -22,6 +22,7 @@ from gpt2.train.parallel import ShardedAdamW
 from gpt2.train.pretrain import open_data, pretrain
 
 from .conftest import losses
+from .test_evaluation import write_questions
 
 WORKER = Path(__file__).parent / "parallel_worker.py"
 
@@ -66,10 +67,12 @@ def test_layouts_train_alike(train_config, free_port, tmp_path):
     """Losses, weights, moments and checkpoints; a step that is skipped; going on in another."""
     base = replace(
         train_config, micro_batch_size=2, schedule="constant", warmup_steps=0, save_every=1,
-        keep_last=0, sample_every=3, eval_every=3,
+        keep_last=0, sample_every=3, eval_every=3, hellaswag_every=3,
+        eval_data=str(tmp_path / "eval"),
     )  # fmt: skip
+    write_questions(tmp_path / "eval")
     poisoned = [row_of(base, 3, 5)]
-    pretrain(replace(base, run_name="mixed", max_steps=1))
+    pretrain(replace(base, run_name="mixed", max_steps=1, hellaswag_every=0))
     layouts = ("none", "optimizer", "full")
     runs = [asdict(replace(base, run_name=s, sharding=s)) | {"poisoned": poisoned} for s in layouts]
     again = replace(base, run_name="again", sharding="full", activation_checkpointing=True)
@@ -113,6 +116,9 @@ def test_layouts_train_alike(train_config, free_port, tmp_path):
             tolerance = 1e-4 if key == "train/grad_norm" else 1e-5
             assert losses(out / "mixed", key) == pytest.approx(wanted, rel=tolerance), key
         assert losses(out / "again", key) == losses(out / "full", key)
+    swag = losses(out / "none", "eval/hellaswag")
+    assert len(swag) == 2
+    assert all(losses(out / name, "eval/hellaswag") == swag for name in (*layouts, "again"))
     for name in layouts:
         run = out / name
         assert len(list_checkpoints(run)) == 6

@@ -113,7 +113,7 @@ def test_a_signal_during_validation_keeps_the_checkpoint_before_it(train_config)
 def test_running_out_of_memory_in_validation_costs_nothing(train_config):
     config = replace(train_config, save_every=0, eval_every=2, max_steps=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2.train.trainer.Trainer.evaluate", raise_out_of_memory)
+        patch.setattr("gpt2.train.evaluation.mean_losses", raise_out_of_memory)
         with pytest.raises(ValueError, match="lower micro_batch_size"):
             pretrain(config)
     assert checkpoint.read_checkpoint(Path(config.out_dir) / "run").step == 2

@@ -108,6 +108,11 @@ class TrainConfig:
 
     eval_every: int = 250  # steps between validations; 0 switches them off
     eval_steps: int = 20  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    # Steps between HellaSwag evaluations; 0 switches them off. examples: ask only so many, evenly
+    # spaced (0: all 10,042). Its file lies in eval_data, or is downloaded there.
+    hellaswag_every: int = 0
+    hellaswag_examples: int = 0
+    eval_data: str = "data/eval"
     sample_every: int = 0  # steps between samples of text; 0 switches them off
     save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
     keep_last: int = 2  # checkpoints that stay; 0 keeps all
@@ -161,8 +166,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be above 0, got {value}")
         not_negative = (
             "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
-            "sample_every", "save_every", "keep_last", "keep_every", "seed", "spike_z",
-            "gpu_hour_price",
+            "hellaswag_every", "hellaswag_examples", "sample_every", "save_every", "keep_last",
+            "keep_every", "seed", "spike_z", "gpu_hour_price",
         )  # fmt: skip
         for name in not_negative:
             if getattr(self, name) < 0:

@@ -5,7 +5,26 @@ import math
 import torch
 from torch import Tensor, nn
 
+from gpt2.train.guard import Verdict
+
 SHOWN = 3
+
+
+def tell_of_skipped(trainer, verdict: Verdict) -> None:
+    """Logs a skipped step, and the rows and documents of its batch; called by all ranks."""
+    group, at = trainer.group, verdict.data_step
+    parts = trainer.train_data.batch(at, trainer.rows_per_step, group.rank, group.world_size)
+    batch = trainer.name(tuple(part.to(group.device) for part in parts))
+    trainer.objective.eval()
+    losses = group.gather(row_losses(trainer.objective, batch, trainer.autocast))
+    trainer.objective.train()
+    if trainer.metrics is None:
+        return
+    what, rows = suspects(losses, trainer.train_data, at, trainer.rows_per_step)
+    text = [f"step {verdict.step:>6}  skipped: {verdict.reason}", f"  {what}:"]
+    trainer.metrics.say("\n".join(text + [f"  {spell(row)}" for row in rows]))
+    event = {"reason": verdict.reason, "data_step": at, "rows": rows, "skipped": 1}
+    trainer.metrics.log(verdict.step + 1, {f"guard/{k}": v for k, v in event.items()})
 
 
 @torch.no_grad()

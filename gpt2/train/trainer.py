@@ -16,7 +16,6 @@ and samples, so that running out of memory in those costs nothing.
 import dataclasses
 import math
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,16 +26,16 @@ from gpt2 import checkpoint
 from gpt2.cli import write_yaml
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
-from gpt2.generate import generate
+from gpt2.evals.hellaswag import Example
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import blame
+from gpt2.train import blame, evaluation
 from gpt2.train.describe import derived, show_result
 from gpt2.train.distributed import Distributed, peak_flops
 from gpt2.train.guard import Guard, Verdict
 from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.metrics import Metrics
-from gpt2.train.objectives import IGNORE_INDEX, Batch
+from gpt2.train.objectives import Batch
 from gpt2.train.optim import learning_rate
 from gpt2.train.parallel import make_layout
 from gpt2.train.preflight import Preflight, preflight
@@ -48,7 +47,6 @@ from gpt2.train.signals import Interrupted, StopSignals
 
 NAMES = ("idx", "targets", "doc_start")
 REPORT_EVERY_S = 30.0  # at checkpoints, so that it costs nothing where they come often
-SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
 class Trainer:
@@ -93,6 +91,11 @@ class Trainer:
         self.snapshots = Snapshots()
         self.saved_step, self.reported = -1, -math.inf
         self.signals = StopSignals()
+        self.hellaswag: list[Example] = []
+        if config.hellaswag_every:
+            self.hellaswag = evaluation.load_hellaswag(
+                config, tokenizer, self.model.config.block_size, group
+            )
         self.resumed: checkpoint.Checkpoint | None = None
         self.preflight: Preflight | None = None
         if config.micro_batch_size != "auto":  # else when it is known, in run()
@@ -209,9 +212,13 @@ class Trainer:
             if self._save_is_due(step) and step > self.first_step:
                 self._save()
             if self._is_due(config.eval_every) and self.val_data is not None:
-                self._validate()
+                if not evaluation.validate(self):
+                    self._leave()
+            if self._is_due(config.hellaswag_every):
+                if not evaluation.ask_hellaswag(self):
+                    self._leave()
             if _due(step, config.sample_every):
-                self._sample()
+                evaluation.sample(self)
             if last:
                 break
             if config.guard == "rollback" and step % config.snapshot_every == 0:
@@ -237,7 +244,7 @@ class Trainer:
         """One optimizer step, which the guard may keep from being applied."""
         config, group = self.config, self.group
         data_step = step + self.data_offset
-        batch = self._name(
+        batch = self.name(
             self.train_feed.batch(data_step, self.rows_per_step, group.rank, group.world_size)
         )
         n_units = group.sum(self.objective.count(batch))
@@ -251,7 +258,7 @@ class Trainer:
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
             self.layout.begin(micro_step)
-            with self._autocast():
+            with self.autocast():
                 loss_sum, metrics = self.layout.train_forward(micro_batch)
                 loss = loss_sum / n_units
             self.layout.backward(loss)
@@ -266,48 +273,21 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def evaluate(self) -> dict[str, float]:
-        """Validation over eval_steps * tokens_per_step tokens, spread over all ranks.
-
-        Returns the mean loss as "loss", and the objective's metrics.
-        """
-        config, group, data = self.config, self.group, self.val_data
-        n_rows = data.n_windows
-        if config.eval_steps:
-            n_rows = min(n_rows, config.eval_steps * self.rows_per_step)
-        rows = config.micro_batch_size * group.world_size
-        sums: dict[str, Tensor] = {}
-        self.objective.eval()
-        try:
-            for i in range(-(-n_rows // rows)):
-                if group.any(self._signalled()):
-                    self._leave()
-                parts = self.val_feed.batch(i, rows, group.rank, group.world_size)
-                # The last batch is filled up with rows that do not count: all have one shape.
-                first = i * rows + group.rank * config.micro_batch_size
-                parts[self.names.index("targets")][max(n_rows - first, 0) :] = IGNORE_INDEX
-                batch = self._name(parts)
-                with self._autocast():
-                    loss_sum, metrics = self.layout.eval_forward(batch)
-                found = {"loss": loss_sum, **metrics, "units": self.objective.count(batch)}
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value.double()
-        finally:
-            self.objective.train()
-        values = group.sum(torch.stack(list(sums.values()))).tolist()
-        *values, units = values
-        return {name: value / units for name, value in zip(sums, values, strict=False)}
-
-    def _name(self, parts: tuple[Tensor, ...]) -> Batch:
+    def name(self, parts: tuple[Tensor, ...]) -> Batch:
+        """The parts of a batch by their names."""
         return dict(zip(self.names, parts, strict=False))
 
-    def _autocast(self):
+    def autocast(self):
+        """The precision of matmuls, as a context."""
         enabled = self.dtype != torch.float32
         # No pass uses a weight twice, and a cache would keep bf16 copies of those shared out.
         return torch.autocast(
             self.group.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
         )
+
+    def is_stop_asked(self) -> bool:
+        """Whether a signal came to any rank; a collective."""
+        return self.group.any(self._signalled())
 
     def _signalled(self) -> bool:
         return self.signals.received is not None
@@ -318,7 +298,8 @@ class Trainer:
 
     def _save_is_due(self, step: int) -> bool:
         c = self.config
-        every = (c.save_every, c.eval_every if self.val_data is not None else 0, c.sample_every)
+        eval_every = c.eval_every if self.val_data is not None else 0
+        every = (c.save_every, eval_every, c.hellaswag_every, c.sample_every)
         return step == c.max_steps or any(_due(step, n) for n in every)
 
     def _settle(self, *, all_steps: bool) -> bool:
@@ -328,7 +309,7 @@ class Trainer:
                 self.losses.append(verdict.loss)
                 self.grad_norm = verdict.grad_norm
                 continue
-            self._tell_of_skipped(verdict)
+            blame.tell_of_skipped(self, verdict)
             if self.config.guard == "rollback":
                 self._roll_back(verdict)
                 return True
@@ -340,21 +321,6 @@ class Trainer:
                     "run is saved, and goes on behind that step with --resume auto"
                 )
         return False
-
-    def _tell_of_skipped(self, verdict: Verdict) -> None:
-        """Logs the step, and the rows and documents of its batch."""
-        group, at = self.group, verdict.data_step
-        parts = self.train_data.batch(at, self.rows_per_step, group.rank, group.world_size)
-        batch = self._name(tuple(part.to(group.device) for part in parts))
-        self.objective.eval()
-        losses = group.gather(blame.row_losses(self.objective, batch, self._autocast))
-        self.objective.train()
-        if self.metrics is not None:
-            what, rows = blame.suspects(losses, self.train_data, at, self.rows_per_step)
-            text = [f"step {verdict.step:>6}  skipped: {verdict.reason}", f"  {what}:"]
-            self.metrics.say("\n".join(text + [f"  {blame.spell(row)}" for row in rows]))
-            event = {"reason": verdict.reason, "data_step": at, "rows": rows, "skipped": 1}
-            self.metrics.log(verdict.step + 1, {f"guard/{k}": v for k, v in event.items()})
 
     def _roll_back(self, verdict: Verdict) -> None:
         """Goes back to the older snapshot, and behind the data of the step that was skipped."""
@@ -443,35 +409,7 @@ class Trainer:
         self.metrics.log(step, values)
         eta_s = (self.config.max_steps - step) * seconds
         predicted = self.preflight.predicted()["step_ms"]
-        self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
-
-    def _validate(self) -> None:
-        started, step = time.perf_counter(), self.step
-        found = self.evaluate()
-        if self.metrics is not None and not self.metrics.logged(step, "val/loss"):
-            self.metrics.log(step, {f"val/{name}": value for name, value in found.items()})
-            seconds = time.perf_counter() - started
-            shown = [k for k in found if k not in ("loss", "units")][:SHOWN]
-            text = "".join(f"  {name} {found[name]:.4f}" for name in shown)
-            self.metrics.say(
-                f"step {step:>6}/{self.config.max_steps}  val loss {found['loss']:.4f}{text}  "
-                f"({seconds:.1f} s)"
-            )
-
-    def _sample(self) -> None:
-        start = "\n" if self.tokenizer.eot is None else None
-        prompt = self.tokenizer.encode(start) if start else [self.tokenizer.eot]
-        room = self.model.config.block_size - len(prompt)
-        continued = partial(
-            generate, self.model, [prompt], max_new_tokens=min(room, 100), temperature=0.8,
-            top_k=50, seed=0,
-        )  # fmt: skip
-        tokens = self.layout.call_model(continued)
-        if self.metrics is not None:
-            text = self.tokenizer.decode(tokens[0])
-            self.metrics.say(f"sample: {text!r}")
-            if not self.metrics.logged(self.step, "sample"):
-                self.metrics.log(self.step, {"sample": text})
+        self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[: evaluation.SHOWN])
 
 
 def _n_numbers(module: torch.nn.Module) -> int:

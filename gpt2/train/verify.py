@@ -159,7 +159,8 @@ def _repeat(config, options, from_checkpoint, first: int, to: int, group: Distri
     with tempfile.TemporaryDirectory(prefix="verify_run_") as folder:
         config = replace(
             config, out_dir=folder, resume="never", log_every=1, save_every=0, eval_every=0,
-            sample_every=0, wandb_project="", device=options.device or config.device,
+            hellaswag_every=0, sample_every=0, wandb_project="",
+            device=options.device or config.device,
         )  # fmt: skip
         trainer = MAKERS[type(config)](config, group)
         if from_checkpoint is not None:
