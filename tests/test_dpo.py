@@ -17,13 +17,14 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig
+from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig, VerifyConfig
 from gpt2.hf import export_hf
 from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.dpo import dpo
 from gpt2.train.sft import sft
+from gpt2.train.verify import verify_run
 
 from .conftest import command_line, losses
 from .test_trainer import interrupted_at
@@ -110,12 +111,23 @@ def test_resume_continues_bit_for_bit(config, options):
     for name, value in weights(run_of(whole), 6, file).items():
         assert torch.equal(value, weights(run_of(cut), 6, file)[name]), name
     assert losses(run_of(cut)) == losses(run_of(whole))
+    assert verify_run(VerifyConfig(str(run_of(whole))))
 
 
 @pytest.mark.ddp
-def test_two_ranks_give_the_losses_of_one(config, free_port):
-    """Adapters, their switch and a batch trimmed differently on each rank, under DDP."""
-    config = replace(config, lora_rank=4)
+@pytest.mark.parametrize(
+    "options",
+    [
+        LORA | {"lora_dropout": 0.0},
+        pytest.param(LORA | {"lora_dropout": 0.0, "sharding": "full"}, marks=pytest.mark.slow),
+        pytest.param(LORA | {"lora_dropout": 0.0, "sharding": "optimizer"}, marks=pytest.mark.slow),
+        pytest.param({"sharding": "full"}, marks=pytest.mark.slow),
+    ],
+    ids=["lora", "lora full", "lora optimizer", "full"],
+)
+def test_two_ranks_give_the_losses_of_one(config, free_port, options):
+    """Adapters, their switch and a batch trimmed differently on each rank."""
+    config = replace(config, **options)
     dpo(replace(config, run_name="one"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",

@@ -157,8 +157,11 @@ def _how(receipt: dict) -> str:
 def _repeat(config, options, from_checkpoint, first: int, to: int, group: Distributed) -> dict:
     """Loss of each step behind `first` up to `to`, by step, as a run of its own logs it."""
     with tempfile.TemporaryDirectory(prefix="verify_run_") as folder:
+        # Without validation fine-tuning would train on the data that it holds back for that.
+        eval_every = config.eval_every and config.max_steps + 1
         config = replace(
-            config, out_dir=folder, resume="never", log_every=1, save_every=0, eval_every=0,
+            config, out_dir=folder, resume="never", log_every=1, save_every=0,
+            eval_every=eval_every,
             hellaswag_every=0, sample_every=0, wandb_project="",
             device=options.device or config.device,
         )  # fmt: skip
