@@ -6,6 +6,7 @@ the fields of a dataclass of gpt2.config; an unknown key is an error.
 
 import dataclasses
 import os
+import re
 import sys
 import types
 import typing
@@ -36,6 +37,8 @@ def parse(cls, description: str, argv: list[str] | None = None):
     default = cls(**values) if values else None
     # Switches take a value like all other options: --doc_mask True.
     config = (tyro.conf.FlagConversionOff,)
+    # tyro joins lines that begin with a letter; commands are to stay apart.
+    description = re.sub(r"\n+ {4}", "\n$ ", description)
     return tyro.cli(cls, args=argv, default=default, description=description, config=config)
 
 
@@ -130,6 +133,10 @@ def run_script(main) -> None:
     rank = os.environ.get("RANK")
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `script | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError, ImportError) as error:
         if _dev_mode():
             raise

@@ -1,6 +1,6 @@
 """Writes a model as a Hugging Face folder, for transformers, vLLM, lm-eval and the like.
 
-python scripts/export.py runs/gpt2 --out exported/gpt2
+    python scripts/export.py runs/gpt2 --out exported/gpt2
 """
 
 from gpt2.checkpoint import load_model, load_tokenizer

@@ -1,6 +1,6 @@
 """Draws the report of a run again: report.md, report.html and loss.png in its folder.
 
-python scripts/report.py runs/gpt2_124m --gpu_hour_price 2.5
+    python scripts/report.py runs/gpt2_124m --gpu_hour_price 2.5
 
 Training does this itself, at checkpoints and when it ends; this is for another price, and for runs
 that were killed.

@@ -209,7 +209,7 @@ def names(folder: Path) -> list[str]:
 def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """SIGTERM at random moments: the checkpoint of the last finished step is there."""
     config, log, good, before = small_run(work), work / "term.log", 0, 0
-    config = replace(config, save_every=0, eval_every=0, keep_last=1)
+    config = replace(config, save_every=0, eval_every=0, keep_last=1, max_steps=300)
     _, seconds = uninterrupted(replace(config, run_name="warm"), 1, log)
     for n in range(count):
         cut = replace(config, run_name=f"term_{n}")
@@ -229,16 +229,18 @@ def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 
 def disk(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
-    """A full disk, met by the check beforehand and in the middle of writing."""
+    """A disk that fills up, met by the check before a save and in the middle of writing."""
     log, good = work / "disk.log", 0
     for blind in (False, True):
         for policy in ("continue", "stop"):
-            with small_disk(work) as (folder, how):
+            with small_disk(work, 3.2 if blind else 32) as (folder, how):
                 config = replace(
                     small_run(work), out_dir=str(folder), on_save_error=policy, keep_last=0,
-                    save_every=4, eval_every=0, run_name="full",
+                    save_every=20, eval_every=0, max_steps=200, run_name="full",
                 )  # fmt: skip
                 (pid,) = spawn_blind(config, log) if blind else spawn(config, 1, log)
+                if not blind:  # otherwise the pre-flight would refuse to start
+                    fill(folder, config)
                 (code,) = reap([pid])
                 found = checkpoint.newest_good(run_of(config), say=lambda text: None)
                 hidden = [n for n in names(run_of(config) / "checkpoints") if n.startswith(".")]
@@ -262,16 +264,25 @@ def spawn_blind(config: TrainConfig, log: Path) -> list[int]:
         shutil.disk_usage = usage
 
 
+def fill(folder: Path, config: TrainConfig) -> None:
+    """Leaves room for half a checkpoint once there is one."""
+    while not any(n.startswith("step_") for n in names(run_of(config) / "checkpoints")):
+        time.sleep(0.001)
+    (first,) = checkpoint.list_checkpoints(run_of(config))[:1]
+    size = sum(file.stat().st_size for file in first.iterdir())
+    (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - size // 2))
+
+
 @contextmanager
-def small_disk(work: Path):
-    """A file system for two and a half checkpoints, where we may mount one."""
+def small_disk(work: Path, megabytes: float):
+    """A file system of its own, where we may mount one."""
     folder = work / "small"
     folder.mkdir(exist_ok=True)
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3200k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes * 1000:.0f}k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True).returncode:
         raise SystemExit("disk: mounting a tmpfs needs root; the default tests use RLIMIT_FSIZE")
     try:
-        yield folder, "tmpfs of 3.2 MB"
+        yield folder, "tmpfs"
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 

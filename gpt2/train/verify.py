@@ -9,7 +9,6 @@ the start of the launch that logged it, or where a rollback ended.
 """
 
 import contextlib
-import dataclasses
 import io
 import math
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint
-from gpt2.cli import read_yaml
+from gpt2.cli import read_config
 from gpt2.config import DPOConfig, SFTConfig, TrainConfig, VerifyConfig
 from gpt2.train import distributed, dpo, pretrain, sft
 from gpt2.train.distributed import Distributed
@@ -28,10 +27,10 @@ from gpt2.train.receipt import describe_data, git_state, hardware, read_receipt,
 from gpt2.train.signals import Interrupted
 
 LEAST_STEPS = 10
-MAKERS = {
-    DPOConfig: dpo.make_trainer,
-    SFTConfig: sft.make_trainer,
+MAKERS = {  # the kinds of runs; pretraining's options are part of the others'
     TrainConfig: pretrain.make_trainer,
+    SFTConfig: sft.make_trainer,
+    DPOConfig: dpo.make_trainer,
 }
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative differences of losses that another order of additions may make over a few steps."""
@@ -86,19 +85,8 @@ def _read(run: Path) -> tuple[TrainConfig, list[dict], dict]:
     for name in ("config.yaml", "metrics.jsonl", "receipt.json"):
         if not (run / name).exists():
             raise OSError(f"{run}: no {name} here, so this is no run that can be verified")
-    config = _read_config(run / "config.yaml")
+    config = read_config(run / "config.yaml", *MAKERS)
     return config, read_metrics(run / "metrics.jsonl"), read_receipt(run)
-
-
-def _read_config(path: Path) -> TrainConfig:
-    """Of the kind of run whose options stand there."""
-    import yaml
-
-    names = set(yaml.safe_load(path.read_text()) or ())
-    fields = {cls: {f.name for f in dataclasses.fields(cls)} for cls in MAKERS}
-    # Pretraining's options are part of fine-tuning's.
-    cls = next((c for c in (TrainConfig, *MAKERS) if names <= fields[c]), TrainConfig)
-    return cls(**read_yaml(cls, path))
 
 
 def _choose(run: Path, name: str, lines: list[dict], receipt: dict):
