@@ -358,7 +358,7 @@ def nan(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 
 def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
-    """A rank killed or frozen: the other one ends within the timeout and names it."""
+    """A rank killed or frozen, also the one that keeps the store: the other one names it."""
     good, longest = 0, 0.0
     for n in range(count):
         log, victim = work / f"lost_{n}.log", rng.randrange(2)
@@ -375,7 +375,8 @@ def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
         os.waitpid(pids[victim], 0)
         said = f"error (rank {1 - victim}): step " in (text := log.read_text())
         good += said and f"lost rank {victim} " in text and os.waitstatus_to_exitcode(status) == 1
-    return good, count, f"half killed, half frozen; the longest wait {longest:.0f} s of 8 allowed"
+    words = f"the longest wait {longest:.0f} s: 8 for the rank, up to 10 to find out which"
+    return good, count, f"half killed, half frozen; {words}"
 
 
 def torchrun(config: TrainConfig, *options: str, prefix: tuple = ()) -> subprocess.Popen:

@@ -26,7 +26,6 @@ def test_stopped_and_damaged_at_random_moments():
     assert "term         5 of 5 " in out and "flip         5 of 5 " in out
 
 
-@pytest.mark.slow  # its waits are too short for a machine with much else to do
 @pytest.mark.ddp
 def test_poisoned_rows_and_lost_ranks():
     out = attempts("nan", "lost", "--count", "2")
