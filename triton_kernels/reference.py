@@ -133,6 +133,16 @@ def linear_cross_entropy(
 
     if chunk_rows is None or chunk_rows >= x.shape[0] or torch.compiler.is_compiling():
         return rows(x, targets, reduction)
+    counted = targets != ignore_index
+    if 0 < int(counted.sum()) < len(x):  # in SFT most of the work would be for nothing
+        kept = counted.nonzero()[:, 0]
+        losses = linear_cross_entropy(
+            x.index_select(0, kept), weight, targets[kept], ignore_index=ignore_index,
+            reduction=reduction, vocab_size=vocab_size, chunk_rows=chunk_rows,
+        )  # fmt: skip
+        if reduction != "none":
+            return losses
+        return losses.new_zeros(len(x)).index_copy(0, kept, losses)
     if reduction == "none" and torch.is_grad_enabled():
         # Each row has its own incoming gradient: the gradients are computed in backward.
         pairs = zip(x.split(chunk_rows), targets.split(chunk_rows), strict=True)
