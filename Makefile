@@ -3,6 +3,7 @@
 # make slow    runs the tests that take minutes each
 # make chaos   kills, poisons and damages runs some hundred times and counts what is lost
 # make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
+# make tune    on a machine with a GPU: times other tiles for the kernels than those shipped
 # The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ export GOMP_SPINCOUNT ?= 1000
 OUT ?= benchmarks/results/gpu
 MODELS ?= gpt2 gpt2-medium gpt2-xl
 
-.PHONY: train test slow chaos gpu clean
+.PHONY: train test slow chaos gpu gpu-tests tune clean
 
 train: .venv/.train
 	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
@@ -62,10 +63,17 @@ install:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRA)]'
 	@touch .venv/.$(if $(filter dev,$(EXTRA)),test,train)
 
-gpu:
+gpu-tests:
 	@mkdir -p $(OUT)
 	@echo "== Parity of the kernels on this GPU"
 	@TRITON_INTERPRET=0 $(PYTHON) -m pytest -q -c /dev/null --rootdir . -m gpu tests/gpu 2>&1 | tee $(OUT)/tests.log
+
+tune:
+	@mkdir -p $(OUT)
+	@echo "== Other tiles than those shipped"
+	@$(PYTHON) benchmarks/tune.py --out $(OUT) 2>&1 | tee $(OUT)/tune.log
+
+gpu: gpu-tests
 	@echo "== Kernel benchmarks"
 	@$(PYTHON) benchmarks/kernels.py --out $(OUT) 2>&1 | tee $(OUT)/kernels.log
 	@echo "== Training steps: the trainer against compiled PyTorch"

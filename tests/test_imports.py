@@ -23,7 +23,7 @@ LAYERS = [
     ["gpt2.train"],
     ["gpt2.assistant"],
     ["benchmarks.common"],
-    ["benchmarks.baseline", "benchmarks.step_profile"],
+    ["benchmarks.baseline", "benchmarks.step_profile", "benchmarks.kernels"],
     ["scripts", "benchmarks"],
 ]
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}

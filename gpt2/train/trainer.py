@@ -211,7 +211,9 @@ class Trainer:
                 self._leave()
             if self._save_is_due(step) and step > self.first_step:
                 self._save()
-            if self._is_due(config.eval_every) and self.val_data is not None:
+            # Weights that were trained before are validated as they come, too.
+            is_start = step == 0 and config.eval_every and config.init_from
+            if (self._is_due(config.eval_every) or is_start) and self.val_data is not None:
                 if not evaluation.validate(self):
                     self._leave()
             if self._is_due(config.hellaswag_every):
