@@ -114,7 +114,7 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     assert f"{n_rows:,} steps, {n_rows * 192:,} tokens, 2.00 epochs" in out
     saved = parse(SFTConfig, "", [str(run_of(config) / "config.yaml")])
     assert saved.max_steps == n_rows == read_checkpoint(run_of(config)).step
-    assert len(losses(run_of(config), "val/loss")) == 1 + (n_rows - 1) // 3
+    assert len(losses(run_of(config), "val/loss")) == 2 + (n_rows - 1) // 3  # before step 0, too
     sft(replace(config, resume="auto"))
     out = capsys.readouterr().out
     assert f"resumed               from step {n_rows}" in out and "changed since" not in out
@@ -183,7 +183,7 @@ def test_val_data_of_its_own(config, tmp_path, capsys):
     sft(replace(config, val_data=val, max_steps=1))
     out = capsys.readouterr().out
     assert "train: 40 conversations" in out and "val: 1 conversations in 1 packed rows" in out
-    assert len(losses(run_of(config), "val/loss")) == 1
+    assert len(losses(run_of(config), "val/loss")) == 2  # before and behind the step
 
 
 @pytest.mark.parametrize(
