@@ -362,7 +362,7 @@ def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """A rank killed or frozen, also the one that keeps the store: the other one names it."""
     good, longest = 0, 0.0
     for n in range(count):
-        log, victim = work / f"lost_{n}.log", rng.randrange(2)
+        log, victim = work / f"lost_{n}.log", n // 2 % 2
         config = replace(small_run(work), run_name=f"lost_{n}", max_steps=10_000, timeout_s=8)
         pids = spawn(config, 2, log)
         while not names(run_of(config) / "checkpoints"):
