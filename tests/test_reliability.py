@@ -203,16 +203,22 @@ def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
     assert equal(weights(run), weights(Path(config.out_dir) / "by_hand"))
 
 
-def test_what_was_left_by_a_rollback_is_saved_anew(train_config, poisoned):
+@pytest.mark.parametrize(
+    "save_every, snapshot_every, offsets",
+    [(1, 3, [0, 0, 5, 5, 5, 5, 5, 5, 5]), (3, 2, [0, 4, 4])],  # back to step 3, and to step 4
+)
+def test_what_was_left_by_a_rollback_is_saved_anew(
+    train_config, poisoned, save_every, snapshot_every, offsets
+):
     config = replace(
-        train_config, eval_every=0, save_every=1, keep_last=0, max_steps=9, guard="rollback",
-        snapshot_every=3,
+        train_config, eval_every=0, save_every=save_every, keep_last=0, max_steps=9,
+        guard="rollback", snapshot_every=snapshot_every,
     )  # fmt: skip
     poisoned.rows = [row_of(config, 7, 2)]
     pretrain(config)
     saved = list_checkpoints(Path(config.out_dir) / "run")
-    offsets = [checkpoint.read_checkpoint(path).state["data_offset"] for path in saved]
-    assert offsets == [0] * 2 + [5] * 7
+    found = [checkpoint.read_checkpoint(path).state["data_offset"] for path in saved]
+    assert found == offsets
 
 
 def test_stop_policy_saves_and_says_which_step(train_config, poisoned):
