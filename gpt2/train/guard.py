@@ -7,7 +7,7 @@ run decides as the uninterrupted one would. Losses of skipped steps never enter 
 
 A spike is a loss more than spike_z standard deviations above the mean of the last WINDOW accepted
 steps (z-score). A large gradient alone is none: clipping bounds what it does, and healthy small
-models have them (docs/LOG.md). All ranks decide alike, from sums over all of them.
+models have them. All ranks decide alike, from sums over all of them.
 """
 
 import math

@@ -1,7 +1,9 @@
 """What a run shows and keeps: progress in the terminal, metrics.jsonl, W&B, the loss curve.
 
 Logged keys: train/loss train/lr train/grad_norm train/tokens_per_s train/mfu train/step_ms
-train/data_ms (what a step waited for its batch) val/loss. A line's `step` is the number of
+train/data_ms (what a step waited for its batch) val/loss; train/ and val/ with the name of each of
+the objective's metrics; eval/hellaswag (acc_norm) with _acc and _examples; checkpoint/held_ms and
+checkpoint/write_ms; guard/... of a skipped step; sample (text). A line's `step` is the number of
 optimizer steps done.
 """
 
