@@ -27,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gpt2 import dist
 from gpt2.cli import coerce
 from gpt2.config import PRESETS, GPTConfig, TrainConfig
 from gpt2.data import write_shard
 from gpt2.model import GPT
-from gpt2.train import distributed
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.pretrain import find_tokenizer, open_data
 from gpt2.train.trainer import Trainer
@@ -108,7 +108,7 @@ class OurTrainer:
             compile="on" if setup.compile else "off",
         )  # fmt: skip
         config = replace(config, **_train_options(setup.options))
-        group = distributed.start(config.device)
+        group = dist.start(config.device)
         model = GPT(config.model_config(), config.kernels, group.device)
         data = open_data(config, "train", model.config.block_size)
         tokenizer = find_tokenizer(config.data)

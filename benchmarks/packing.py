@@ -23,11 +23,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import markdown_table, provenance, write_json  # noqa: E402
-from gpt2.config import PRESETS  # noqa: E402
+from gpt2.config import IGNORE_INDEX, PRESETS  # noqa: E402
 from gpt2.data.sft import ConversationLoader, load_conversations  # noqa: E402
 from gpt2.model import GPT  # noqa: E402
 from gpt2.tokenizer import GPT2Tokenizer  # noqa: E402
-from gpt2.train.objectives import IGNORE_INDEX, LanguageModeling  # noqa: E402
+from gpt2.train.objectives import LanguageModeling  # noqa: E402
 
 MICRO_BATCH = 8  # rows
 

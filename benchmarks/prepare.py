@@ -32,11 +32,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.common import markdown_table, provenance, write_json  # noqa: E402
-from gpt2.config import PrepareConfig  # noqa: E402
 from gpt2.data import find_shards, open_shards  # noqa: E402
 from gpt2.data.encode import default_workers  # noqa: E402
 from gpt2.data.prepare import prepare  # noqa: E402
 from gpt2.data.readers import JsonRows  # noqa: E402
+from gpt2.options import PrepareConfig  # noqa: E402
 from gpt2.tokenizer import from_dict  # noqa: E402
 
 SPEED_MB = 80  # of text, for the comparison of speeds

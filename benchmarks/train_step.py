@@ -38,8 +38,8 @@ from benchmarks import common  # noqa: E402
 from benchmarks.baseline import Setup, make, timed_steps, write_data  # noqa: E402
 from benchmarks.step_profile import KINDS, draw, floors_ms, profile_steps  # noqa: E402
 from gpt2.config import PRESETS  # noqa: E402
+from gpt2.dist import peak_flops  # noqa: E402
 from gpt2.model import GPT  # noqa: E402
-from gpt2.train.distributed import peak_flops  # noqa: E402
 
 ROWS = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16, "gpt2-xl": 16}
 N_TOKENS = 20_000_000

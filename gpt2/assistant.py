@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
 from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
+from gpt2.device import select_device
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.distributed import select_device
 
 DEFAULT_TEMPLATE = "user_assistant"
 

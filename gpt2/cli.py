@@ -13,7 +13,11 @@ import typing
 from pathlib import Path
 from typing import Literal
 
-from gpt2.config import spell_sources, suggest
+from gpt2.config import REMOVED_OPTIONS, spell_sources, suggest
+
+SCRIPTS = {
+    "pretrain": "scripts/train_gpt2.py", "sft": "scripts/sft.py", "dpo": "scripts/dpo.py"
+}  # fmt: skip
 
 
 def parse(cls, description: str, argv: list[str] | None = None):
@@ -34,6 +38,10 @@ def parse(cls, description: str, argv: list[str] | None = None):
             values = read_yaml(cls, first)
         else:
             argv = [f"--{getattr(cls, 'POSITIONAL', fields[0].name)}", first, *argv]
+    for word in argv:
+        name = word.split("=")[0].removeprefix("--")
+        if word.startswith("--") and name in REMOVED_OPTIONS and not hasattr(cls, name):
+            raise ValueError(f"--{name} is no option any more: {REMOVED_OPTIONS[name]}")
     default = cls(**values) if values else None
     # Switches take a value like all other options: --doc_mask True.
     config = (tyro.conf.FlagConversionOff,)
@@ -45,26 +53,25 @@ def parse(cls, description: str, argv: list[str] | None = None):
 def read_yaml(cls, path: str | Path) -> dict:
     """The values in a YAML file, as the types of cls's fields.
 
-    Raises OSError (missing) and ValueError (unknown key with the nearest known one, wrong type).
+    Raises OSError (missing) and ValueError (unknown key with the nearest known one, wrong type, a
+    file of another kind of run).
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    values = _load_yaml(path)
+    kind = values.pop("kind", None)
+    if kind is not None and kind != getattr(cls, "KIND", None):
+        raise ValueError(f"{path}: its kind is {kind!r}, for {SCRIPTS.get(kind, 'another script')}")
     return coerce(cls, values, str(path))
 
 
 def read_config(path: str | Path, *classes):
-    """The config in a YAML file, as the first of classes that has all its keys.
+    """The config in a YAML file, as the class of its kind; else the first that has its keys.
 
-    Raises OSError, and ValueError for what is wrong with it as the first of classes.
+    Raises OSError, and ValueError for what is wrong with it.
     """
+    kind = _load_yaml(path).get("kind")
+    named = [cls for cls in classes if cls.KIND == kind]
     first = None
-    for cls in classes:
+    for cls in named or classes:
         try:
             return cls(**read_yaml(cls, path))
         except ValueError as error:
@@ -76,7 +83,22 @@ def write_yaml(config, path: str | Path) -> None:
     """Writes a config as a file that read_yaml takes."""
     import yaml
 
-    Path(path).write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    text = yaml.safe_dump(
+        {"kind": config.KIND, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True
+    )
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _load_yaml(path: str | Path) -> dict:
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, got {type(values).__name__}")
+    return values
 
 
 def coerce(cls, values: dict, source: str) -> dict:
@@ -84,6 +106,10 @@ def coerce(cls, values: dict, source: str) -> dict:
     hints = typing.get_type_hints(cls)
     result = {}
     for key, value in values.items():
+        if key not in hints and key in REMOVED_OPTIONS:
+            raise ValueError(
+                f"{source}: {key} is no option any more, leave it out: {REMOVED_OPTIONS[key]}"
+            )
         if key not in hints:
             raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), hints)}")
         if key == "data" and isinstance(value, list):

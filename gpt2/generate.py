@@ -24,8 +24,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gpt2.config import Sampling
 from gpt2.model import GPT, KVCache
+from gpt2.options import Sampling
 
 POLL = 8  # steps between two looks at the tokens, on a GPU; at most so many steps are in vain
 WARM_UP = 3  # steps before a capture, in which libraries allocate what they need

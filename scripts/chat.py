@@ -14,9 +14,9 @@ import sys
 
 from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.config import ChatConfig
 from gpt2.data.chat import find_template
 from gpt2.generate import complete
+from gpt2.options import ChatConfig
 from gpt2.text import RowTexts
 from gpt2.tokenizer import END_OF_TEXT
 

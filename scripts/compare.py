@@ -13,8 +13,8 @@ from pathlib import Path
 
 from gpt2.assistant import Assistant, load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.config import CompareConfig
 from gpt2.generate import complete
+from gpt2.options import CompareConfig
 from gpt2.text import RowTexts, read_prompts
 
 

@@ -8,17 +8,17 @@ Prints a table beside GPT-2's and GPT-3's figures and writes the results as JSON
 looked for in --data_dir and downloaded there if need be.
 """
 
+from gpt2 import dist
 from gpt2.cli import parse, run_script
-from gpt2.config import EvaluateConfig
 from gpt2.evals.suite import evaluate
-from gpt2.train import distributed
+from gpt2.options import EvaluateConfig
 
 
 def main() -> None:
     config = parse(EvaluateConfig, __doc__)
-    group = distributed.start(config.device)
+    group = dist.start(config.device)
     evaluate(config, group, group.barrier)
-    distributed.stop(group)
+    dist.stop(group)
 
 
 if __name__ == "__main__":

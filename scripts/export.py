@@ -5,8 +5,8 @@
 
 from gpt2.checkpoint import load_model, load_tokenizer
 from gpt2.cli import parse, run_script
-from gpt2.config import ExportConfig
 from gpt2.hf import export_hf
+from gpt2.options import ExportConfig
 
 
 def main() -> None:

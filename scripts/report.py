@@ -9,7 +9,7 @@ that were killed.
 from pathlib import Path
 
 from gpt2.cli import parse, run_script
-from gpt2.config import ReportConfig
+from gpt2.options import ReportConfig
 from gpt2.train.report import write_report
 
 

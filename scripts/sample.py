@@ -15,8 +15,8 @@ import time
 
 from gpt2.assistant import load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.config import SampleConfig
 from gpt2.generate import complete
+from gpt2.options import SampleConfig
 from gpt2.text import RowTexts, read_prompts
 
 

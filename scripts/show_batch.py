@@ -14,10 +14,10 @@ from pathlib import Path
 
 from gpt2.checkpoint import load_model, load_tokenizer
 from gpt2.cli import parse, read_config, run_script
-from gpt2.config import DPOConfig, SFTConfig, ShowBatchConfig, TrainConfig
+from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import rank_rows
+from gpt2.options import ShowBatchConfig
 from gpt2.train.dpo import open_pairs, with_template
-from gpt2.train.objectives import IGNORE_INDEX
 from gpt2.train.pretrain import find_tokenizer, open_data
 from gpt2.train.sft import open_conversations
 

@@ -12,7 +12,7 @@ where everything agrees, and 1 where it does not.
 import sys
 
 from gpt2.cli import parse, run_script
-from gpt2.config import VerifyConfig
+from gpt2.options import VerifyConfig
 from gpt2.train.verify import verify_run
 
 

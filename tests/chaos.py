@@ -34,8 +34,9 @@ import torch  # noqa: E402
 
 from gpt2 import checkpoint  # noqa: E402
 from gpt2.cli import run_script  # noqa: E402
-from gpt2.config import PrepareConfig, TrainConfig  # noqa: E402
+from gpt2.config import TrainConfig  # noqa: E402
 from gpt2.data.prepare import prepare  # noqa: E402
+from gpt2.options import PrepareConfig  # noqa: E402
 from gpt2.train.metrics import Metrics, read_metrics  # noqa: E402
 from gpt2.train.objectives import LanguageModeling  # noqa: E402
 from gpt2.train.pretrain import open_data, pretrain  # noqa: E402

@@ -15,9 +15,10 @@ import pytest
 import torch
 from hypothesis import settings
 
-from gpt2.config import GPTConfig, PrepareConfig, TrainConfig
+from gpt2.config import GPTConfig, TrainConfig
 from gpt2.data import write_shard
 from gpt2.data.prepare import prepare
+from gpt2.options import PrepareConfig
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=65, bias=True)
 

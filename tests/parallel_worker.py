@@ -9,8 +9,9 @@ import sys
 
 import torch
 
+from gpt2 import dist
 from gpt2.config import TrainConfig
-from gpt2.train import distributed, pretrain
+from gpt2.train import pretrain
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.trainer import Trainer
 
@@ -41,9 +42,9 @@ def tell_what_is_held(real):
 
 
 def main() -> None:
-    group = distributed.start("cpu")
-    start, stop = distributed.start, distributed.stop
-    distributed.start, distributed.stop = lambda *_: group, lambda _: group.barrier()
+    group = dist.start("cpu")
+    start, stop = dist.start, dist.stop
+    dist.start, dist.stop = lambda *_: group, lambda _: group.barrier()
     pretrain.LanguageModeling = Poisoned
     Trainer.run = tell_what_is_held(Trainer.run)
     with open(sys.argv[1]) as file:
@@ -51,8 +52,8 @@ def main() -> None:
     for options in runs:
         Poisoned.rows = [torch.tensor(row) for row in options.pop("poisoned", [])]
         pretrain.pretrain(TrainConfig(**options))
-    distributed.start, distributed.stop = start, stop
-    distributed.stop(group)
+    dist.start, dist.stop = start, stop
+    dist.stop(group)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import parse
-from gpt2.config import PRESETS, DPOConfig, GPTConfig, SampleConfig, SFTConfig, TrainConfig
+from gpt2.config import PRESETS, DPOConfig, GPTConfig, SFTConfig, TrainConfig
+from gpt2.options import SampleConfig
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

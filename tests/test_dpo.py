@@ -17,10 +17,11 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig, VerifyConfig
+from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig
 from gpt2.hf import export_hf
 from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
 from gpt2.model import GPT
+from gpt2.options import VerifyConfig
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.dpo import dpo
 from gpt2.train.sft import sft

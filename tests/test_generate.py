@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from gpt2.config import GPTConfig, Sampling
+from gpt2.config import GPTConfig
 from gpt2.generate import complete, draw, filter_logits, generate
 from gpt2.model import GPT
+from gpt2.options import Sampling
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2.cli import parse
-from gpt2.config import DataSource, PrepareConfig, TrainConfig, data_sources
+from gpt2.config import DataSource, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, write_shard
 from gpt2.data.mixture import Ratio
 from gpt2.data.prepare import prepare
+from gpt2.options import PrepareConfig
 from gpt2.train.pretrain import open_data, pretrain
 
 from .conftest import losses

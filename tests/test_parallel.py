@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from gpt2.checkpoint import list_checkpoints
 from gpt2.config import TrainConfig
+from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.distributed import Distributed
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer

@@ -11,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from gpt2 import model as gpt2_model
 from gpt2.cli import coerce, parse
 from gpt2.config import PRESETS, GPTConfig, TrainConfig
+from gpt2.dist import Distributed
 from gpt2.model import GPT
 from gpt2.train import preflight as module
-from gpt2.train.distributed import Distributed
 from gpt2.train.memory import Ceilings, Setting, largest_fit, memory, saved_bytes, step_parts
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.config import PrepareConfig
 from gpt2.data import datasets as registry
 from gpt2.data import find_shards, open_shards, read_manifest, write_shard
 from gpt2.data import prepare as module
 from gpt2.data.prepare import prepare
 from gpt2.data.progress import Progress
 from gpt2.data.verify import verify
+from gpt2.options import PrepareConfig
 from gpt2.tokenizer import from_dict
 
 ROOT = Path(__file__).parent.parent
@@ -368,7 +368,7 @@ FORKS = """
 import os, signal, sys
 import gpt2.data.prepare as m
 from gpt2.cli import run_script
-from gpt2.config import PrepareConfig
+from gpt2.options import PrepareConfig
 from gpt2.tokenizer import from_dict
 from_dict({"name": "gpt2"})
 m.CHECKPOINT_S = 0.02

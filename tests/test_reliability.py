@@ -12,7 +12,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import list_checkpoints, load_model
-from gpt2.train.distributed import Distributed
+from gpt2.dist import Distributed
 from gpt2.train.exact import TreeSum
 from gpt2.train.guard import ENOUGH, PATIENCE, Guard
 from gpt2.train.metrics import read_metrics
@@ -398,7 +398,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
     saver = Saver(
-        tmp_path, keep_last=0, keep_every=0, keep_going=False,
+        tmp_path, keep_last=0, keep_going=False,
         on_saved=lambda step, path, times: saved.append((step, path, times)),
         on_failed=lambda step, error: None,
     )  # fmt: skip

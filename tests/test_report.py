@@ -16,7 +16,8 @@ import torch
 
 from gpt2.checkpoint import list_checkpoints
 from gpt2.cli import write_yaml
-from gpt2.config import ReportConfig, TrainConfig, VerifyConfig
+from gpt2.config import TrainConfig
+from gpt2.options import ReportConfig, VerifyConfig
 from gpt2.train import receipt as receipts
 from gpt2.train.curve import MOST_POINTS, curve_svg, nice_ticks, thin
 from gpt2.train.metrics import read_metrics

@@ -87,9 +87,9 @@ def test_export(script, tmp_path, shakespeare):
 
 
 def test_shakespeare_is_nanogpts_split(shakespeare, tmp_path):
-    from gpt2.config import PrepareConfig
     from gpt2.data import find_shards, open_shards
     from gpt2.data.prepare import prepare
+    from gpt2.options import PrepareConfig
 
     counts = [open_shards(find_shards(shakespeare, s))[0].n_tokens for s in ("train", "val")]
     assert counts == [1_003_854, 111_540]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
-from gpt2.config import PrepareConfig, suggest
+from gpt2.config import suggest
 from gpt2.data.readers import (
     JSON_SUFFIXES,
     TEXT_SUFFIXES,
@@ -18,6 +18,7 @@ from gpt2.data.readers import (
     find_files,
 )
 from gpt2.data.sources import ByHash, Source, Tail, Whole
+from gpt2.options import PrepareConfig
 
 # Fewer text files than this are each cut, and the end is for validation; by hash, a split of so few
 # documents would be empty or far from its fraction.

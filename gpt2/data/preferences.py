@@ -14,12 +14,13 @@ import re
 import numpy as np
 import torch
 
+from gpt2.config import IGNORE_INDEX
 from gpt2.data.chat import ChatError, Message, encode_chat, encode_prompt, find_template
 from gpt2.data.chat import messages_from_row as conversation
 from gpt2.data.conversations import Counts, local_rows, refuse
 from gpt2.data.loader import Batch, Provenance, rank_rows
 from gpt2.data.numpy_backend import epoch_key, permute
-from gpt2.data.sft import IGNORE_INDEX, Conversations, question_hash
+from gpt2.data.sft import Conversations, question_hash
 from gpt2.tokenizer import Tokenizer
 
 TRIM = 64  # a trimmed batch is a multiple of this long, so that few shapes occur

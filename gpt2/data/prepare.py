@@ -33,7 +33,6 @@ from pathlib import Path
 import numpy as np
 
 import gpt2.tokenizer as tok
-from gpt2.config import PrepareConfig
 from gpt2.data.datasets import Dataset, UrlText, find_dataset, make_source
 from gpt2.data.encode import Encoder, Position, default_workers, make_chunks
 from gpt2.data.encode_worker import Encoded
@@ -42,6 +41,7 @@ from gpt2.data.progress import Progress
 from gpt2.data.shard_writer import ShardWriter, write_json
 from gpt2.data.shards import open_shards, read_manifest
 from gpt2.data.sources import Source
+from gpt2.options import PrepareConfig
 
 FORMAT = 1  # of manifest and journal
 CHECKPOINT_S = 30.0

@@ -16,18 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.config import IGNORE_INDEX
 from gpt2.model import GPT, KVCache
 
 TOKENS_PER_BATCH = 8192  # fed to the model at once, padding included
 SPAN = 8  # tokens by which the shared beginnings of a batch may differ
-IGNORE_INDEX = -100
 Item = TypeVar("Item")
 Autocast = Callable[[], AbstractContextManager]
 Poll = Callable[[], bool]
 
 
 class Group(Protocol):
-    """The processes that share the work; gpt2.train.distributed.Distributed is one."""
+    """The processes that share the work; gpt2.dist.Distributed is one."""
 
     rank: int
     world_size: int

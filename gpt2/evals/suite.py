@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint
-from gpt2.config import EvaluateConfig
 from gpt2.evals.files import find_file, read_text
 from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
 from gpt2.evals.lambada import lambada, read_lambada
@@ -25,6 +24,7 @@ from gpt2.evals.perplexity import detokenize, perplexity
 from gpt2.evals.published import GPT2_SIZES, GPT3_SIZES, PUBLISHED
 from gpt2.evals.scoring import Group
 from gpt2.model import GPT
+from gpt2.options import EvaluateConfig
 from gpt2.tokenizer import Tokenizer
 
 

@@ -16,7 +16,7 @@ def tell_of_skipped(trainer, verdict: Verdict) -> None:
     parts = trainer.train_data.batch(at, trainer.rows_per_step, group.rank, group.world_size)
     batch = trainer.name(tuple(part.to(group.device) for part in parts))
     trainer.objective.eval()
-    losses = group.gather(row_losses(trainer.objective, batch, trainer.autocast))
+    losses = group.gather(row_losses(trainer.objective, batch, trainer.execution.autocast))
     trainer.objective.train()
     if trainer.metrics is None:
         return

@@ -2,8 +2,6 @@
 
 import math
 
-import torch
-
 from gpt2 import checkpoint
 from gpt2.data import Mixture, TokenLoader
 from gpt2.lora import lora_config
@@ -14,10 +12,9 @@ def derived(trainer) -> list[tuple[str, str]]:
     c, m, group, data = trainer.config, trainer.model, trainer.group, trainer.train_data
     tokens = c.max_steps * c.tokens_per_step
     flops = m.flops_per_token()
-    known = trainer.peak_flops
+    known = trainer.execution.peak_flops
     peak = f"{known / 1e12:.1f} TFLOP/s a device" if known else "not known"
     shape = m.config
-    dtype = str(trainer.dtype).removeprefix("torch.")
     adapters = lora_config(m)
     formula = ("6 N" if adapters is None else "4 N + 2 n") + " + 12 L C T"
     rows = [
@@ -44,17 +41,16 @@ def derived(trainer) -> list[tuple[str, str]]:
         ),
         (
             "device",
-            f"{device_name(group.device)}, {dtype} matmuls, "
-            f"compile {'on' if trainer.compiled else 'off'}",
+            trainer.execution.describe(),
         ),
         ("layout", _layout(c, group.world_size)),
         ("kernels", f"{m.ops.name} ({m.ops.reason})"),
         ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
         ("run folder", str(trainer.folder)),
     ]
-    if isinstance(data, TokenLoader | Mixture) and c.verify != "off":
+    if isinstance(data, TokenLoader | Mixture):
         known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
-        rows.append(("verify", f"{c.verify}, hashes are known of {known} of {n} shards"))
+        rows.append(("verify", f"in the background, hashes are known of {known} of {n} shards"))
     if isinstance(data, Mixture):
         for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
             rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
@@ -96,9 +92,3 @@ def show_result(trainer) -> None:
     print(f", val loss {val[-1]:.4f}" if val else "")
     print(f"loss curve: {folder / 'loss.png'}, report: {folder / 'report.html'}")
     print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,24 +1,22 @@
 """DPO: puts preference pairs, model, reference and objective together for the trainer."""
 
 import copy
-import time
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from gpt2 import checkpoint
 from gpt2.config import DPOConfig
 from gpt2.data.preferences import PairLoader, load_pairs
 from gpt2.data.sft import Conversations
+from gpt2.dist import Distributed
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.distributed import Distributed
 from gpt2.train.launch import launch
-from gpt2.train.objectives import DPO, log_probs
+from gpt2.train.objectives import DPO
 from gpt2.train.pretrain import make_model
 from gpt2.train.sft import steps_of
-from gpt2.train.trainer import Trainer, select_dtype
+from gpt2.train.trainer import Trainer
 
 
 def dpo(config: DPOConfig) -> None:
@@ -44,17 +42,10 @@ def make_trainer(config: DPOConfig, group: Distributed) -> Trainer:
     # From here the model is the reference: a resumed run loads its weights only later.
     objective = DPO(
         model,
-        None if config.lora or config.precompute_reference else copy.deepcopy(model),
+        None if config.lora else copy.deepcopy(model),
         beta=config.beta,
         loss_type=config.loss_type,
-        label_smoothing=config.label_smoothing,
-        length_normalised=config.length_normalised,
     )
-    if config.precompute_reference:
-        started = time.perf_counter()
-        for data in filter(None, (train_data, val_data)):
-            data.set_reference(precompute_reference(objective, data, config, group))
-        lines.append(f"log probabilities of the reference: {time.perf_counter() - started:.1f} s")
     trainer = Trainer(config, objective, train_data, val_data, tokenizer, group)
     if group.is_main:
         print("\n".join(lines))
@@ -110,26 +101,3 @@ def open_pairs(
 
     train_rows = loader("train", train)
     return train_rows, loader("val", val) if with_val else None, lines
-
-
-@torch.no_grad()
-def precompute_reference(
-    objective: DPO, data: PairLoader, config: DPOConfig, group: Distributed
-) -> np.ndarray:
-    """The reference's log probabilities of all pairs, (n_windows, 2) float32; a collective.
-
-    The objective's model must still be the reference.
-    """
-    found = torch.zeros(data.n_windows, 2, device=group.device)
-    model = objective.model.eval()
-    dtype = select_dtype(config.dtype, group.device)
-    # By length, so that a trimmed batch holds little filling.
-    longest = data.pairs.lengths.reshape(-1, 2).max(1)
-    members = np.argsort(longest, kind="stable")[group.rank :: group.world_size].tolist()
-    for start in range(0, len(members), config.micro_batch_size):
-        chosen = members[start : start + config.micro_batch_size]
-        idx, targets = (part.to(group.device) for part in data.rows(chosen)[:2])
-        with torch.autocast(group.device.type, torch.bfloat16, enabled=dtype != torch.float32):
-            found[chosen] = log_probs(model, {"idx": idx, "targets": targets})
-    model.train()
-    return group.sum(found).cpu().numpy()

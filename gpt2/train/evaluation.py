@@ -10,14 +10,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gpt2.config import TrainConfig
+from gpt2.config import IGNORE_INDEX
+from gpt2.dist import Distributed
 from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import Example, hellaswag_accuracy, read_hellaswag
 from gpt2.generate import generate
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.distributed import Distributed
-from gpt2.train.objectives import IGNORE_INDEX
 
+EVAL_DATA = "data/eval"  # the folder of HellaSwag's file
 SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
@@ -43,7 +43,7 @@ def mean_losses(trainer) -> dict[str, float] | None:
             first = i * rows + group.rank * config.micro_batch_size
             parts[trainer.names.index("targets")][max(n_rows - first, 0) :] = IGNORE_INDEX
             batch = trainer.name(parts)
-            with trainer.autocast():
+            with trainer.execution.autocast():
                 loss_sum, metrics = trainer.layout.eval_forward(batch)
             found = {"loss": loss_sum, **metrics, "units": objective.count(batch)}
             for name, value in found.items():
@@ -67,17 +67,17 @@ def validate(trainer) -> bool:
 
 
 def load_hellaswag(
-    config: TrainConfig, tokenizer: Tokenizer, block_size: int, group: Distributed
+    tokenizer: Tokenizer, block_size: int, group: Distributed
 ) -> list[Example]:
     """The examples that are to be asked, on all ranks; the first downloads them if need be.
 
     Raises OSError where they cannot be had, ValueError where the model cannot read them.
     """
     if group.is_main:
-        find_file("hellaswag", config.eval_data)
+        find_file("hellaswag", EVAL_DATA)
     group.barrier()
-    path = find_file("hellaswag", config.eval_data)
-    return read_hellaswag(path, tokenizer, block_size, config.hellaswag_examples or None)
+    path = find_file("hellaswag", EVAL_DATA)
+    return read_hellaswag(path, tokenizer, block_size)
 
 
 def ask_hellaswag(trainer) -> bool:
@@ -89,7 +89,7 @@ def ask_hellaswag(trainer) -> bool:
             trainer.model,
             trainer.hellaswag,
             trainer.group,
-            autocast=trainer.autocast,
+            autocast=trainer.execution.autocast,
             poll=trainer.is_stop_asked,
         )
     )

@@ -5,7 +5,7 @@ moments and its step count alone where found_inf is 1. The host reads the number
 the limit for step s comes from the accepted steps up to s - 2, wherever they were read: a resumed
 run decides as the uninterrupted one would. Losses of skipped steps never enter the statistics.
 
-A spike is a loss more than spike_z standard deviations above the mean of the last WINDOW accepted
+A spike is a loss more than SPIKE_Z standard deviations above the mean of the last WINDOW accepted
 steps (z-score). A large gradient alone is none: clipping bounds what it does, and healthy small
 models have them. All ranks decide alike, from sums over all of them.
 """
@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt2.train.distributed import Distributed
+from gpt2.dist import Distributed
 
 WINDOW = 128  # accepted steps that the limit comes from
+SPIKE_Z = 8.0
 ENOUGH = 32  # with fewer of them there is none
 PATIENCE = 10  # skipped steps in a row: then it is no spike but a new level, or has diverged
 
@@ -37,11 +38,11 @@ class Verdict(NamedTuple):
 class Guard:
     """Judges every step between its backward pass and the optimizer.
 
-    spike_z: 0 leaves spikes alone; what is not finite is always kept out.
+    See the module's docstring.
     """
 
-    def __init__(self, spike_z: float, group: Distributed):
-        self.spike_z, self.group = spike_z, group
+    def __init__(self, group: Distributed):
+        self.group = group
         self._accepted: deque[tuple[int, float]] = deque(maxlen=WINDOW + 2)
         self._restart = -1  # accepted steps before this one are of another level
         self._skipped_in_a_row = 0
@@ -98,12 +99,12 @@ class Guard:
         """The largest loss that passes at a step; inf where there is no limit."""
         first = self._restart if self._restart <= step - 2 else -1
         known = [loss for at, loss in self._accepted if first <= at <= step - 2][-WINDOW:]
-        if not self.spike_z or len(known) < ENOUGH:
+        if len(known) < ENOUGH:
             return math.inf
         mean = math.fsum(known) / len(known)
         std = math.sqrt(math.fsum((loss - mean) ** 2 for loss in known) / len(known))
         # At least a hundredth of the mean, so that a loss that hardly moves has room above it.
-        return mean + self.spike_z * max(std, 0.01 * abs(mean))
+        return mean + SPIKE_Z * max(std, 0.01 * abs(mean))
 
     def forget(self, from_step: int) -> None:
         """Leaves out what was judged from a step on, after going back to it."""

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, dist
 from gpt2.config import TrainConfig, data_sources
-from gpt2.train import distributed
-from gpt2.train.distributed import Distributed
+from gpt2.dist import Distributed
 from gpt2.train.signals import Interrupted, StopSignals
 from gpt2.train.trainer import Trainer
 
@@ -20,7 +19,7 @@ def launch(config: TrainConfig, make_trainer: Callable[[Distributed], Trainer]) 
     Interrupted (a SystemExit with status 75) after a signal.
     """
     with StopSignals() as signals:
-        group = distributed.start(config.device, config.timeout_s)
+        group = dist.start(config.device, config.timeout_s)
         resumed = find_checkpoint(config, group)
         trainer = make_trainer(group)
         if resumed is not None:
@@ -30,10 +29,10 @@ def launch(config: TrainConfig, make_trainer: Callable[[Distributed], Trainer]) 
         try:
             trainer.run(signals)
         except Interrupted:
-            distributed.stop(group)
+            dist.stop(group)
             raise
     # Not where a rank failed: it must end at once, without waiting for the others.
-    distributed.stop(group)
+    dist.stop(group)
 
 
 def find_checkpoint(config: TrainConfig, group: Distributed) -> checkpoint.Checkpoint | None:

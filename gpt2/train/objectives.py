@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt2.config import IGNORE_INDEX
 from gpt2.lora import adapters_off, lora_config
 from gpt2.model import GPT
 
-IGNORE_INDEX = -100
 Batch = dict[str, Tensor]
 
 
@@ -71,8 +71,6 @@ class DPO(nn.Module):
         *,
         beta: float = 0.1,
         loss_type: str = "sigmoid",
-        label_smoothing: float = 0.0,
-        length_normalised: bool = False,
     ):
         super().__init__()
         dropout = max(m.config.dropout for m in (model, reference) if m is not None)
@@ -84,19 +82,16 @@ class DPO(nn.Module):
         self.model, self.reference = model, reference
         if reference is not None:
             reference.requires_grad_(False)
-        self.options = dict(
-            beta=beta, loss_type=loss_type, label_smoothing=label_smoothing,
-            length_normalised=length_normalised,
-        )  # fmt: skip
-        preference_losses(torch.zeros(1, 2), torch.ones(1, 2), **self.options)  # checks them
+        self.beta, self.loss_type = beta, loss_type
+        preference_losses(torch.zeros(1, 2), torch.ones(1, 2), beta=beta, loss_type=loss_type)
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         targets = batch["targets"]
         lengths = (targets != IGNORE_INDEX).sum(-1)  # (B, 2)
         counted = lengths.amin(-1) > 0  # (B,)
         ratios = log_probs(self.model, batch) - self.reference_log_probs(batch)  # (B, 2)
-        losses = preference_losses(ratios, lengths, **self.options)
-        rewards = self.options["beta"] * ratios.detach()
+        losses = preference_losses(ratios, lengths, beta=self.beta, loss_type=self.loss_type)
+        rewards = self.beta * ratios.detach()
         chosen, rejected = rewards.unbind(-1)
         metrics = {
             "reward_margin": chosen - rejected,
@@ -114,12 +109,10 @@ class DPO(nn.Module):
     @torch.no_grad()
     def reference_log_probs(self, batch: Batch) -> Tensor:
         """The reference's log probabilities of both answers, (B, 2) float32."""
-        if "reference" in batch:
-            return batch["reference"]
         if self.reference is not None:
             return log_probs(self.reference, batch)
         if lora_config(self.model) is None:
-            raise ValueError("DPO needs a reference: a second model, adapters, or a batch with it")
+            raise ValueError("DPO needs a reference: a second model, or adapters")
         with adapters_off(self.model):
             return log_probs(self.model, batch)
 
@@ -143,40 +136,23 @@ def log_probs(model: GPT, batch: Batch) -> Tensor:
 
 
 def preference_losses(
-    ratios: Tensor,
-    lengths: Tensor,
-    *,
-    beta: float,
-    loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
-    length_normalised: bool = False,
+    ratios: Tensor, lengths: Tensor, *, beta: float, loss_type: str = "sigmoid"
 ) -> Tensor:
     """The loss of each pair, (B,).
 
     ratios (B, 2): log p_model - log p_reference of the chosen and the rejected answer.
     lengths (B, 2): their tokens. With d = ratio of chosen - ratio of rejected:
-        sigmoid             -log sigmoid(beta d)
-        ... label_smoothing -(1 - e) log sigmoid(beta d) - e log sigmoid(-beta d)
-        ... length_normalised   d of ratios divided by lengths: TRL's sigmoid_norm
-        ipo                 (d - 1 / (2 beta))^2, d of ratios divided by lengths, as in TRL
+        sigmoid   -log sigmoid(beta d)
+        ipo       (d - 1 / (2 beta))^2, d of ratios divided by lengths, as in TRL
     Raises ValueError for options out of range.
-    Sources: arXiv 2305.18290, eq. 7; label smoothing: Mitchell, A note on DPO with noisy
-    preferences (2023), eq. 3; Azar et al., IPO (arXiv 2310.12036), eq. 17; the names and the
-    averages: trl 1.16, trainer/dpo_trainer.py, whose `sigmoid` has no label smoothing any more.
+    Sources: arXiv 2305.18290, eq. 7; Azar et al., IPO (arXiv 2310.12036), eq. 17; the averages: trl
+    1.16, trainer/dpo_trainer.py.
     """
     if not beta > 0:
         raise ValueError(f"beta must be above 0, got {beta}")
     if loss_type not in ("sigmoid", "ipo"):
         raise ValueError(f"unknown loss_type {loss_type!r}: use sigmoid or ipo")
-    if not 0.0 <= label_smoothing < 0.5 or label_smoothing and loss_type == "ipo":
-        raise ValueError(
-            "label_smoothing must lie in [0, 0.5) and goes with loss_type sigmoid, got "
-            f"{label_smoothing} for {loss_type}"
-        )
-    if length_normalised or loss_type == "ipo":
+    if loss_type == "ipo":
         ratios = ratios / lengths.clamp(min=1)
     d = ratios[:, 0] - ratios[:, 1]
-    if loss_type == "ipo":
-        return (d - 1 / (2 * beta)).square()
-    right, wrong = F.logsigmoid(beta * d), F.logsigmoid(-beta * d)
-    return -(1 - label_smoothing) * right - label_smoothing * wrong
+    return -F.logsigmoid(beta * d) if loss_type == "sigmoid" else (d - 1 / (2 * beta)).square()

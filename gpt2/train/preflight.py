@@ -20,8 +20,8 @@ import torch
 
 from gpt2.checkpoint import Checkpoint, list_checkpoints
 from gpt2.config import TrainConfig, nearest_multiples
+from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.distributed import Distributed
 from gpt2.train.memory import Ceilings, Memory, Setting, largest_fit, memory, step_parts
 from gpt2.train.metrics import duration
 
@@ -335,8 +335,7 @@ def _n_checkpoints(config: TrainConfig, first_step: int) -> int:
     saves = len([step for step in due if step > first_step]) + 1
     if not config.keep_last:
         return saves
-    kept = config.max_steps // config.keep_every if config.keep_every else 0
-    return min(config.keep_last + kept + 1, saves)
+    return min(config.keep_last + 1, saves)
 
 
 def _check_disk(config: TrainConfig, group: Distributed, one: int, n: int) -> int:

@@ -8,9 +8,9 @@ import torch
 from gpt2 import checkpoint, tokenizer
 from gpt2.config import TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, find_shards, read_manifest
+from gpt2.dist import Distributed
 from gpt2.lora import add_lora
 from gpt2.model import GPT
-from gpt2.train.distributed import Distributed
 from gpt2.train.launch import launch
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.trainer import Trainer
@@ -75,8 +75,7 @@ def open_data(
         path: TokenLoader(
             find_shards(path, split), block_size, config.seed, split == "train",
             vocab_size=data_tokenizer.vocab_size, eot=data_tokenizer.eot,
-            doc_mask=config.doc_mask, verify=config.verify, verify_share=share,
-            backend=config.loader,
+            doc_mask=config.doc_mask, verify="background", verify_share=share,
         )
         for path in dict.fromkeys(s.path for s in sources)
     }  # fmt: skip

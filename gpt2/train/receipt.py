@@ -26,8 +26,8 @@ import torch
 
 from gpt2.config import TrainConfig, data_sources
 from gpt2.data.integrity import manifest_records
+from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.distributed import Distributed
 
 FORMAT = 1
 NAME = "receipt.json"

@@ -31,12 +31,11 @@ class Saver:
         run: Path,
         *,
         keep_last: int,
-        keep_every: int,
         keep_going: bool,
         on_saved: Callable[[int, Path, dict], None],
         on_failed: Callable[[int, OSError], None],
     ):
-        self.run, self.keep = run, dict(keep_last=keep_last, keep_every=keep_every)
+        self.run, self.keep = run, dict(keep_last=keep_last)
         self.keep_going, self.on_saved, self.on_failed = keep_going, on_saved, on_failed
         self._thread = ThreadPoolExecutor(1, "saver")
         self._pending: tuple[int, float, Future] | None = None

@@ -11,8 +11,8 @@ from functools import partial
 from gpt2 import checkpoint
 from gpt2.config import FineTuneConfig, SFTConfig
 from gpt2.data.sft import ConversationLoader, Conversations, load_conversations
+from gpt2.dist import Distributed
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.distributed import Distributed
 from gpt2.train.launch import launch
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.pretrain import make_model
@@ -72,8 +72,8 @@ def open_conversations(
                 "switch validation off with eval_every 0"
             )
         rows = ConversationLoader(
-            conversations, block_size, config.seed, split == "train", packing=config.packing,
-            pad=tokenizer.eot, chat_template=config.template,
+            conversations, block_size, config.seed, split == "train", pad=tokenizer.eot,
+            chat_template=config.template,
         )  # fmt: skip
         lines.append(f"{split}: {rows.describe()}")
         return rows

@@ -26,23 +26,23 @@ from gpt2 import checkpoint
 from gpt2.cli import write_yaml
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
+from gpt2.device import execution
+from gpt2.dist import Distributed, Heartbeat
 from gpt2.evals.hellaswag import Example
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import blame, evaluation
 from gpt2.train.describe import derived, show_result
-from gpt2.train.distributed import Distributed, peak_flops
 from gpt2.train.guard import Guard, Verdict
-from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.metrics import Metrics
 from gpt2.train.objectives import Batch
-from gpt2.train.optim import learning_rate
 from gpt2.train.parallel import make_layout
 from gpt2.train.preflight import Preflight, preflight
 from gpt2.train.receipt import Receipt
 from gpt2.train.report import write_report
 from gpt2.train.rollback import Snapshots
 from gpt2.train.saver import Saver
+from gpt2.train.schedule import learning_rate
 from gpt2.train.signals import Interrupted, StopSignals
 
 NAMES = ("idx", "targets", "doc_start")
@@ -75,26 +75,22 @@ class Trainer:
         self.names = getattr(train_data, "names", NAMES)
         self.folder = Path(config.out_dir) / config.run_name
         self.rows_per_step = config.tokens_per_step // train_data.block_size
-        self.dtype = select_dtype(config.dtype, group.device)
-        self.peak_flops = peak_flops(group.device, self.dtype)
-        self.compiled = (
-            config.compile == "on" or config.compile == "auto" and group.device.type == "cuda"
-        )
+        self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.layout = make_layout(config, objective, group, self.compiled)
+        self.layout = make_layout(config, objective, group, self.execution.compiled)
         self.optimizer, self.params = self.layout.optimizer, self.layout.params
         adapters = lora_config(self.model)
         self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
         self.first_step = self.step = 0
         self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
-        self.guard = Guard(config.spike_z, group)
+        self.guard = Guard(group)
         self.snapshots = Snapshots()
         self.saved_step, self.reported = -1, -math.inf
         self.signals = StopSignals()
         self.hellaswag: list[Example] = []
         if config.hellaswag_every:
             self.hellaswag = evaluation.load_hellaswag(
-                config, tokenizer, self.model.config.block_size, group
+                tokenizer, self.model.config.block_size, group
             )
         self.resumed: checkpoint.Checkpoint | None = None
         self.preflight: Preflight | None = None
@@ -122,8 +118,8 @@ class Trainer:
                 return self.run(signals)
         self.config, self.preflight = preflight(
             self.config, self.model, self.optimizer, self.group,
-            block_size=self.train_data.block_size, bfloat16=self.dtype == torch.bfloat16,
-            compiled=self.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
+            block_size=self.train_data.block_size, bfloat16=self.execution.dtype == torch.bfloat16,
+            compiled=self.execution.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
             reference=_n_numbers(self.objective) - _n_numbers(self.model),
             full_rows=not getattr(self.train_data, "trim", False), resumed=self.resumed,
         )  # fmt: skip
@@ -190,7 +186,6 @@ class Trainer:
         self.saver = Saver(
             self.folder,
             keep_last=config.keep_last,
-            keep_every=config.keep_every,
             keep_going=config.on_save_error == "continue",
             on_saved=self._on_saved,
             on_failed=self._on_save_failed,
@@ -260,7 +255,7 @@ class Trainer:
                 key = (config.seed, data_step, first_row + start)
                 torch.manual_seed(hash(key) & (1 << 62) - 1)
             self.layout.begin(micro_step)
-            with self.autocast():
+            with self.execution.autocast():
                 loss_sum, metrics = self.layout.train_forward(micro_batch)
                 loss = loss_sum / n_units
             self.layout.backward(loss)
@@ -278,14 +273,6 @@ class Trainer:
     def name(self, parts: tuple[Tensor, ...]) -> Batch:
         """The parts of a batch by their names."""
         return dict(zip(self.names, parts, strict=False))
-
-    def autocast(self):
-        """The precision of matmuls, as a context."""
-        enabled = self.dtype != torch.float32
-        # No pass uses a weight twice, and a cache would keep bf16 copies of those shared out.
-        return torch.autocast(
-            self.group.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
-        )
 
     def is_stop_asked(self) -> bool:
         """Whether a signal came to any rank; a collective."""
@@ -368,8 +355,7 @@ class Trainer:
             if running and now - self.reported < REPORT_EVERY_S:
                 return
             self.reported = now
-            price = self.config.gpu_hour_price
-            write_report(self.folder, gpu_hour_price=price, png=not running)
+            write_report(self.folder, png=not running)
         except (OSError, ImportError) as error:
             self.metrics.say(f"no report: {error}")
 
@@ -405,9 +391,9 @@ class Trainer:
             "train/tokens_per_s": tokens_per_s, "train/step_ms": seconds * 1e3,
             "train/data_ms": data_ms, **sums,
         }  # fmt: skip
-        if self.peak_flops:
+        if peak := self.execution.peak_flops:
             flops = tokens_per_s * self.model.flops_per_token()
-            values["train/mfu"] = flops / (self.peak_flops * self.group.world_size)
+            values["train/mfu"] = flops / (peak * self.group.world_size)
         self.metrics.log(step, values)
         eta_s = (self.config.max_steps - step) * seconds
         predicted = self.preflight.predicted()["step_ms"]
@@ -426,12 +412,3 @@ def _lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed, and not what it was called with. Gloo has no error class."""
     words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Timed out waiting")
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
-
-
-def select_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of matmuls for "auto", "float32", "bfloat16"."""
-    if dtype == "auto":
-        dtype = (
-            "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        )
-    return getattr(torch, dtype)

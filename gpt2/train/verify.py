@@ -17,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint
+from gpt2 import checkpoint, dist
 from gpt2.cli import read_config
-from gpt2.config import DPOConfig, SFTConfig, TrainConfig, VerifyConfig
-from gpt2.train import distributed, dpo, pretrain, sft
-from gpt2.train.distributed import Distributed
+from gpt2.config import DPOConfig, SFTConfig, TrainConfig
+from gpt2.dist import Distributed
+from gpt2.options import VerifyConfig
+from gpt2.train import dpo, pretrain, sft
 from gpt2.train.metrics import read_metrics
 from gpt2.train.receipt import describe_data, git_state, hardware, read_receipt, versions
 from gpt2.train.signals import Interrupted
@@ -58,7 +59,7 @@ def verify_run(options: VerifyConfig) -> bool:
     first = from_checkpoint.step if from_checkpoint is not None else 0
     wanted = _windows(lines, receipt, first, options.steps or LEAST_STEPS)
     changes = data_changes(receipt["data"], describe_data(config.data))
-    group = distributed.start(options.device or config.device, config.timeout_s)
+    group = dist.start(options.device or config.device, config.timeout_s)
     say = print if group.is_main else _silent
     say(f"run         {run}: {config.data}")
     say(f"data        {'; '.join(changes) or 'the same as in the receipt, by ' + _how(receipt)}")
@@ -73,7 +74,7 @@ def verify_run(options: VerifyConfig) -> bool:
     tolerance, why = _tolerance(options, launch, config, group)
     say(f"tolerance   {tolerance:g} ({why})")
     agreed = _compare(lines, found, wanted, tolerance, say)
-    distributed.stop(group)
+    dist.stop(group)
     return agreed
 
 

@@ -1,6 +1,7 @@
 """Which processes take part, on which device each; sums over them, and what they agree on."""
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -12,18 +13,24 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from gpt2.device import select_device
+
+PERIOD_S = 1.0
+PATIENCE_S = 10.0  # with a store that does not answer, since its host is frozen or cut off
+
+
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among those that torchrun started; rank 0 of 1 without torchrun.
+    """This process among those that torchrun started; by default it is alone, on the CPU.
 
     control: a gloo group over CPU memory, for what is agreed without waiting for a GPU.
     store: torchrun's, with what this attempt of the group writes apart from earlier ones'.
     """
 
-    rank: int
-    world_size: int
-    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
     control: dist.ProcessGroup | None = None
     store: dist.Store | None = None
 
@@ -135,53 +142,77 @@ def stop(group: Distributed) -> None:
         dist.destroy_process_group()
 
 
-def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:
-    """The device for "auto", "cpu", "cuda", "cuda:1". Raises ValueError where it is not there."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:1") from error
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"device {device!r}: torch sees no CUDA GPU; use --device cpu")
-        index = local_rank if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
-            raise ValueError(f"device cuda:{index}: torch sees {torch.cuda.device_count()} GPUs")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-    elif chosen.type != "cpu":
-        raise ValueError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:1")
-    return chosen
+class Heartbeat:
+    """Says which rank is missing when a collective fails, which by itself names an address at best.
+
+    A thread of each rank writes, once a second, the step that it is at (the attribute `step`) into
+    the store that torchrun keeps for its processes. After a failure the others read who has stopped
+    beating (killed, frozen, cut off), or who stands at an earlier step (hung).
+    """
+
+    def __init__(self, group: Distributed):
+        self.group, self.step = group, -1
+        self._stop = threading.Event()
+        if group.store is not None:
+            # A connection of its own: the other one may be waiting for something.
+            self._store = group.store.clone()
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def close(self) -> None:
+        self._stop.set()
+
+    def diagnose(self) -> str:
+        """Which ranks are missing, in words; takes three periods, or PATIENCE_S."""
+        found: list[list[bytes]] = []
+        # In a thread, since a store whose host is frozen never answers, whatever its timeout.
+        reader = threading.Thread(target=self._read_twice, args=(found,), daemon=True)
+        reader.start()
+        reader.join(PATIENCE_S)
+        if len(found) < 2:
+            if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+                return "lost the host on which torchrun keeps the ranks' store"
+            return "lost rank 0 (it keeps the ranks' store): killed, frozen or cut off"
+        first, second = found
+        silent = [
+            r
+            for r in range(self.group.world_size)
+            if first[r] == second[r] and r != self.group.rank
+        ]
+        if silent:
+            at = ", ".join(f"rank {r} (last heard of {_place(second[r])})" for r in silent)
+            return f"lost {at}: killed, frozen or cut off"
+        steps = [_step(beat) for beat in second]
+        behind = [f"rank {r}" for r, step in enumerate(steps) if step < max(steps)]
+        if behind:
+            return f"{', '.join(behind)} did not come beyond step {min(steps)}, others did"
+        return "every rank still beats: see the other ranks' messages"
+
+    def _read_twice(self, found: list[list[bytes]]) -> None:
+        try:
+            store = self.group.store.clone()
+            found.append(self._read(store))
+            time.sleep(3 * PERIOD_S)
+            found.append(self._read(store))
+        except RuntimeError:  # it is gone
+            pass
+
+    def _read(self, store: dist.Store) -> list[bytes]:
+        keys = [f"heartbeat/{rank}" for rank in range(self.group.world_size)]
+        return [store.get(key) if store.check([key]) else b"" for key in keys]
+
+    def _run(self) -> None:
+        beat = 0
+        while not self._stop.wait(PERIOD_S if beat else 0):
+            beat += 1
+            try:
+                self._store.set(f"heartbeat/{self.group.rank}", f"{beat} {self.step}")
+            except RuntimeError:  # the store is gone, and so is the run
+                return
 
 
-# Dense peaks with fp32 accumulation in TFLOP/s of bf16 matmuls, from NVIDIA's data sheets. The
-# first name that occurs in the device's name counts. Unlike marketing figures these are without
-# sparsity.
-PEAK_TFLOPS = {
-    "B200": 2250.0,
-    "GH200": 989.4,
-    "H200": 989.4,
-    "H100 PCIe": 756.0,
-    "H100 NVL": 835.0,
-    "H100": 989.4,
-    "H800": 989.4,
-    "A100": 312.0,
-    "A800": 312.0,
-    "A40": 149.7,
-    "A10": 125.0,
-    "L40S": 362.0,
-    "L4": 121.0,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-    "RTX 3090": 71.0,
-}
+def _place(beat: bytes) -> str:
+    return f"at step {_step(beat)}" if _step(beat) >= 0 else "before its first step"
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """The device's published peak in FLOP/s, or None: CPUs, float32, GPUs not in the table."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+def _step(beat: bytes) -> int:
+    return int(beat.split()[1]) if beat else -1

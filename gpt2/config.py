@@ -1,0 +1,497 @@
+"""Options of training runs and the shape of a model: frozen dataclasses, checked when made.
+
+gpt2.cli makes command lines and YAML files of them; `python scripts/train_gpt2.py --help` shows the
+same words.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import ClassVar, Literal
+
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Switch = Literal["auto", "on", "off"]
+Kernels = Literal["auto", "triton", "torch"]
+IGNORE_INDEX = -100  # the target of a position that does not count
+
+
+def suggest(word: str, known) -> str:
+    """'did you mean X?' if a known word is close, else the list of known words."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
+
+
+def nearest_multiples(value: int, of: int) -> str:
+    """The multiples around value, as text for an error message."""
+    below = value // of * of
+    return f"{below} and {below + of}" if below else str(of)
+
+
+def check_finite(config) -> None:
+    """Raises ValueError for a field that is NaN or infinite: no comparison would catch NaN."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be a finite number, got {value}")
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a model; saved with it."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int  # channels; a multiple of n_head
+    block_size: int = 1024  # longest context, tokens
+    vocab_size: int = 50257
+    dropout: float = 0.0  # on the embeddings and on what each sublayer adds; 0 for pretraining
+    bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}; the nearest are "
+                f"{nearest_multiples(self.n_embd, self.n_head)}"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: whole tensor-core tiles and 16-byte rows of logits.
+
+        50257 becomes 50304. The padding is zero, stays zero, and is never seen outside the model.
+        """
+        multiple = 128 if self.vocab_size > 1024 else 8
+        return -(-self.vocab_size // multiple) * multiple
+
+
+PRESETS: dict[str, GPTConfig] = {
+    "gpt2": GPTConfig(n_layer=12, n_head=12, n_embd=768),  # 124M
+    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+    # The depths and widths of Eldan and Li, TinyStories (2023); their names do not count
+    # embeddings.
+    "tinystories-1m": GPTConfig(n_layer=8, n_head=4, n_embd=64, block_size=512),
+    "tinystories-8m": GPTConfig(n_layer=8, n_head=8, n_embd=256, block_size=512),
+    "tinystories-28m": GPTConfig(n_layer=8, n_head=8, n_embd=512, block_size=512),
+    "tinytiny": GPTConfig(n_layer=6, n_head=10, n_embd=640),  # 62M, half of gpt2
+    # nanoGPT's CPU recipe for characters; vocab_size is that of tiny Shakespeare.
+    "char": GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, bias=False),
+}
+
+
+# The linear layers of a block, and the names by which one or two of them are meant. A name means
+# the layers that end with it, as in peft: c_proj is both projections.
+LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc", *LORA_LAYERS)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """The adapters of a model: y = W x + b + (alpha / rank) B A dropout(x) in each target."""
+
+    rank: int = 8  # inner dimension of the update, A (rank, in) and B (out, rank)
+    alpha: float = 16.0  # scale of the update, times 1 / rank
+    dropout: float = 0.0  # on what A sees, in training
+    targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # the layers that get adapters
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"lora rank must be at least 1, got {self.rank}")
+        if not self.alpha > 0:
+            raise ValueError(f"lora alpha must be above 0, got {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"lora dropout must lie in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError(f"lora targets are empty: use some of {', '.join(LORA_TARGETS)}")
+        for target in self.targets:
+            if target not in LORA_TARGETS:
+                raise ValueError(f"unknown lora target {target!r}: {suggest(target, LORA_TARGETS)}")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The linear layers of a block that are meant, in the block's order."""
+        return tuple(
+            layer for layer in LORA_LAYERS if any(layer.endswith(target) for target in self.targets)
+        )
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """The options that fine-tuning runs share; mixed into their configs."""
+
+    lora_rank: int = 0  # rank of the adapters; 0: none, all weights are trained
+    lora_alpha: float = 16.0  # the adapters' update is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # on what the adapters see, in training
+    # The layers that get adapters: some of c_attn, c_proj (both), c_fc, attn.c_proj, mlp.c_proj.
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that are asked for."""
+        if self.lora_rank == 0:
+            return None
+        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
+
+    def check_lora(self) -> None:
+        """Raises ValueError for options that are out of range, or would be ignored."""
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(LoRAOptions, name):
+                raise ValueError(f"{name} goes with adapters: set lora_rank, for instance to 8")
+        _ = self.lora  # has checks of its own
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """One folder of a mixture. See gpt2.data.mixture."""
+
+    path: str
+    weight: Fraction = Fraction(1)  # its part of the samples, against the other weights
+    from_step: int = 0  # the weights of a step are those with the largest from_step up to it
+
+
+_WEIGHT = r"\d+(?:/\d+|(?:\.\d+)?(?:[eE][-+]?\d+)?)"
+_SOURCE = re.compile(
+    rf'\s*(?:"(?P<quoted>[^"]+)"|(?P<plain>[^,"]+?))'
+    rf"(?::(?P<weight>{_WEIGHT})(?:@(?P<from_step>\d+))?)?\s*(?:,|$)"
+)
+
+
+def data_sources(data: str) -> tuple[DataSource, ...]:
+    """What TrainConfig.data names: one folder, or a mixture in the order written.
+
+    A folder of a mixture whose name holds a comma or a quotable colon stands in double quotes.
+    Raises ValueError for a mixture that says too little or too much.
+    """
+    found, at = [], 0
+    while at < len(data) and (match := _SOURCE.match(data, at)):
+        found.append(match)
+        at = match.end()
+    if at < len(data) or len(found) < 2 or not any(m["weight"] for m in found):
+        return (DataSource(data),)
+    sources = []
+    for match in found:
+        path = match["quoted"] or match["plain"]
+        if not match["weight"]:
+            raise ValueError(f"data: {path!r} in {data!r} needs a weight, as in {path}:0.5")
+        try:
+            weight = Fraction(match["weight"])
+        except ZeroDivisionError:
+            weight = Fraction(0)
+        if weight <= 0:
+            raise ValueError(f"data: the weight of {path!r} must be above 0: leave it out")
+        sources.append(DataSource(path, weight, int(match["from_step"] or 0)))
+    if len({(s.path, s.from_step) for s in sources}) < len(sources):
+        raise ValueError(f"data: a folder stands twice at the same step in {data!r}")
+    if min(s.from_step for s in sources) > 0:
+        raise ValueError(f"data: {data!r} has no weights for step 0")
+    return tuple(sources)
+
+
+def spell_sources(entries: list, source: str) -> str:
+    """A YAML list of {path, weight, from_step} as one line for TrainConfig.data."""
+    known, words = ("path", "weight", "from_step"), []
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"path", "weight"} <= entry.keys():
+            raise ValueError(f"{source}: needs a list of {{path, weight}}, got {entry!r}")
+        for key in entry.keys() - {*known}:
+            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), known)}")
+        path, weight, step = entry["path"], entry["weight"], entry.get("from_step", 0)
+        word = f'"{path}":{weight}' + (f"@{step}" if step else "")
+        match = _SOURCE.fullmatch(word)
+        if not match or not match["weight"] or isinstance(weight, bool):
+            raise ValueError(
+                f"{source}: {entry!r}: path must be a folder without double quotes, weight a "
+                "number such as 0.25, 3 or 1/3, from_step a whole number"
+            )
+        words.append(word if set(str(path)) & set(',:" @') else word.replace('"', ""))
+    if not words:
+        raise ValueError(f"{source}: the list of folders is empty")
+    return ",".join(words)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run. The defaults are the 124M recipe on 10B tokens of FineWeb."""
+
+    preset: str = "gpt2"  # model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char
+    init_from: str = ""  # start from these weights: a checkpoint, a Hugging Face folder or name
+    # Folder with train and val shards, or several as folder:weight,folder:weight; a weight may hold
+    # from a step on, folder:weight@step. In YAML also a list of {path, weight, from_step}.
+    data: str = "data/fineweb10B"
+    doc_mask: bool = False  # attention sees only the document that a token is in
+
+    n_layer: int | None = None  # default: the preset's
+    n_head: int | None = None  # default: the preset's
+    n_embd: int | None = None  # default: the preset's
+    block_size: int | None = None  # tokens in a training row; default: the preset's
+    dropout: float | None = None  # default: the preset's, 0
+    bias: bool | None = None  # default: the preset's
+
+    tokens_per_step: int = 524288  # over all ranks and micro steps
+    # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
+    micro_batch_size: int | Literal["auto"] = 32
+    max_steps: int = 19073  # optimizer steps
+    warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    lr: float = 6e-4  # peak learning rate
+    min_lr: float = 0.0  # learning rate at max_steps
+    # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    beta1: float = 0.9  # AdamW's
+    beta2: float = 0.95  # AdamW's
+    grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
+
+    eval_every: int = 250  # steps between validations; 0 switches them off
+    eval_steps: int = 20  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    # Steps between HellaSwag evaluations (its file lies in data/eval, or is downloaded there); 0
+    # switches them off.
+    hellaswag_every: int = 0
+    sample_every: int = 0  # steps between samples of text; 0 switches them off
+    save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
+    keep_last: int = 2  # checkpoints that stay; 0 keeps all
+    on_save_error: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written
+    log_every: int = 10  # steps between log lines
+
+    # A step whose loss or gradient is not finite, or spikes: skip it; or go back to the weights in
+    # memory of some steps before and skip the data since; or save and stop.
+    guard: Literal["skip", "rollback", "stop"] = "skip"
+    snapshot_every: int = 50  # steps between the copies in memory that rollback goes back to
+    # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.exact.
+    exact_reduction: bool = False
+
+    # What several ranks share out, instead of each having all of it: nothing (DDP); optimizer:
+    # AdamW's moments (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.parallel.
+    sharding: Literal["none", "optimizer", "full"] = "none"
+    # Keep only the inputs of each block, and compute the rest again in the backward pass: less
+    # memory, about a third more arithmetic.
+    activation_checkpointing: bool = False
+
+    seed: int = 1337  # of weights, data order and dropout
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    compile: Switch = "auto"  # torch.compile; auto: on for CUDA
+    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
+
+    run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name
+    out_dir: str = "runs"  # folder of all runs
+    resume: str = "never"  # never, auto (newest checkpoint of this run, if any), or a checkpoint
+    wandb_project: str = ""  # log to Weights & Biases too, under this project
+
+    KIND: ClassVar[str] = "pretrain"  # what `kind` in a YAML file says
+
+    def __post_init__(self):
+        data_sources(self.data)
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
+        check_finite(self)
+        positive = (
+            "tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr",
+            "snapshot_every", "timeout_s",
+        )  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value != "auto" and value <= 0:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        not_negative = (
+            "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
+            "hellaswag_every", "sample_every", "save_every", "keep_last", "seed",
+        )  # fmt: skip
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
+        if self.warmup_steps > self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} must not be above max_steps {self.max_steps}"
+            )
+        if self.exact_reduction and self.sharding != "none":
+            raise ValueError(
+                f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
+                f"{self.sharding}"
+            )
+        if not self.run_name or Path(self.run_name).name != self.run_name:
+            raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    @property
+    def folder(self) -> Path:
+        """Where everything of the run lies."""
+        return Path(self.out_dir) / self.run_name
+
+    def model_config(self, vocab_size: int | None = None) -> GPTConfig:
+        """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""
+        preset = PRESETS[self.preset]
+        names = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if vocab_size is not None:
+            changes["vocab_size"] = vocab_size
+        return dataclasses.replace(preset, **changes)
+
+    def grad_accum_steps(self, block_size: int, world_size: int) -> int:
+        """Micro steps that make up one step, once micro_batch_size is a number.
+
+        Raises ValueError with the nearest valid numbers.
+        """
+        per_micro_step = self.micro_batch_size * block_size * world_size
+        if self.tokens_per_step % per_micro_step:
+            raise ValueError(
+                f"tokens_per_step {self.tokens_per_step} does not divide into micro steps of "
+                f"{per_micro_step} tokens (micro_batch_size {self.micro_batch_size} x block_size "
+                f"{block_size} x {world_size} ranks); the nearest valid tokens_per_step are "
+                f"{nearest_multiples(self.tokens_per_step, per_micro_step)}"
+            )
+        return self.tokens_per_step // per_micro_step
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(LoRAOptions, TrainConfig):
+    """What SFT and DPO have in common. The model's shape comes from init_from."""
+
+    POSITIONAL: ClassVar[str] = "init_from"  # what a first word on the command line is
+
+    init_from: str = "gpt2"  # the start: a run, a checkpoint, a Hugging Face folder or name
+    val_data: str = ""  # as data, for validation; default: see val_fraction
+    # Part of data that becomes val, by a hash of the first question; without validation all of data
+    # is train.
+    val_fraction: float = 0.02
+    # A row without answer, with a template's marker in its text and the like ends the run, or is
+    # left out. What is left out is counted in the log.
+    bad_rows: Literal["error", "skip"] = "error"
+
+    epochs: float = 3.0  # how often each row is seen, where max_steps is 0
+    max_steps: int = 0  # optimizer steps; 0: as many as epochs need
+    warmup_steps: int = 0  # steps in which lr rises linearly to its peak
+    schedule: Schedule = "linear"  # how lr falls after the warmup
+    weight_decay: float = 0.0  # AdamW's, on matrices and embeddings
+    beta2: float = 0.999  # AdamW's
+    eval_every: int = 100  # steps between validations; 0 switches them off
+    eval_steps: int = 0  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    save_every: int = 0  # steps between checkpoints, besides the one at the end; 0: only that
+
+    def __post_init__(self):
+        check_finite(self)
+        if self.max_steps == 0:
+            # Known when the rows are; then this config is made again with it, and checked whole.
+            options = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
+            TrainConfig(**options | {"max_steps": max(self.warmup_steps, 1)})
+        else:
+            super().__post_init__()
+        if not self.init_from:
+            raise ValueError(
+                "fine-tuning starts from a model: name a run, a checkpoint, a Hugging Face folder "
+                "or name as init_from"
+            )
+        if self.preset != TrainConfig.preset:
+            raise ValueError(
+                f"preset {self.preset!r}: the shape comes from init_from: leave it out"
+            )
+        if self.doc_mask:
+            raise ValueError("doc_mask: conversations never see each other: leave it out")
+        if self.epochs <= 0:
+            raise ValueError(f"epochs must be above 0, got {self.epochs}")
+        if not 0.0 <= self.val_fraction < 1.0:
+            raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
+        if self.val_data and not self.eval_every:
+            raise ValueError(f"val_data {self.val_data!r} is for validation, but eval_every is 0")
+        self.check_lora()
+
+
+@dataclass(frozen=True)
+class SFTConfig(FineTuneConfig):
+    """Options of scripts/sft.py."""
+
+    KIND: ClassVar[str] = "sft"
+
+    # A known data set (alpaca, dolly, tulu2, lima, oasst1, gsm8k), a file or folder of .jsonl,
+    # .json or .parquet, compressed or not; or several with commas between.
+    data: str = "alpaca"
+    template: Literal["user_assistant", "alpaca"] = "user_assistant"  # saved with the checkpoint
+    # A conversation longer than a row is left out, or cut at its end; both are counted.
+    overlong: Literal["drop", "cut"] = "drop"
+    max_conversations: int | None = None  # read only so many
+
+    tokens_per_step: int = 16384  # rows x block_size over all ranks and micro steps, with filling
+    micro_batch_size: int = 8  # rows of block_size tokens in one forward pass on one device
+    lr: float = 2e-5  # peak learning rate; with adapters 1e-4 to 5e-4 is usual
+    run_name: str = "sft"  # everything of the run lies in out_dir/run_name
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_conversations is not None and self.max_conversations < 1:
+            raise ValueError(f"max_conversations must be at least 1, got {self.max_conversations}")
+
+
+@dataclass(frozen=True)
+class DPOConfig(FineTuneConfig):
+    """Options of scripts/dpo.py. init_from is also the reference, which stays as it is."""
+
+    KIND: ClassVar[str] = "dpo"
+
+    # A file or folder of .jsonl, .json or .parquet, compressed or not, or several with commas
+    # between; rows hold prompt, chosen, rejected, or what else gpt2.data.preferences knows.
+    data: str = "preferences.jsonl"
+    # How questions and answers are written; default: as saved with init_from, else user_assistant.
+    template: Literal["", "user_assistant", "alpaca"] = ""
+    # A pair with a half longer than block_size is left out, or loses the start of its prompt; both
+    # are counted.
+    overlong: Literal["drop", "cut"] = "drop"
+    max_pairs: int | None = None  # read only so many
+
+    beta: float = 0.1  # how strongly the model is held to the reference; higher: closer to it
+    loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or the squared one of IPO
+
+    epochs: float = 1.0  # how often each pair is seen, where max_steps is 0
+    tokens_per_step: int = 65536  # pairs x 2 x block_size over all ranks and micro steps
+    micro_batch_size: int = 4  # pairs in one forward pass on one device
+    lr: float = 1e-6  # peak learning rate; with adapters 1e-5 to 1e-4 is usual
+    run_name: str = "dpo"  # everything of the run lies in out_dir/run_name
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.beta > 0:
+            raise ValueError(f"beta must be above 0, got {self.beta}")
+        if self.dropout:
+            raise ValueError(
+                f"dropout {self.dropout}: DPO compares log probabilities of two models, which "
+                "dropout would blur: leave it out (lora_dropout may be used)"
+            )
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}")
+
+
+REMOVED_OPTIONS = {
+    "vocab_size": "it is that of the data's tokenizer",
+    "loader": "the C++ loader is used where it was built",
+    "gpu_hour_price": "it is an option of scripts/report.py",
+    "verify": "shards are always checked in the background; prepare_data.py --verify checks all",
+    "decay_fraction": "wsd decays in the last fifth of max_steps",
+    "spike_z": "a spike is 8 standard deviations above the mean",
+    "hellaswag_examples": "all of them are asked; scripts/evaluate.py has --limit",
+    "eval_data": "HellaSwag's file lies in data/eval",
+    "keep_every": "keep_last 0 keeps all checkpoints",
+    "packing": "conversations are always packed",
+    "label_smoothing": "DPO has none",
+    "length_normalised": "loss_type ipo divides by the length",
+    "precompute_reference": "each step computes it; with lora_rank that needs no second model",
+}
+"""Options of earlier versions, and why a run does without; gpt2.cli tells those who use them."""

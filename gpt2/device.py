@@ -1,0 +1,103 @@
+"""The one place that decides a run's device, its precision, and whether it is compiled.
+
+Whoever needs one of the three asks an Execution, so that no two parts of a run can differ in it.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+# Dense peaks with fp32 accumulation in TFLOP/s of bf16 matmuls, from NVIDIA's data sheets. The
+# first name that occurs in the device's name counts. Unlike marketing figures these are without
+# sparsity.
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "GH200": 989.4,
+    "H200": 989.4,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.4,
+    "H800": 989.4,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "RTX 5090": 209.5,
+    "RTX 4090": 165.2,
+    "RTX 3090": 71.0,
+}
+
+
+def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:
+    """The device for "auto", "cpu", "cuda", "cuda:1". Raises ValueError where it is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"unknown device {device!r}: use auto, cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device!r}: torch sees no CUDA GPU; use --device cpu")
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise ValueError(f"device cuda:{index}: torch sees {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", index)
+        torch.cuda.set_device(chosen)
+    elif chosen.type != "cpu":
+        raise ValueError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:1")
+    return chosen
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a run computes; see execution().
+
+    dtype: of matmuls, float32 or bfloat16; weights, statistics and reductions stay float32.
+    """
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    compiled: bool = False
+
+    def autocast(self) -> AbstractContextManager:
+        """The precision of matmuls, as a context."""
+        # No pass uses a weight twice, and a cache would keep bf16 copies of those shared out.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype != torch.float32,
+            cache_enabled=False,
+        )  # fmt: skip
+
+    @property
+    def peak_flops(self) -> float | None:
+        """The device's published peak in FLOP/s; None for CPUs, float32, and GPUs not listed."""
+        if self.device.type != "cuda" or self.dtype != torch.bfloat16:
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((tflops * 1e12 for key, tflops in PEAK_TFLOPS.items() if key in name), None)
+
+    def describe(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        compiled = "on" if self.compiled else "off"
+        return f"{device_name(self.device)}, {dtype} matmuls, compile {compiled}"
+
+
+def execution(device: torch.device, dtype: str = "auto", compile: str = "auto") -> Execution:
+    """What dtype (auto, float32, bfloat16) and compile (auto, on, off) mean on a device.
+
+    auto: bfloat16 where a GPU has it, and compiled on a GPU.
+    """
+    on_gpu = device.type == "cuda"
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    return Execution(device, getattr(torch, dtype), compile == "on" or compile == "auto" and on_gpu)
+
+
+def device_name(device: torch.device) -> str:
+    """In words, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
