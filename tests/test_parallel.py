@@ -15,10 +15,10 @@ from gpt2.checkpoint import list_checkpoints
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
+from gpt2.train.layouts import ShardedAdamW
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
-from gpt2.train.parallel import ShardedAdamW
 from gpt2.train.pretrain import open_data, pretrain
 
 from .conftest import losses

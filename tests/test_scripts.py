@@ -22,7 +22,6 @@ def script(capfd, monkeypatch):
 
     def run(name: str, *arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        monkeypatch.setattr("gpt2.cli._dev_mode", lambda: False)
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint, dist, tokenizer
+from gpt2.cli import say
 from gpt2.config import TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, find_shards
 from gpt2.data.loader import BatchSource
@@ -69,9 +70,8 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written, and
     Interrupted (a SystemExit with status 75) after a signal.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, RunFolder(config.folder) as folder:
         group = dist.start(config.device, config.timeout_s)
-        folder = RunFolder(config.folder)
         # One process decides, so that all go on from the same checkpoint.
         found = group.on_main(lambda: folder.find(config.resume))
         parts = problem = None
@@ -91,8 +91,8 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         if resumed is not None:
             trainer.resume(resumed)
         lines = group.on_main(lambda: folder.begin(parts.config, identity, resumed))
-        if group.is_main:
-            print("\n".join([*parts.lines, *lines]), end="\n" * bool(parts.lines or lines))
+        if group.is_main and (parts.lines or lines):
+            say("\n".join([*parts.lines, *lines]))
         try:
             trainer.run(folder if group.is_main else None, signals, resumed)
         except Interrupted:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint
-from gpt2.cli import write_yaml
+from gpt2.cli import say, write_yaml
 from gpt2.config import TrainConfig
 from gpt2.model import GPT
 from gpt2.train.metrics import Metrics, read_metrics
@@ -43,14 +43,20 @@ DATA_OPTIONS = (
 
 
 class RunFolder:
-    """The folder of one run; only the main process has one."""
+    """The folder of one run, as a context that gives its lock back. Only the main process uses it."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self._lock = None
         self.run_id = ""
         self.identity: dict = {}
-        self.failed: OSError | None = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._lock is not None:
+            self._lock.close()
 
     # -- who may write, and what is there ---------------------------------------------------------
 
@@ -68,6 +74,7 @@ class RunFolder:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
+            file.close()
             raise OSError(
                 f"{self.path}: {owner} is training here: wait for it, or choose another run_name"
             ) from None
@@ -146,7 +153,7 @@ class RunFolder:
             write_yaml(config, self.path / "config.yaml")
         except OSError as error:
             self.say(f"config.yaml is not written: {error}")
-        self.receipt = Receipt(self.path, facts | {"run_id": self.run_id}, launch, say=self.say)
+        self.receipt = Receipt(self.path, facts | {"run": config.run_name, "run_id": self.run_id}, launch, say=self.say)
         self.saver = Saver(
             self.path, keep_last=config.keep_last,
             keep_going=config.on_save_error == "continue",
@@ -172,8 +179,8 @@ class RunFolder:
         finally:
             self.report(step, end)
             self.metrics.close()
-            if self._lock is not None:
-                self._lock.close()
+        if end == "finished":
+            self._show_result()
 
     def report(self, step: int, end: str = "running") -> None:
         """Brings receipt and, now and then, the report up to date."""
@@ -186,6 +193,16 @@ class RunFolder:
             write_report(self.path, png=not running)
         except (OSError, ImportError, ValueError) as error:
             self.say(f"no report: {error}")
+
+    def _show_result(self) -> None:
+        lines, found = self.metrics.lines, checkpoint.list_checkpoints(self.path)
+        seconds = sorted(line["train/step_ms"] for line in lines if "train/step_ms" in line)
+        val = [line["val/loss"] for line in lines if "val/loss" in line]
+        text = f"done: {self.config.max_steps:,} steps"
+        text += f", {seconds[len(seconds) // 2]:.1f} ms a step (median)" if seconds else ""
+        say(text + (f", val loss {val[-1]:.4f}" if val else ""))
+        say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
+        say(f"checkpoint: {found[-1] if found else 'none was needed'}")
 
     def _on_saved(self, step: int, path: Path, times: dict) -> None:
         self.log(step, times)

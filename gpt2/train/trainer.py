@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gpt2 import checkpoint
+from gpt2.cli import say
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
 from gpt2.data.loader import BatchSource
@@ -31,9 +32,11 @@ from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import evaluation, guard
+from gpt2.train.describe import derived
 from gpt2.train.layouts import make_layout
 from gpt2.train.objectives import Batch
 from gpt2.train.preflight import preflight
+from gpt2.train.receipt import hardware
 from gpt2.train.run_folder import RunFolder
 from gpt2.train.schedule import Due, learning_rate
 from gpt2.train.signals import Interrupted, StopSignals
@@ -120,7 +123,7 @@ class Trainer:
         self.heartbeat = Heartbeat(group)
         try:
             if folder is not None:
-                folder.open(self.config, self.first_step, **self._facts())
+                self._open(folder)
             self._loop()
             end = "finished"
         except Interrupted as interrupted:
@@ -423,7 +426,24 @@ class Trainer:
         predicted = self.plan.predicted()["step_ms"]
         self.folder.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
 
-    def _facts(self) -> dict: ...
+    def _open(self, folder: RunFolder) -> None:
+        """Says what the run is, and opens what it writes."""
+        group, model = self.group, self.model
+        table = derived(
+            self.config, model, self.train_data, self.tokenizer, self.execution, self.layout,
+            self.plan, grad_accum_steps=self.grad_accum_steps, first_step=self.first_step,
+        )  # fmt: skip
+        say("\n".join(f"{name:<22}{value}" for name, value in table))
+        shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
+        folder.open(
+            self.config, self.first_step,
+            {"model": shape, "data": self.train_data.identity(), "unit": self.objective.unit},
+            {
+                "first_step": self.first_step, "world_size": group.world_size,
+                "device": group.device.type, "hardware": hardware(group.device),
+                "predicted": self.plan.predicted(),
+            },
+        )  # fmt: skip
 
 
 def _lost_connection(error: RuntimeError) -> bool:
