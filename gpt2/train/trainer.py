@@ -17,9 +17,11 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import checkpoint
@@ -116,12 +118,12 @@ class Trainer:
         if signals is None:
             with StopSignals() as signals:
                 return self.run(signals)
+        data = self.train_data
         self.config, self.preflight = preflight(
-            self.config, self.model, self.optimizer, self.group,
-            block_size=self.train_data.block_size, bfloat16=self.execution.dtype == torch.bfloat16,
-            compiled=self.execution.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
-            reference=_n_numbers(self.objective) - _n_numbers(self.model),
-            full_rows=not getattr(self.train_data, "trim", False), resumed=self.resumed,
+            self.config, self.objective, self.optimizer,
+            SimpleNamespace(block_size=data.block_size, full_rows=not getattr(data, "trim", False)),
+            self.execution, self.group, trial=self._trial, resumed=self.resumed,
+            has_val=self.val_data is not None,
         )  # fmt: skip
         self._divide_step()
         config, group, end = self.config, self.group, "failed"
@@ -162,6 +164,18 @@ class Trainer:
                     self.metrics.close()
         if group.is_main:
             show_result(self)
+
+    def _trial(self, rows: int) -> None:
+        """A forward and a backward pass of full rows, for the memory that they take."""
+        group, data = self.group, self.train_data
+        parts = data.batch(0, rows * group.world_size, group.rank, group.world_size)
+        # A batch may be shorter than the longest one.
+        length = data.block_size // math.prod(parts[0].shape[1:-1])
+        parts = [F.pad(part, (0, length - part.shape[-1])).to(group.device) for part in parts]
+        with self.execution.autocast():
+            loss, _ = self.layout.train_forward(self.name(parts))
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _divide_step(self) -> None:
         """Into micro steps; micro_batch_size is a number by now."""
@@ -398,10 +412,6 @@ class Trainer:
         eta_s = (self.config.max_steps - step) * seconds
         predicted = self.preflight.predicted()["step_ms"]
         self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[: evaluation.SHOWN])
-
-
-def _n_numbers(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
 
 
 def _due(step: int, every: int) -> bool:
