@@ -74,27 +74,29 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         group = dist.start(config.device, config.timeout_s)
         # One process decides, so that all go on from the same checkpoint.
         found = group.on_main(lambda: folder.find(config.resume))
-        parts = problem = None
+        problem = None
         try:
             resumed = None if found is None else checkpoint.read_checkpoint(found.path)
-            config = pin_start(config, resumed)
-            parts = make_parts(config, group)
+            parts = make_parts(pin_start(config, resumed), group)
+            asked = replace(parts.config, init_from=config.init_from)
+            parts = replace(parts, config=asked)
             identity = identity_of(parts)
             check_length(parts.config, resumed)
         except (ValueError, OSError, ImportError) as error:
             problem = error
-        group.agree({} if parts is None else fingerprint(parts, identity, resumed), problem)
+        group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
         trainer = Trainer(
             parts.config, parts.objective, parts.train_data, parts.val_data, parts.tokenizer, group,
             hellaswag=load_hellaswag(parts, group) if config.hellaswag_every else None,
         )  # fmt: skip
         if resumed is not None:
             trainer.resume(resumed)
+        trainer.check_resources(resumed)
         lines = group.on_main(lambda: folder.begin(parts.config, identity, resumed))
         if group.is_main and (parts.lines or lines):
             say("\n".join([*parts.lines, *lines]))
         try:
-            trainer.run(folder if group.is_main else None, signals, resumed)
+            trainer.run(folder if group.is_main else None, signals)
         except Interrupted:
             dist.stop(group)
             raise

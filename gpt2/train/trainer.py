@@ -106,24 +106,27 @@ class Trainer:
         if rows != self.rows_per_step:
             self.train_data.check_resizable()
 
-    def run(self, folder: RunFolder | None, signals: StopSignals, resumed=None) -> None:
-        """Trains to max_steps; everything it writes lies in the folder.
+    def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
+        """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
+        batch where that is auto."""
+        self.config, self.plan = preflight(
+            self.config, self.objective, self.optimizer, self.train_data, self.execution,
+            self.group, trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
+        )  # fmt: skip
+        self.due = Due(self.config, self.due.has_val)
+        self._divide_step()
+
+    def run(self, folder: RunFolder | None, signals: StopSignals) -> None:
+        """Trains to max_steps, after check_resources; everything it writes lies in the folder.
 
         folder: begun; None on all processes but the main one. signals: what asks for an early stop.
         Raises Interrupted (a SystemExit with status 75) after a signal, once everything is saved.
         """
-        group, self.signals = self.group, signals
-        self.config, plan = preflight(
-            self.config, self.objective, self.optimizer, self.train_data, self.execution, group,
-            trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
-        )  # fmt: skip
-        self.due = Due(self.config, self.due.has_val)
-        self._divide_step()
-        self.plan, self.folder, end = plan, folder, "failed"
+        group, self.signals, self.folder, end = self.group, signals, folder, "failed"
+        if folder is not None:
+            self._open(folder)
         self.heartbeat = Heartbeat(group)
         try:
-            if folder is not None:
-                self._open(folder)
             self._loop()
             end = "finished"
         except Interrupted as interrupted:
