@@ -51,19 +51,20 @@ def at_step(stop: int, act):
     return patch
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(train_config, number, capfd):
     whole = replace(train_config, run_name="whole", resume="auto")
     pretrain(whole)
     cut = replace(whole, run_name="cut")
-    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
+    handlers = [signal.getsignal(n) for n in SIGNALS]
     with at_step(4, lambda _: os.kill(os.getpid(), number)).context():
         with pytest.raises(SystemExit) as left:
             pretrain(cut)
     assert left.value.code == 75
-    assert handlers == [
-        signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    ]
+    assert handlers == [signal.getsignal(n) for n in SIGNALS]
     run = Path(cut.out_dir) / "cut"
     assert [p.name for p in list_checkpoints(run)][-1] == "step_00000005"  # the step it came in
     out, err = capfd.readouterr()
@@ -72,6 +73,18 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(train_config, numb
     pretrain(cut)
     assert losses(run) == losses(Path(cut.out_dir) / "whole")
     assert equal(weights(run), weights(Path(cut.out_dir) / "whole"))
+
+
+def test_what_is_ignored_at_the_start_stays_ignored():
+    """nohup, and jobs in the background of a script."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):
@@ -178,6 +191,9 @@ def test_only_nans_end_the_run(train_config, poisoned):
     poisoned.rows = [row_of(config, step, 0) for step in range(2, 30)]
     with pytest.raises(ValueError, match="10 steps in a row were not finite, the last one step 11"):
         pretrain(config)
+    run = Path(config.out_dir) / "run"  # the good steps before are not lost
+    assert checkpoint.newest_good(run).step == 12
+    assert all(p.isfinite().all() for p in weights(run).values())
 
 
 def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
@@ -201,6 +217,19 @@ def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
     with at_step(3, lambda trainer: setattr(trainer, "offset", 5 * 8)).context():
         pretrain(replace(by_hand, max_steps=12, resume="auto"))
     assert equal(weights(run), weights(Path(config.out_dir) / "by_hand"))
+
+
+def test_rollback_right_after_a_resume(train_config, poisoned):
+    """Before the first snapshot that is due there is that of the launch."""
+    config = replace(train_config, eval_every=0, save_every=0, max_steps=3, guard="rollback")
+    pretrain(config)
+    poisoned.rows = [row_of(config, 4, 1)]
+    pretrain(replace(config, resume="auto", max_steps=6))
+    found = checkpoint.read_checkpoint(Path(config.out_dir) / "run")
+    assert found.step == 6 and found.state["offset"] == 2 * 8  # back to step 3, past step 4's rows
+    lines = read_metrics(found.path.parent.parent / "metrics.jsonl")
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]  # of what was left, none
 
 
 @pytest.mark.parametrize(
