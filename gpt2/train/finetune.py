@@ -14,7 +14,7 @@ from gpt2 import checkpoint
 from gpt2.config import DPOConfig, FineTuneConfig, SFTConfig
 from gpt2.data.loader import BatchSource
 from gpt2.data.preferences import PairLoader, load_pairs
-from gpt2.data.sft import ConversationLoader, Conversations, load_conversations
+from gpt2.data.sft import ConversationLoader, load_conversations
 from gpt2.device import execution
 from gpt2.dist import Distributed
 from gpt2.tokenizer import Tokenizer
@@ -83,9 +83,8 @@ def with_steps(config: FineTuneConfig, data: BatchSource) -> FineTuneConfig:
 
 def open_conversations(config: SFTConfig, tokenizer: Tokenizer, block_size: int) -> Rows:
     """The rows for training and, unless eval_every is 0, for validation; and lines for the log."""
-    load = partial(load_conversations, max_conversations=config.max_conversations)
-    make = partial(ConversationLoader, pad=tokenizer.eot)
-    return _open_rows(config, tokenizer, block_size, load, make, "conversations")
+    load = partial(load_conversations, limit=config.max_conversations)
+    return _open_rows(config, tokenizer, block_size, load, ConversationLoader)
 
 
 def open_pairs(
@@ -95,44 +94,37 @@ def open_pairs(
 
     length: positions of a half.
     """
-    load = partial(load_pairs, max_pairs=config.max_pairs)
-    make = partial(PairLoader, pad=tokenizer.eot, trim=trim)
-    return _open_rows(config, tokenizer, length, load, make, "pairs")
+    load = partial(load_pairs, limit=config.max_pairs)
+    return _open_rows(config, tokenizer, length, load, partial(PairLoader, trim=trim))
 
 
 def _open_rows(
-    config: FineTuneConfig, tokenizer: Tokenizer, length: int, load: Callable, make: Callable,
-    what: str,
-) -> Rows:  # fmt: skip
+    config: FineTuneConfig, tokenizer: Tokenizer, length: int, load: Callable, make: Callable
+) -> Rows:
     """Rows of config.data and val_data; the lines say how many of the data's rows were left out or
-    cut, and why. Raises ValueError and OSError as load does, and for a split without rows."""
+    cut, and why. Raises ValueError and OSError as load does, and for validation without rows."""
     load = partial(
         load, tokenizer=tokenizer, block_size=length, template=config.template,
         overlong=config.overlong, bad_rows=config.bad_rows,
     )  # fmt: skip
-    with_val = bool(config.eval_every)
-    fraction = config.val_fraction if with_val and not config.val_data else 0.0
-    train, val = load(config.data, val_fraction=fraction)
+    make = partial(make, pad=tokenizer.eot, chat_template=config.template)
+    split = bool(config.eval_every) and not config.val_data
+    train, val = load(config.data, val_fraction=config.val_fraction if split else 0.0)
+    found = [train]
+    if config.eval_every and config.val_data:
+        val, _ = load(config.val_data)
+        found.append(val)
+    elif split and not len(val):
+        raise ValueError(
+            f"val_fraction {config.val_fraction} leaves none of {config.data} for validation: raise "
+            "it, name a file as val_data, or switch validation off with eval_every 0"
+        )
+    train_rows = make(train, length, config.seed)
+    val_rows = make(val, length, config.seed, shuffle=False) if config.eval_every else None
+    lines = [f"{data.path}: {line}" for data in found for line in data.counts.lines()]
     saved = checkpoint.load_chat_template(config.init_from)
-    lines = [f"{config.data}: {line}" for line in train.counts.lines(what)]
     if saved != config.template:
         lines.append(f"template {config.template}; {config.init_from} was trained with {saved}")
-    if with_val and config.val_data:
-        val, _ = load(config.val_data)
-        lines += [f"{config.val_data}: {line}" for line in val.counts.lines(what)]
-
-    def rows(split: str, found: Conversations) -> BatchSource:
-        if not len(found):
-            raise ValueError(
-                f"none of the {train.counts.used:,} {what} of {config.data} is {split} by "
-                f"val_fraction {config.val_fraction}: change it, name a file as val_data, or "
-                "switch validation off with eval_every 0"
-            )
-        source = make(
-            found, length, config.seed, split == "train", chat_template=config.template
-        )
-        lines.append(f"{split}: {source.describe()}")
-        return source
-
-    train_rows = rows("train", train)
-    return train_rows, rows("val", val) if with_val else None, lines
+    sources = {"train": train_rows, "val": val_rows}
+    lines += [f"{name}: {rows.describe()}" for name, rows in sources.items() if rows is not None]
+    return train_rows, val_rows, lines
