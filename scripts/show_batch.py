@@ -21,6 +21,7 @@ from gpt2.cli import parse, read_config, run_script
 from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import rank_rows
 from gpt2.options import ShowBatchConfig
+from gpt2.text import printable
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.finetune import open_conversations, open_pairs, with_template
 from gpt2.train.pretrain import find_tokenizer, open_data
@@ -44,7 +45,7 @@ def main() -> None:
                 f"== step {show.step} row {row} tokens {start}-{end - 1}: {place.shard}, token "
                 f"{place.offset}, document {place.document}"
             )
-            print(_visible(f"{header}\n{text}"))
+            print(printable(f"{header}\n{text}"))
     if rows > show.rows:
         print(f"== {rows - show.rows} more rows of rank {show.rank}: --rows {rows}")
 
@@ -64,7 +65,7 @@ def _open(config: TrainConfig):
 
 
 def _offset(run: Path, step: int) -> int:
-    """The samples that the data of a step lie after its own, as the checkpoints of a run have it."""
+    """How many samples after its own a step's data lie, by the run's checkpoints; says so."""
     saved = [read_checkpoint(path) for path in list_checkpoints(run)]
     known = [(0, 0), *((c.step, c.state.get("offset", 0)) for c in saved)]
     # What training left at a checkpoint has held since the last change before it.
@@ -117,11 +118,6 @@ def _with_marks(tokenizer: Tokenizer, tokens: list[int], targets: list[int]) -> 
         if learnt or following is not None:
             part.append(target if learnt else following)
     return text + tokenizer.decode(part) + ("]]" if learning else "")
-
-
-def _visible(text: str) -> str:
-    """text with what moves the cursor, changes colours or the direction of writing as escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":
