@@ -251,7 +251,7 @@ def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
         ({"init_from": ""}, "fine-tuning starts from a model"),
         ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
         ({"block_size": 128}, "block_size 128 is longer than the context"),
-        ({"val_fraction": 0.0}, "val_fraction 0.0 leaves none of .* for validation"),
+        ({"val_fraction": 0.0}, "val_fraction 0 leaves none of .* for validation"),
         ({"data": "nowhere.jsonl"}, "no such file or folder: 'nowhere.jsonl'"),
         ({"data": "alpaca"}, "no such file or folder: 'alpaca'"),
     ],

@@ -175,7 +175,7 @@ def test_val_data_of_its_own(config, tmp_path, capsys):
         (dict(block_size=97), "longer than the context"),
         (dict(block_size=16), "block_size 16 is too short: .* 27 tokens or more"),
         (dict(tokens_per_step=100), "nearest valid tokens_per_step are 96 and 192"),
-        (dict(val_fraction=0.0), "val_fraction 0.0 leaves none of .* for validation"),
+        (dict(val_fraction=0.0), "val_fraction 0 leaves none of .* for validation"),
         (dict(val_fraction=1.0), r"val_fraction must lie in \[0, 1\)"),
         (dict(epochs=0.0), "epochs must be above 0"),
         (dict(val_data="x.jsonl", eval_every=0), "is for validation, but eval_every is 0"),

@@ -12,8 +12,8 @@ from functools import partial
 
 from gpt2 import checkpoint
 from gpt2.config import DPOConfig, FineTuneConfig, SFTConfig
-from gpt2.data.loader import BatchSource
 from gpt2.data.preferences import PairLoader, load_pairs
+from gpt2.data.rows import RowLoader
 from gpt2.data.sft import ConversationLoader, load_conversations
 from gpt2.device import execution
 from gpt2.dist import Distributed
@@ -22,7 +22,7 @@ from gpt2.train.objectives import DPO, LanguageModeling
 from gpt2.train.pretrain import Parts, launch, make_model
 
 DEFAULT_TEMPLATE = "user_assistant"
-Rows = tuple[BatchSource, BatchSource | None, list[str]]
+Rows = tuple[RowLoader, RowLoader | None, list[str]]
 
 
 def sft(config: SFTConfig) -> None:
@@ -73,7 +73,7 @@ def with_template(config: DPOConfig) -> DPOConfig:
     return replace(config, template=config.template or saved or DEFAULT_TEMPLATE)
 
 
-def with_steps(config: FineTuneConfig, data: BatchSource) -> FineTuneConfig:
+def with_steps(config: FineTuneConfig, data: RowLoader) -> FineTuneConfig:
     """config with as many steps as see every row `epochs` times, unless it names them; the last
     step goes on into the next epoch."""
     rows_per_step = max(config.tokens_per_step // data.block_size, 1)
@@ -90,10 +90,7 @@ def open_conversations(config: SFTConfig, tokenizer: Tokenizer, block_size: int)
 def open_pairs(
     config: DPOConfig, tokenizer: Tokenizer, length: int, *, trim: bool = True
 ) -> Rows:
-    """The pairs for training and, unless eval_every is 0, for validation; and lines for the log.
-
-    length: positions of a half.
-    """
+    """As open_conversations, of pairs. length: positions of a half; trim: see PairLoader."""
     load = partial(load_pairs, limit=config.max_pairs)
     return _open_rows(config, tokenizer, length, load, partial(PairLoader, trim=trim))
 
@@ -107,24 +104,24 @@ def _open_rows(
         load, tokenizer=tokenizer, block_size=length, template=config.template,
         overlong=config.overlong, bad_rows=config.bad_rows,
     )  # fmt: skip
-    make = partial(make, pad=tokenizer.eot, chat_template=config.template)
+    make = partial(make, seed=config.seed, pad=tokenizer.eot, chat_template=config.template)
     split = bool(config.eval_every) and not config.val_data
-    train, val = load(config.data, val_fraction=config.val_fraction if split else 0.0)
-    found = [train]
-    if config.eval_every and config.val_data:
-        val, _ = load(config.val_data)
-        found.append(val)
-    elif split and not len(val):
+    if split and not config.val_fraction:
         raise ValueError(
-            f"val_fraction {config.val_fraction} leaves none of {config.data} for validation: raise "
-            "it, name a file as val_data, or switch validation off with eval_every 0"
+            f"val_fraction 0 leaves none of {config.data} for validation: raise it, name a file as "
+            "val_data, or switch validation off with eval_every 0"
         )
-    train_rows = make(train, length, config.seed)
-    val_rows = make(val, length, config.seed, shuffle=False) if config.eval_every else None
-    lines = [f"{data.path}: {line}" for data in found for line in data.counts.lines()]
+    train, val = load(config.data, val_fraction=config.val_fraction if split else 0.0)
+    lines = [f"{config.data}: {line}" for line in train.counts.lines()]
     saved = checkpoint.load_chat_template(config.init_from)
     if saved != config.template:
         lines.append(f"template {config.template}; {config.init_from} was trained with {saved}")
-    sources = {"train": train_rows, "val": val_rows}
-    lines += [f"{name}: {rows.describe()}" for name, rows in sources.items() if rows is not None]
-    return train_rows, val_rows, lines
+    if config.val_data:
+        val, _ = load(config.val_data)
+        lines += [f"{config.val_data}: {line}" for line in val.counts.lines()]
+    train_rows = make(train, length)
+    lines.append(f"train: {train_rows.describe()}")
+    if not config.eval_every:
+        return train_rows, None, lines
+    val_rows = make(val, length, shuffle=False)
+    return train_rows, val_rows, [*lines, f"val: {val_rows.describe()}"]
