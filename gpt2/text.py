@@ -101,6 +101,15 @@ class RowTexts:
             self._show(row, text)
 
 
+# Control characters but tab and newline, and what reverses the direction of a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """text for a terminal or a page: what would steer it stands there escaped, as in \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a UTF-8 text file: one a line; or, where a blank line stands between two
     texts, each block of lines between blank lines is one.

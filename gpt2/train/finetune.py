@@ -12,9 +12,9 @@ from functools import partial
 
 from gpt2 import checkpoint
 from gpt2.config import DPOConfig, FineTuneConfig, SFTConfig
-from gpt2.data.loader import BatchSource
 from gpt2.data.preferences import PairLoader, load_pairs
-from gpt2.data.sft import ConversationLoader, Conversations, load_conversations
+from gpt2.data.rows import RowLoader
+from gpt2.data.sft import ConversationLoader, load_conversations
 from gpt2.device import execution
 from gpt2.dist import Distributed
 from gpt2.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from gpt2.train.objectives import DPO, LanguageModeling
 from gpt2.train.pretrain import Parts, launch, make_model
 
 DEFAULT_TEMPLATE = "user_assistant"
-Rows = tuple[BatchSource, BatchSource | None, list[str]]
+Rows = tuple[RowLoader, RowLoader | None, list[str]]
 
 
 def sft(config: SFTConfig) -> None:
@@ -73,7 +73,7 @@ def with_template(config: DPOConfig) -> DPOConfig:
     return replace(config, template=config.template or saved or DEFAULT_TEMPLATE)
 
 
-def with_steps(config: FineTuneConfig, data: BatchSource) -> FineTuneConfig:
+def with_steps(config: FineTuneConfig, data: RowLoader) -> FineTuneConfig:
     """config with as many steps as see every row `epochs` times, unless it names them; the last
     step goes on into the next epoch."""
     rows_per_step = max(config.tokens_per_step // data.block_size, 1)
@@ -83,56 +83,45 @@ def with_steps(config: FineTuneConfig, data: BatchSource) -> FineTuneConfig:
 
 def open_conversations(config: SFTConfig, tokenizer: Tokenizer, block_size: int) -> Rows:
     """The rows for training and, unless eval_every is 0, for validation; and lines for the log."""
-    load = partial(load_conversations, max_conversations=config.max_conversations)
-    make = partial(ConversationLoader, pad=tokenizer.eot)
-    return _open_rows(config, tokenizer, block_size, load, make, "conversations")
+    load = partial(load_conversations, limit=config.max_conversations)
+    return _open_rows(config, tokenizer, block_size, load, ConversationLoader)
 
 
 def open_pairs(
     config: DPOConfig, tokenizer: Tokenizer, length: int, *, trim: bool = True
 ) -> Rows:
-    """The pairs for training and, unless eval_every is 0, for validation; and lines for the log.
-
-    length: positions of a half.
-    """
-    load = partial(load_pairs, max_pairs=config.max_pairs)
-    make = partial(PairLoader, pad=tokenizer.eot, trim=trim)
-    return _open_rows(config, tokenizer, length, load, make, "pairs")
+    """As open_conversations, of pairs. length: positions of a half; trim: see PairLoader."""
+    load = partial(load_pairs, limit=config.max_pairs)
+    return _open_rows(config, tokenizer, length, load, partial(PairLoader, trim=trim))
 
 
 def _open_rows(
-    config: FineTuneConfig, tokenizer: Tokenizer, length: int, load: Callable, make: Callable,
-    what: str,
-) -> Rows:  # fmt: skip
+    config: FineTuneConfig, tokenizer: Tokenizer, length: int, load: Callable, make: Callable
+) -> Rows:
     """Rows of config.data and val_data; the lines say how many of the data's rows were left out or
-    cut, and why. Raises ValueError and OSError as load does, and for a split without rows."""
+    cut, and why. Raises ValueError and OSError as load does, and for validation without rows."""
     load = partial(
         load, tokenizer=tokenizer, block_size=length, template=config.template,
         overlong=config.overlong, bad_rows=config.bad_rows,
     )  # fmt: skip
-    with_val = bool(config.eval_every)
-    fraction = config.val_fraction if with_val and not config.val_data else 0.0
-    train, val = load(config.data, val_fraction=fraction)
+    make = partial(make, seed=config.seed, pad=tokenizer.eot, chat_template=config.template)
+    split = bool(config.eval_every) and not config.val_data
+    if split and not config.val_fraction:
+        raise ValueError(
+            f"val_fraction 0 leaves none of {config.data} for validation: raise it, name a file as "
+            "val_data, or switch validation off with eval_every 0"
+        )
+    train, val = load(config.data, val_fraction=config.val_fraction if split else 0.0)
+    lines = [f"{config.data}: {line}" for line in train.counts.lines()]
     saved = checkpoint.load_chat_template(config.init_from)
-    lines = [f"{config.data}: {line}" for line in train.counts.lines(what)]
     if saved != config.template:
         lines.append(f"template {config.template}; {config.init_from} was trained with {saved}")
-    if with_val and config.val_data:
+    if config.val_data:
         val, _ = load(config.val_data)
-        lines += [f"{config.val_data}: {line}" for line in val.counts.lines(what)]
-
-    def rows(split: str, found: Conversations) -> BatchSource:
-        if not len(found):
-            raise ValueError(
-                f"none of the {train.counts.used:,} {what} of {config.data} is {split} by "
-                f"val_fraction {config.val_fraction}: change it, name a file as val_data, or "
-                "switch validation off with eval_every 0"
-            )
-        source = make(
-            found, length, config.seed, split == "train", chat_template=config.template
-        )
-        lines.append(f"{split}: {source.describe()}")
-        return source
-
-    train_rows = rows("train", train)
-    return train_rows, rows("val", val) if with_val else None, lines
+        lines += [f"{config.val_data}: {line}" for line in val.counts.lines()]
+    train_rows = make(train, length)
+    lines.append(f"train: {train_rows.describe()}")
+    if not config.eval_every:
+        return train_rows, None, lines
+    val_rows = make(val, length, shuffle=False)
+    return train_rows, val_rows, [*lines, f"val: {val_rows.describe()}"]
