@@ -43,7 +43,7 @@ DATA_OPTIONS = (
 
 
 class RunFolder:
-    """The folder of one run, as a context that gives its lock back. Only the main process uses it."""
+    """The folder of one run, as a context that gives its lock back; for the main process."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -153,7 +153,8 @@ class RunFolder:
             write_yaml(config, self.path / "config.yaml")
         except OSError as error:
             self.say(f"config.yaml is not written: {error}")
-        self.receipt = Receipt(self.path, facts | {"run": config.run_name, "run_id": self.run_id}, launch, say=self.say)
+        facts |= {"run": config.run_name, "run_id": self.run_id}
+        self.receipt = Receipt(self.path, facts, launch, say=self.say)
         self.saver = Saver(
             self.path, keep_last=config.keep_last,
             keep_going=config.on_save_error == "continue",
