@@ -24,7 +24,7 @@ LAYERS = [
     ["gpt2.train"],
     ["gpt2.assistant"],
     ["benchmarks.common"],
-    ["benchmarks.baseline", "benchmarks.step_profile", "benchmarks.kernels"],
+    ["benchmarks.baseline", "benchmarks.kernels"],
     ["scripts", "benchmarks"],
 ]
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from gpt2.cli import coerce, parse
-from gpt2.config import GPTConfig, TrainConfig
+from gpt2.config import GPTConfig, LoRAConfig, TrainConfig
 from gpt2.device import Execution
 from gpt2.dist import Distributed
+from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train import preflight as module
 from gpt2.train.objectives import DPO, LanguageModeling
@@ -117,6 +118,15 @@ def test_what_is_there_several_times_is_counted_so(config):
     assert needed(config, 12, DPO(policy, GPT(CHAR, "torch"))) == one + 4 * N
     assert needed(replace(config, guard="rollback"), 12) == one + 2 * 12 * N
     assert needed(replace(config, exact_reduction=True), 12) == one + 2 * 4 * N  # 4 micro steps
+
+
+def test_adapters_are_saved_alone(config):
+    model = GPT(CHAR, "torch")
+    add_lora(model, LoRAConfig())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    said = dict(fly(config, LanguageModeling(model))[1].rows())
+    assert said["disk"].startswith(f"3 checkpoints of {size(12 * trained)} at a time")
+    assert f"weights {size(4 * (N + trained))}, gradients {size(4 * trained)}" in said["  of which"]
 
 
 def test_what_cannot_fit_is_refused_with_what_does(config, free):

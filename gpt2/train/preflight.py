@@ -88,8 +88,10 @@ def preflight(
     weights = 4 * _count(objective.parameters())
     gradients = 4 * _count(p for p in objective.parameters() if p.requires_grad)
     moments = 8 * _count(p for part in optimizer.param_groups for p in part["params"])
-    saved = 4 * sum(p.numel() * (3 if p.requires_grad else 1) for p in model.parameters())
-    copies = saved * (3 if config.guard == "rollback" else 1)  # being written; to go back to
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = 12 * trained  # adapters are saved alone; their copies to go back to are of all weights
+    going_back = 2 * (4 * _count(model.parameters()) + moments)
+    copies = saved + (going_back if config.guard == "rollback" else 0)
     if device.type == "cuda":
         _check_host_memory(copies, group)
         passes = _measured(config, objective, rows, group, trial)  # with weights and gradients
@@ -250,7 +252,8 @@ def _check_disk(config: TrainConfig, group: Distributed, one: int, n_saves: int)
             f"{size(free)} are free: make room, lower keep_last or choose another out_dir",
             str(here),
         )
-    return "disk", f"{n} checkpoints of {size(one)} at a time, {size(free)} free"
+    what = f"{n} checkpoint{'s' * (n != 1)} of {size(one)}"
+    return "disk", f"{what} at a time, {size(free)} free"
 
 
 def available_bytes(device: torch.device, held: int = 0) -> int:
