@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import checkpoint
@@ -253,11 +254,14 @@ class Trainer:
         return int(np.random.SeedSequence([self.config.seed, sample]).generate_state(1)[0])
 
     def _trial(self, rows: int) -> None:
-        """The forward and backward pass of so many rows, for the pre-flight."""
-        batch = {k: v[:rows] for k, v in self._batch(self.train_feed, self.step).items()}
-        self.layout.begin(0)
+        """The forward and backward pass of full rows, for the memory that they take."""
+        group, data = self.group, self.train_data
+        parts = data.batch(0, rows * group.world_size, group.rank, group.world_size)
+        # A batch may be shorter than the longest one.
+        length = data.block_size // math.prod(parts[0].shape[1:-1])
+        parts = [F.pad(part, (0, length - part.shape[-1])).to(group.device) for part in parts]
         with self.execution.autocast():
-            loss_sum, _ = self.layout.train_forward(batch)
+            loss_sum, _ = self.layout.train_forward(dict(zip(data.names, parts, strict=True)))
         loss_sum.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
