@@ -96,15 +96,14 @@ def _texts(
         starts = sorted({0, *(t for t, token in enumerate(tokens) if token == tokenizer.eot)})
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield start, end, tokenizer.decode(tokens[start:end])
-    elif idx.ndim == 1:
-        for start, end, _ in data.spans(data.index(sample)):
-            text = _with_marks(tokenizer, idx[start:end].tolist(), targets[start:end].tolist())
-            yield start, end, text
-    else:
-        for half in (0, 1):
-            end = int((targets[half] != IGNORE_INDEX).nonzero().max()) + 1
-            text = _with_marks(tokenizer, idx[half, :end].tolist(), targets[half, :end].tolist())
-            yield half * data.length, half * data.length + end, text
+        return
+    # A pair lies in two rows, of which a trimmed batch has the beginning.
+    idx, targets = idx.view(-1, idx.shape[-1]), targets.view(-1, idx.shape[-1])
+    for n, (start, end, _) in enumerate(data.spans(data.index(sample))):
+        line, at = (n, 0) if len(idx) > 1 else (0, start)
+        seen = slice(at, at + end - start)
+        text = _with_marks(tokenizer, idx[line, seen].tolist(), targets[line, seen].tolist())
+        yield start, end, text
 
 
 def _with_marks(tokenizer: Tokenizer, tokens: list[int], targets: list[int]) -> str:

@@ -164,11 +164,12 @@ def test_batches_are_pure_and_cover_each_pair_once_an_epoch(pairs):
     for rank in range(4):
         for mine, every in zip(loader.batch(3, 8, rank, 4), whole, strict=True):
             assert torch.equal(mine, every[2 * rank : 2 * rank + 2, :, : mine.shape[2]])
-    for token, half, offset in ((0, "chosen", 0), (95, "chosen", 95), (96, "rejected", 0)):
+    for token, half, offset in ((0, "chosen", 0), (5, "chosen", 5), (99, "rejected", 3)):
         place = loader.provenance(3, 5, 8, token)
-        assert place.document == loader.index(3 * 8 + 5) and place.offset == offset
-        assert place.shard.endswith(f"line {place.document + 1} {half}")
-    assert loader.provenance(2, 5, 8, 192, offset=8).offset == 96
+        pair = loader.index(3 * 8 + 5)
+        assert place.document == 2 * pair + (half == "rejected") and place.offset == offset
+        assert place.shard.endswith(f"line {pair + 1} {half}")
+    assert loader.provenance(2, 5, 8, 192, offset=8).offset == pairs.lengths[2 * pair + 1] - 1
     assert PairLoader(pairs, 96, shuffle=False).index(24) == 1
     with pytest.raises(ValueError, match="row 8, token 0 is not in a step of 8 rows"):
         loader.provenance(3, 8, 8)

@@ -8,10 +8,6 @@ tokens that come after everything that counts, so that causal attention never se
 
 import re
 
-import numpy as np
-import torch
-
-from gpt2.config import IGNORE_INDEX
 from gpt2.data.chat import (
     ChatError,
     Message,
@@ -21,7 +17,7 @@ from gpt2.data.chat import (
     find_template,
     messages_from_row,
 )
-from gpt2.data.loader import Batch, Provenance
+from gpt2.data.loader import Batch
 from gpt2.data.rows import Conversations, RowLoader, Tokens, TooLong, check_settings, load_rows
 from gpt2.tokenizer import Tokenizer
 
@@ -198,26 +194,18 @@ class PairLoader(RowLoader):
         self.length, self.full_rows = length, not trim
         self.n_windows, self.block_size = len(pairs) // 2, 2 * length
 
+    def spans(self, row: int) -> list[tuple[int, int, int]]:
+        starts = (0, 2 * row), (self.length, 2 * row + 1)
+        return [(start, start + int(self.data.lengths[i]) - 1, i) for start, i in starts]
+
     def make(self, rows: list[int]) -> Batch:
-        data, halves, T = self.data, [2 * i + half for i in rows for half in (0, 1)], self.length
+        T = self.length
         if not self.full_rows:
-            T = min(-(-int(data.lengths[halves].max() - 1) // TRIM) * TRIM, T)
-        idx = np.full((len(halves), T), self.pad, np.int64)
-        targets = np.full((len(halves), T), IGNORE_INDEX, np.int64)
-        for row, half in enumerate(halves):
-            end, n = int(data.ends[half]), int(data.lengths[half]) - 1
-            idx[row, :n] = data.tokens[end - n - 1 : end - 1]
-            counts = data.learnt[end - n : end]
-            targets[row, :n][counts] = data.tokens[end - n : end][counts]
-        return tuple(torch.from_numpy(part).view(len(rows), 2, T) for part in (idx, targets))
+            needed = max(stop - start for row in rows for start, stop, _ in self.spans(row))
+            T = min(-(-needed // TRIM) * TRIM, T)
+        idx, targets, _ = super().make(rows)
+        halves = (part.view(len(rows), 2, self.length)[..., :T] for part in (idx, targets))
+        return tuple(half.contiguous() for half in halves)
 
-    def place(self, row: int, token: int) -> Provenance:
-        half = int(token >= self.length)
-        return Provenance(self.data.where[2 * row + half], token - half * self.length, row)
-
-    def describe(self) -> str:
-        filled = (self.data.lengths - 1).sum() / self.n_tokens
-        return (
-            f"{self.n_windows:,} pairs in rows of 2 x {self.length}, {filled:.1%} filled, "
-            f"{self.n_targets:,} tokens of answers"
-        )
+    def _content(self) -> str:
+        return f"{self.n_windows:,} pairs in rows of 2 x {self.length}"

@@ -8,11 +8,14 @@ is computed from (seed, epoch).
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import compress
 
 import numpy as np
+import torch
 import xxhash
 
+from gpt2.config import IGNORE_INDEX
 from gpt2.data.chat import ChatError, Message, encode_chat
 from gpt2.data.conversations import CHAT_DATASETS, ChatDataset, Counts, read_rows
 from gpt2.data.loader import Batch, Provenance, rank_rows
@@ -46,7 +49,7 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.ends)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
@@ -141,10 +144,12 @@ def check_settings(tokenizer: Tokenizer, template: str, block_size: int) -> None
 class RowLoader(ABC):
     """A BatchSource (see gpt2.data.loader) of rows made of conversations.
 
-    data: each of 2 to `longest` + 1 tokens. shuffle: False gives the rows in order, for validation.
-    pad: the token that fills rows up. chat_template: the name of the template they are written in.
+    data: each of 2 to `longest` + 1 tokens; one of n takes n - 1 positions, since its last token is
+    only predicted. shuffle: False gives the rows in order, for validation. pad: the token that
+    fills rows up. chat_template: the name of the template they are written in.
 
-    Attributes: those of a BatchSource; n_targets (positions of an epoch that are learnt).
+    Attributes: those of a BatchSource; n_filled (positions of an epoch that hold a conversation),
+    n_targets (those that are learnt).
     Raises ValueError for no conversations and for those that do not fit.
     """
 
@@ -174,14 +179,25 @@ class RowLoader(ABC):
             )
         self.data, self.pad, self.chat_template = data, pad, chat_template
         self.seed, self.shuffle = seed % (1 << 64), shuffle
-        starts = data.ends - data.lengths
-        # A conversation's first token has nothing before it to be predicted from.
-        self.n_targets = int(data.learnt.sum() - data.learnt[starts].sum())
+        first = data.ends - data.lengths  # has nothing before it to be predicted from
+        self.n_targets = int(data.learnt.sum() - data.learnt[first].sum())
+        self.n_filled = int(data.lengths.sum()) - len(data)
 
     @property
     def n_tokens(self) -> int:
         """Positions of an epoch, the filling included."""
         return self.n_windows * self.block_size
+
+    @abstractmethod
+    def spans(self, row: int) -> list[tuple[int, int, int]]:
+        """(first position, position after the last, conversation) of those in a row, in order."""
+
+    def index(self, sample: int) -> int:
+        """The row that is a sample of the run."""
+        epoch, index = divmod(sample, self.n_windows)
+        if self.shuffle:
+            index = permute(index, self.n_windows, epoch_key(self.seed, epoch))
+        return index
 
     def batch(
         self,
@@ -200,6 +216,22 @@ class RowLoader(ABC):
         first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
         return self.make([self.index(sample) for sample in range(first, first + rows)])
 
+    def make(self, rows: list[int]) -> Batch:
+        """These rows: idx and targets (rows, block_size) int64, -100 where nothing is learnt;
+        doc_start (rows, block_size) int32."""
+        shape, data = (len(rows), self.block_size), self.data
+        idx, targets = np.full(shape, self.pad, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
+        doc_start = np.tile(np.arange(self.block_size, dtype=np.int32), (len(rows), 1))
+        for r, row in enumerate(rows):
+            for start, stop, i in self.spans(row):
+                end = int(data.ends[i])
+                begin = end - (stop - start)
+                idx[r, start:stop] = data.tokens[begin - 1 : end - 1]
+                learnt = data.learnt[begin:end]
+                targets[r, start:stop][learnt] = data.tokens[begin:end][learnt]
+                doc_start[r, start:stop] = start
+        return tuple(map(torch.from_numpy, (idx, targets, doc_start)))
+
     def buffers(self, rows: int, *, pin_memory: bool = False) -> None:
         """None: batch makes new tensors."""
         return None
@@ -208,25 +240,20 @@ class RowLoader(ABC):
         """Steps of another size may follow: rows are counted by sample."""
         return None
 
-    def index(self, sample: int) -> int:
-        """The row that is a sample of the run."""
-        epoch, index = divmod(sample, self.n_windows)
-        if self.shuffle:
-            index = permute(index, self.n_windows, epoch_key(self.seed, epoch))
-        return index
-
     def provenance(
         self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
     ) -> Provenance:
         """Where token `token` of a row of the global batch came from.
 
         shard is the place of its conversation in the data, offset the token in it, document its
-        number. Raises as batch does.
+        number. Filling counts as the end of the conversation before it. Raises as batch does.
         """
         first, rows = rank_rows(step, global_batch_size, offset=offset)
         if not 0 <= row < rows or not 0 <= token <= self.block_size:
             raise ValueError(f"row {row}, token {token} is not in a step of {rows} rows")
-        return self.place(self.index(first + row), token)
+        spans = self.spans(self.index(first + row))
+        start, stop, i = next(span for span in reversed(spans) if span[0] <= token)
+        return Provenance(self.data.where[i], min(token, stop) - start, i)
 
     def identity(self) -> list[dict]:
         """What the data is: equal where training would read the same tokens."""
@@ -235,14 +262,11 @@ class RowLoader(ABC):
             hasher.update(part.tobytes())
         return [{"path": self.data.path, "rows": self.n_windows, "hash": hasher.hexdigest()}]
 
-    @abstractmethod
-    def make(self, rows: list[int]) -> Batch:
-        """These rows as a batch."""
-
-    @abstractmethod
-    def place(self, row: int, token: int) -> Provenance:
-        """Where a token of a row came from."""
-
-    @abstractmethod
     def describe(self) -> str:
         """One line on what the rows hold."""
+        filled = self.n_filled / self.n_tokens
+        return f"{self._content()}, {filled:.1%} filled, {self.n_targets:,} tokens to learn"
+
+    @abstractmethod
+    def _content(self) -> str:
+        """How many of what, in rows of what length."""

@@ -87,9 +87,7 @@ def open_conversations(config: SFTConfig, tokenizer: Tokenizer, block_size: int)
     return _open_rows(config, tokenizer, block_size, load, ConversationLoader)
 
 
-def open_pairs(
-    config: DPOConfig, tokenizer: Tokenizer, length: int, *, trim: bool = True
-) -> Rows:
+def open_pairs(config: DPOConfig, tokenizer: Tokenizer, length: int, *, trim: bool = True) -> Rows:
     """As open_conversations, of pairs. length: positions of a half; trim: see PairLoader."""
     load = partial(load_pairs, limit=config.max_pairs)
     return _open_rows(config, tokenizer, length, load, partial(PairLoader, trim=trim))
