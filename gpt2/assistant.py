@@ -102,7 +102,7 @@ class Conversation:
         return tokens, (len(answered) + 1 - len(messages)) // 2
 
     def answer(self, text: str) -> None:
-        """Adds the answer up to a marker, if it holds one; without any its question is forgotten."""
+        """Adds the answer up to a marker, if there is one; an empty one removes its question."""
         for marker in self.assistant.markers:
             text = text.partition(marker)[0]
         if text.strip():

@@ -36,8 +36,9 @@ def main() -> None:
     print(printable(prompts[0]), end=gap, flush=True)
     start = time.perf_counter()
     rows = assistant.complete(
-        encoded, max_new_tokens=config.max_new_tokens, sampling=config, stop=texts, window=True,
-        num_samples=config.num_samples, seed=config.seed, log_probabilities=config.log_probabilities,
+        encoded, max_new_tokens=config.max_new_tokens, sampling=config, seed=config.seed,
+        num_samples=config.num_samples, stop=texts, window=True,
+        log_probabilities=config.log_probabilities,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     texts.finish()
