@@ -85,6 +85,9 @@ def _val(s: Subject) -> dict:
     for source in data_sources(data):
         if Path(source.path).is_file():
             raise ValueError(f"task val: {source.path} is a file: --data takes a folder of shards")
+    block_size = s.recorded.get("block_size") or s.block_size
+    doc_mask = bool(s.recorded.get("doc_mask"))
+    loader = open_split(data, "val", block_size, doc_mask=doc_mask)
     theirs = find_tokenizer(data)
     if theirs.to_dict() != s.tokenizer.to_dict():
         raise ValueError(
@@ -93,9 +96,6 @@ def _val(s: Subject) -> dict:
             f"a {s.tokenizer.name} tokenizer of {s.tokenizer.vocab_size}: prepare the data with "
             "the model's"
         )
-    block_size = s.recorded.get("block_size") or s.block_size
-    doc_mask = bool(s.recorded.get("doc_mask"))
-    loader = open_split(data, "val", block_size, doc_mask=doc_mask)
     result = validation_loss(s.model, loader, s.group, limit=s.config.limit, **s.common)
     return result | {"data": data, "doc_mask": doc_mask}
 
