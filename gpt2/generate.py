@@ -119,26 +119,24 @@ def complete(
         decoder = _Decoder(model, capacity, dtype, pace(device))
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
-        tokens, log_p = [], []  # drawn and not yet read, a tensor (B,) a step
+        tokens, log_ps = [], []  # drawn and not yet read, (B,) a step
         for n in range(1, max_new_tokens + 1):
-            tokens.append(picker.pick(logits, n - 1))
+            token = picker.pick(logits, n - 1)  # (B,)
+            tokens.append(token)
             if log_probabilities:
-                log_p.append(logits.log_softmax(-1).gather(1, tokens[-1][:, None])[:, 0])
+                log_ps.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
             full = decoder.cache.length == block_size
             if n < max_new_tokens and n % decoder.pace.poll and not full:
-                logits = decoder.step(tokens[-1])
+                logits = decoder.step(token)
                 continue
             # Reading waits for the device; stopping, streaming and a full context need it.
             picker.check()
-            drawn = torch.stack(tokens).tolist()
-            values = torch.stack(log_p).tolist() if log_p else [[None] * len(running)] * len(drawn)
-            for step in zip(drawn, values, strict=True):
-                for row, token, value in zip(running, *step, strict=True):
-                    if not row.ended:
-                        row.take(token, value, stop_tokens, stop, stream)
-            token = tokens[-1]
-            tokens.clear()
-            log_p.clear()
+            none = [[None] * len(running)] * len(tokens)
+            values = torch.stack(log_ps).tolist() if log_ps else none
+            for step in zip(torch.stack(tokens).tolist(), values, strict=True):
+                for row, *drawn in zip(running, *step, strict=True):
+                    row.take(*drawn, stop_tokens, stop, stream)
+            tokens, log_ps = [], []
             going = [place for place, row in enumerate(running) if not row.ended]
             if not going or n == max_new_tokens:
                 break
@@ -165,12 +163,14 @@ class _Row:
     ended: bool = False
 
     def take(self, token: int, log_p: float | None, stop_tokens, stop, stream) -> None:
-        """Adds a token that was drawn, or ends the row."""
+        """A token that was drawn, perhaps after the row's end."""
+        if self.ended:
+            return
         made = self.completion
         self.ended = token in stop_tokens
         if not self.ended:
             made.tokens.append(token)
-            if made.log_probabilities is not None:
+            if log_p is not None:
                 made.log_probabilities.append(log_p)
             if stream is not None:
                 stream(self.number, token)

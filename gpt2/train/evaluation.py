@@ -74,7 +74,7 @@ def load_hellaswag(
     Raises OSError where they cannot be had, ValueError where the model cannot read them.
     """
     if group.is_main:
-        find_file("hellaswag", EVAL_DATA)
+        find_file("hellaswag", EVAL_DATA, tokenizer)
     group.barrier()
     path = find_file("hellaswag", EVAL_DATA)
     return read_hellaswag(path, tokenizer, block_size)
@@ -109,7 +109,7 @@ def sample(trainer) -> None:
     tokens = trainer.layout.call_model(
         partial(
             generate, model, [prompt], max_new_tokens=min(room, 100), temperature=0.8, top_k=50,
-            seed=0,
+            vocab_size=tokenizer.vocab_size, seed=0,
         )
     )  # fmt: skip
     if trainer.metrics is not None:
