@@ -1,8 +1,9 @@
-"""Text as it is generated: whole characters as soon as they are known, up to a stop string.
+"""Text as it is generated, read and shown.
 
-gpt2.generate knows only token ids. A token may hold part of a character, or part of a stop string
-and text before or after it, so the text is kept as bytes and cut there. UTF-8 bytes of a stop
-string occur in a text exactly where its characters do.
+It comes as whole characters as soon as they are known, up to a stop string. gpt2.generate knows
+only token ids. A token may hold part of a character, or part of a stop string and text before or
+after it, so the text is kept as bytes and cut there. UTF-8 bytes of a stop string occur in a text
+exactly where its characters do.
 """
 
 import codecs
@@ -112,7 +113,7 @@ def printable(text: str) -> str:
 
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a UTF-8 text file: one a line; or, where a blank line stands between two
-    texts, each block of lines between blank lines is one.
+    texts, each block of lines between blank lines is one. Lines end at LF or CR LF only.
 
     Raises OSError (missing), ValueError (not UTF-8, or no prompt in it).
     """
@@ -123,7 +124,7 @@ def read_prompts(path: str | Path) -> list[str]:
             f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}: save "
             "it as UTF-8"
         ) from None
-    text = "\n".join(text.splitlines())
+    text = text.replace("\r\n", "\n")
     blocks = [block for block in re.split(r"\n(?:[ \t]*\n)+", text) if block.strip()]
     prompts = blocks if len(blocks) > 1 else [line for line in text.split("\n") if line.strip()]
     if not prompts:

@@ -14,10 +14,10 @@ import torch
 
 from gpt2 import checkpoint, dist, tokenizer
 from gpt2.cli import say
-from gpt2.config import TrainConfig, data_sources
-from gpt2.data import Mixture, TokenLoader, find_shards
+from gpt2.config import TrainConfig
+from gpt2.data import Mixture, TokenLoader
 from gpt2.data.loader import BatchSource
-from gpt2.data.shards import folder_tokenizer
+from gpt2.data.split import find_tokenizer, open_split
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import read_hellaswag
@@ -133,46 +133,13 @@ def fingerprint(parts: Parts, identity: dict, resumed: checkpoint.Checkpoint | N
     return options | facts | versions | {"weights of init_from": start, "checkpoint": step}
 
 
-def find_tokenizer(data: str) -> tokenizer.Tokenizer:
-    """The tokenizer of the data that a config names; GPT-2's where nothing there says.
-
-    Raises ValueError where the folders of a mixture differ in it, and for a damaged manifest.
-    """
-    found = {s.path: folder_tokenizer(s.path) or {"name": "gpt2"} for s in data_sources(data)}
-    first, description = next(iter(found.items()))
-    for path, other in found.items():
-        if other != description:
-            names = [d.get("name") if isinstance(d, dict) else d for d in (description, other)]
-            which = " and ".join(names) if names[0] != names[1] else f"{names[0]}, but another one"
-            raise ValueError(
-                f"{first} and {path} were made with different tokenizers ({which}): the folders of "
-                "a mixture need the same; prepare one of them again"
-            )
-    try:
-        return tokenizer.from_dict(description)
-    except ValueError as error:
-        raise ValueError(f"{Path(first) / 'manifest.json'}: {error}") from error
-
-
 def open_data(
     config: TrainConfig, split: str, block_size: int, share: tuple[int, int] = (0, 1)
 ) -> TokenLoader | Mixture:
-    """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
-
-    share: (rank, world size), by which the checking of hashes is divided.
-    Raises as TokenLoader does.
-    """
-    sources = data_sources(config.data)
-    data_tokenizer = find_tokenizer(config.data)
-    loaders = {
-        path: TokenLoader(
-            find_shards(path, split), block_size, config.seed, split == "train",
-            vocab_size=data_tokenizer.vocab_size, eot=data_tokenizer.eot,
-            doc_mask=config.doc_mask, verify="background", verify_share=share,
-        )
-        for path in dict.fromkeys(s.path for s in sources)
-    }  # fmt: skip
-    return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
+    """The run's loader of a split; see gpt2.data.split.open_split."""
+    return open_split(
+        config.data, split, block_size, seed=config.seed, doc_mask=config.doc_mask, share=share
+    )
 
 
 def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:
@@ -217,6 +184,6 @@ def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, devi
 
 def load_hellaswag(parts: Parts, group: Distributed):
     """HellaSwag's examples, on all ranks; the main process downloads them if need be."""
-    group.on_main(lambda: find_file("hellaswag", EVAL_DATA))
+    group.on_main(lambda: find_file("hellaswag", EVAL_DATA, parts.tokenizer))
     path = find_file("hellaswag", EVAL_DATA)
     return read_hellaswag(path, parts.tokenizer, parts.objective.model.config.block_size)
