@@ -59,6 +59,7 @@ setup(
         "tiktoken>=0.8",
         "safetensors>=0.5",
         "tyro>=1.0",
+        "markdown-it-py>=3",
         "pyyaml>=6",
         "xxhash>=3",
     ],

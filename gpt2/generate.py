@@ -47,17 +47,10 @@ class Completion:
 
 
 def generate(
-    model: GPT,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
-    **options,
-) -> list[list[int]]:
+    model: GPT, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 1.0,
+    top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
+    repetition_penalty: float = 1.0, **options,
+) -> list[list[int]]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens.
 
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
@@ -74,20 +67,13 @@ def generate(
 
 @torch.no_grad()
 def complete(
-    model: GPT,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
+    model: GPT, prompts: list[list[int]], *, max_new_tokens: int,
     sampling: Sampling = Sampling(),  # noqa: B008, frozen
-    num_samples: int = 1,
-    stop_tokens: Collection[int] = (),
-    stop: Callable[[int, list[int]], bool] | None = None,
-    window: bool = False,
-    vocab_size: int | None = None,
-    seed: int | Sequence[int] | None = None,
-    stream: Callable[[int, int], None] | None = None,
-    log_probabilities: bool = False,
-) -> list[Completion]:
+    num_samples: int = 1, stop_tokens: Collection[int] = (),
+    stop: Callable[[int, list[int]], bool] | None = None, window: bool = False,
+    vocab_size: int | None = None, seed: int | Sequence[int] | None = None,
+    stream: Callable[[int, int], None] | None = None, log_probabilities: bool = False,
+) -> list[Completion]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens, num_samples times.
 
     prompts: lists of at least one token id each, of any lengths. The samples of the first prompt

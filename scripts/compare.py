@@ -12,6 +12,8 @@ import html
 import re
 from pathlib import Path
 
+from markdown_it import MarkdownIt
+
 from gpt2.assistant import Assistant, load_assistant
 from gpt2.cli import parse, run_script
 from gpt2.options import CompareConfig
@@ -84,8 +86,6 @@ def as_markdown(title: str, heads: list[str], rows: list[tuple[str, ...]]) -> st
 
 
 def as_html(title: str, markdown: str) -> str:
-    from markdown_it import MarkdownIt
-
     # Only the line breaks are tags there; as characters they need no HTML to be let through.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(
         markdown.replace("<br>", "&#10;")

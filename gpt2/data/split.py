@@ -34,14 +34,9 @@ def find_tokenizer(data: str) -> tokenizer.Tokenizer:
 
 
 def open_split(
-    data: str,
-    split: str,
-    block_size: int,
-    *,
-    seed: int = 1337,
-    doc_mask: bool = False,
+    data: str, split: str, block_size: int, *, seed: int = 1337, doc_mask: bool = False,
     share: tuple[int, int] = (0, 1),
-) -> TokenLoader | Mixture:
+) -> TokenLoader | Mixture:  # fmt: skip
     """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
 
     Validation keeps the first weights of a mixture, so that its losses can be compared.

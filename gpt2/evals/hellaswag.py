@@ -79,13 +79,9 @@ def read_hellaswag(
 
 
 def hellaswag_accuracy(
-    model: GPT,
-    examples: list[Example],
-    group: Distributed,
-    *,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    **options,
-) -> dict[str, float] | None:
+    model: GPT, examples: list[Example], group: Distributed, *,
+    tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+) -> dict[str, float] | None:  # fmt: skip
     """acc and acc_norm (0 to 1), examples, and cut (those whose context was cut), over all ranks.
 
     options: autocast and poll, as of gpt2.evals.scoring.spread; None where poll ended it. The

@@ -57,13 +57,9 @@ def read_lambada(
 
 
 def lambada(
-    model: GPT,
-    passages: list[Passage],
-    group: Distributed,
-    *,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    **options,
-) -> dict[str, float] | None:
+    model: GPT, passages: list[Passage], group: Distributed, *,
+    tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+) -> dict[str, float] | None:  # fmt: skip
     """acc (0 to 1), perplexity of the word, examples, and cut, over all ranks.
 
     options, NaN: as in gpt2.evals.hellaswag.

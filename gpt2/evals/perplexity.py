@@ -60,16 +60,9 @@ def windows(n_tokens: int, block_size: int, stride: int) -> list[Window]:
 
 
 def perplexity(
-    model: GPT,
-    tokenizer: Tokenizer,
-    text: str,
-    group: Distributed,
-    *,
-    stride: int | None = None,
-    detokenized: str | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    **options,
-) -> dict[str, float] | None:
+    model: GPT, tokenizer: Tokenizer, text: str, group: Distributed, *, stride: int | None = None,
+    detokenized: str | None = None, tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+) -> dict[str, float] | None:  # fmt: skip
     """loss, perplexity per token and per word, bits per byte, of a text, over all ranks.
 
     stride: default half of block_size.  detokenized: what is tokenized in place of text.
@@ -115,14 +108,9 @@ def window_losses(model: GPT, tokens: list[int], batch: list[Window]) -> Tensor:
 
 
 def validation_loss(
-    model: GPT,
-    data: TokenLoader | Mixture,
-    group: Distributed,
-    *,
-    limit: int | None = None,
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    **options,
-) -> dict[str, float] | None:
+    model: GPT, data: TokenLoader | Mixture, group: Distributed, *, limit: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+) -> dict[str, float] | None:  # fmt: skip
     """Mean loss a token, its perplexity, and tokens, over all windows of data and all ranks.
 
     It is what training logs. limit: only the first so many windows.  options: as in

@@ -50,15 +50,10 @@ class Tails:
 
 
 def spread(
-    model: GPT,
-    batches: Sequence[Item],
-    group: Distributed,
-    score: Callable[[Item], Tensor],
-    n_sums: int,
-    *,
-    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    model: GPT, batches: Sequence[Item], group: Distributed, score: Callable[[Item], Tensor],
+    n_sums: int, *, autocast: Callable[[], AbstractContextManager] = nullcontext,
     poll: Callable[[], bool] | None = None,
-) -> list[float] | None:
+) -> list[float] | None:  # fmt: skip
     """score(batch) -> (n_sums,) added up over all batches and ranks, each batch once.
 
     Where one sum is NaN all are: nothing that a model of NaN gets right is a score.

@@ -64,7 +64,7 @@ def table(name: str, results: dict[str, dict]) -> str:
     """The results beside GPT-2's and GPT-3's, with the sources below."""
 
     def line(label: str, mine: str, published: list[str]) -> str:
-        return f"{label:<30}{mine:>11}{''.join(f'{value:>8}' for value in published)}"
+        return f"{label:<28}{mine:>12}{''.join(f'{value:>7}' for value in published)}"
 
     def number(value: float | None, unit: str) -> str:
         if value is None:
@@ -72,7 +72,7 @@ def table(name: str, results: dict[str, dict]) -> str:
         return f"{value:,.2f}" if unit or value < 1e6 else f"{value:.2e}"
 
     lines = [
-        f"{name:<44}{'GPT-2, published':<32}GPT-3, published",
+        f"{name:<43}{'GPT-2, published':<28}GPT-3, published",
         line("", "this model", [*GPT2_SIZES, *GPT3_SIZES]),
     ]
     sources = []
@@ -83,5 +83,5 @@ def table(name: str, results: dict[str, dict]) -> str:
             mine = number(results[task][key] * (100 if unit else 1), unit)
             lines.append(line(label, mine, [number(v, unit) for v in known.gpt2 + known.gpt3]))
             sources += [f"{label}: {known.source}."] if known.source else []
-    wrap = partial(textwrap.fill, width=105, subsequent_indent="    ", break_on_hyphens=False)
+    wrap = partial(textwrap.fill, width=96, subsequent_indent="    ", break_on_hyphens=False)
     return "\n".join([*lines, *map(wrap, sources)])
