@@ -246,7 +246,8 @@ class RowLoader(ABC):
         """Where token `token` of a row of the global batch came from.
 
         shard is the place of its conversation in the data, offset the token in it, document its
-        number, from 1. Filling counts as the end of the conversation before it. Raises as batch does.
+        number, from 1. Filling counts as the end of the conversation before it. Raises as batch
+        does.
         """
         first, rows = rank_rows(step, global_batch_size, offset=offset)
         if not 0 <= row < rows or not 0 <= token <= self.block_size:
