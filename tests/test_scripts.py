@@ -172,7 +172,7 @@ def test_show_batch_prints_what_a_rank_saw(script, tmp_path):
     assert whole
     for header, text in whole:
         number = int(header.rsplit(" ", 1)[1])
-        assert text.startswith(f"<|endoftext|>document {number:02}") and str(data) in header
+        assert text.startswith(f"<|endoftext|>document {number - 1:02}") and str(data) in header
     missing = one_line_error(script("show_batch", tmp_path / "nowhere"))
     assert "nowhere: No such file" in missing
 
