@@ -3,7 +3,6 @@
 import math
 import runpy
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,9 @@ from gpt2.options import VerifyConfig
 from gpt2.train.finetune import dpo, sft
 from gpt2.train.verify import verify_run
 
-from .conftest import command_line, losses
-from .test_sft import ROOT, run_of, save_base
+from .conftest import losses
+from .test_sft import ROOT, run_of, same_as_whole, same_on_two_ranks, save_base
 from .test_sft_data import write
-from .test_trainer import interrupted_at
 
 LORA = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1)
 
@@ -79,18 +77,9 @@ def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
 @pytest.mark.parametrize("options", [LORA, {}], ids=["lora", "full"])
 def test_resume_continues_bit_for_bit(config, options):
     """With the reference of the start, not of the checkpoint, and with the adapters' dropout."""
-    whole, cut = (replace(config, run_name=name, **options) for name in ("whole", "cut"))
-    dpo(whole)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2.train.trainer.Trainer.train_step", interrupted_at(4))
-        with pytest.raises(KeyboardInterrupt):
-            dpo(cut)
-    dpo(replace(cut, resume="auto"))
     file = TENSORS if options else "model.safetensors"
-    for name, value in weights(run_of(whole), 6, file).items():
-        assert torch.equal(value, weights(run_of(cut), 6, file)[name]), name
-    assert losses(run_of(cut)) == losses(run_of(whole))
-    assert verify_run(VerifyConfig(str(run_of(whole))))
+    whole = same_as_whole(dpo, replace(config, **options), file)
+    assert verify_run(VerifyConfig(str(whole)))
 
 
 @pytest.mark.ddp
@@ -106,19 +95,10 @@ def test_resume_continues_bit_for_bit(config, options):
 )
 def test_two_ranks_give_the_losses_of_one(config, free_port, options):
     """Adapters, their switch and a batch trimmed differently on each rank."""
+    keys = ("train/loss", "train/reward_margin", "val/loss", "val/reward_accuracy")
     config = replace(config, **options)
-    dpo(replace(config, run_name="one"))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-        "--master-port", str(free_port), str(ROOT / "scripts" / "dpo.py"),
-        *command_line(replace(config, run_name="two")),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "2 ranks x 2 micro steps x 2 rows x 128" in done.stdout
-    one, two = (Path(config.out_dir) / name for name in ("one", "two"))
-    for key in ("train/loss", "train/reward_margin", "val/loss", "val/reward_accuracy"):
-        assert losses(two, key) == pytest.approx(losses(one, key), rel=1e-4, abs=1e-6)
+    printed = same_on_two_ranks(dpo, "dpo.py", config, free_port, keys, rel=1e-4)
+    assert "2 ranks x 2 micro steps x 2 rows x 128" in printed
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_batches_are_pure_and_cover_each_pair_once_an_epoch(pairs):
     for token, half, offset in ((0, "chosen", 0), (5, "chosen", 5), (99, "rejected", 3)):
         place = loader.provenance(3, 5, 8, token)
         pair = loader.index(3 * 8 + 5)
-        assert place.document == 2 * pair + (half == "rejected") and place.offset == offset
+        assert place.document == 2 * pair + 1 + (half == "rejected") and place.offset == offset
         assert place.shard.endswith(f"line {pair + 1} {half}")
     assert loader.provenance(2, 5, 8, 192, offset=8).offset == pairs.lengths[2 * pair + 1] - 1
     assert PairLoader(pairs, 96, shuffle=False).index(24) == 1

@@ -172,7 +172,7 @@ def test_show_batch_prints_what_a_rank_saw(script, tmp_path):
     assert whole
     for header, text in whole:
         number = int(header.rsplit(" ", 1)[1])
-        assert text.startswith(f"<|endoftext|>document {number:02}") and str(data) in header
+        assert text.startswith(f"<|endoftext|>document {number - 1:02}") and str(data) in header
     missing = one_line_error(script("show_batch", tmp_path / "nowhere"))
     assert "nowhere: No such file" in missing
 
@@ -223,6 +223,6 @@ def test_fine_tuning_and_a_look_at_its_rows(script, tmp_path):
     status, out, err = script("show_batch", tmp_path / "runs" / "sft", "--step", 1)
     assert status == 0, err
     assert (
-        f"{data}: line 3, token 0, document 2\n<|user|>\n2 + 1?\n<|assistant|>\n[[It is 3." in out
+        f"{data}: line 3, token 0, document 3\n<|user|>\n2 + 1?\n<|assistant|>\n[[It is 3." in out
     )
     assert out.count("<|endoftext|>]]\n") == out.count("<|user|>") >= 2

@@ -246,14 +246,15 @@ class RowLoader(ABC):
         """Where token `token` of a row of the global batch came from.
 
         shard is the place of its conversation in the data, offset the token in it, document its
-        number. Filling counts as the end of the conversation before it. Raises as batch does.
+        number, from 1. Filling counts as the end of the conversation before it. Raises as batch
+        does.
         """
         first, rows = rank_rows(step, global_batch_size, offset=offset)
         if not 0 <= row < rows or not 0 <= token <= self.block_size:
             raise ValueError(f"row {row}, token {token} is not in a step of {rows} rows")
         spans = self.spans(self.index(first + row))
         start, stop, i = next(span for span in reversed(spans) if span[0] <= token)
-        return Provenance(self.data.where[i], min(token, stop) - start, i)
+        return Provenance(self.data.where[i], min(token, stop) - start, i + 1)
 
     def identity(self) -> list[dict]:
         """What the data is: equal where training would read the same tokens."""
