@@ -208,7 +208,7 @@ class _Decoder:
         self.token, self.doc_start = idx[:, -1:].clone(), padding
         self.captured = None
         h = self.model.hidden(idx, cache=self.cache, doc_start=doc_start)
-        logits = self.model.logits(h[:, -1]).float()
+        logits = self._logits(h)
         if repeat > 1:
             index = torch.arange(len(rows), device=self.device).repeat_interleave(repeat)
             self.select(index)
@@ -236,7 +236,11 @@ class _Decoder:
 
     def _run(self) -> Tensor:
         h = self.model.hidden(self.token, cache=self.cache, doc_start=self.doc_start)
-        return self.model.logits(h[:, -1]).float()
+        return self._logits(h)
+
+    def _logits(self, h: Tensor) -> Tensor:
+        """Of the last position, for the ids that the tokenizer has."""
+        return self.model.logits(h[:, -1])[:, : self.model.n_tokens].float()
 
     def _capture(self) -> tuple["torch.cuda.CUDAGraph", Tensor]:
         """One step as a graph, and where it leaves its logits. The cache is as it was before.
@@ -285,8 +289,7 @@ class _Picker:
         device = model.lm_head.weight.device
         self.sampling, self.seen, self.uniform = sampling, None, None
         if sampling.repetition_penalty != 1.0:
-            n = model.config.vocab_size
-            self.seen = torch.zeros(len(rows), n, dtype=torch.bool, device=device)
+            self.seen = torch.zeros(len(rows), model.n_tokens, dtype=torch.bool, device=device)
             for row in rows:
                 self.seen[row.number, row.prompt] = True
         if sampling.temperature > 0:
@@ -410,11 +413,11 @@ def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: b
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     for row, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not 0 <= t < config.vocab_size]
+        bad = [t for t in prompt if not 0 <= t < model.n_tokens]
         if bad:
             raise ValueError(
                 f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary of "
-                f"{config.vocab_size}"
+                f"{model.n_tokens}"
             )
     longest, room = max(map(len, prompts)), config.block_size - max(map(len, prompts))
     if room < 1:

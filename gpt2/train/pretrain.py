@@ -110,9 +110,9 @@ def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, devi
         if getattr(config, name) is not None:
             raise ValueError(f"{name} comes from init_from {config.init_from!r}: leave it out")
     model = checkpoint.load_model(config.init_from, device, config.kernels)
-    if model.config.vocab_size != data_tokenizer.vocab_size:
+    if model.n_tokens != data_tokenizer.vocab_size:
         raise ValueError(
-            f"{config.init_from} has a vocabulary of {model.config.vocab_size}, the tokenizer of "
+            f"{config.init_from} has a vocabulary of {model.n_tokens}, the tokenizer of "
             f"{config.data} one of {data_tokenizer.vocab_size}: prepare the data with the model's"
         )
     if config.dropout is not None:

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from gpt2.checkpoint import host_memory
 from gpt2.model import GPT
+from gpt2.state import host_memory
 
 TRIES = 10  # times that a run goes back to one snapshot
 
