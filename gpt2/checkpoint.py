@@ -31,11 +31,11 @@ from torch import Tensor
 from gpt2 import hf, lora, tokenizer
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.model import GPT, parameter_shapes
+from gpt2.models import META, find, find_base, is_hf, is_model, is_ours
 from gpt2.state import MODEL, OPTIMIZER, Tensors, restore, snapshot
 from gpt2.storage import check_finite, check_shapes, make, read_json, read_shapes
 
 FORMAT = 2  # 1 had no run_id and identity
-META = "checkpoint.json"
 FILES = (MODEL, OPTIMIZER, lora.TENSORS, lora.CONFIG)  # no other is read
 DAMAGED = "damaged; use another checkpoint"
 
@@ -157,13 +157,12 @@ def newest_good(
     for path in reversed(found):
         try:
             checkpoint = read_checkpoint(path)
-            verify(checkpoint)
+            if run_id is None or checkpoint.run_id in (None, run_id):
+                verify(checkpoint)
+                return checkpoint
+            say(f"{path} is of another run, {checkpoint.run_id}: trying the one before it")
         except (ValueError, OSError) as error:
             say(f"a checkpoint is damaged, trying the one before it: {error}")
-            continue
-        if run_id is None or checkpoint.run_id in (None, run_id):
-            return checkpoint
-        say(f"{path}: of another run ({checkpoint.run_id}), trying the one before it")
     if found:
         other = "" if run_id is None else " or of another run"
         raise ValueError(f"{run}: all {len(found)} checkpoints are damaged{other}")
@@ -274,15 +273,15 @@ def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
 
 def _load(path_or_name: str | Path, device, kernels, above: tuple[Path, ...]) -> GPT:
     """above: the adapters that this model is a base of."""
-    folder = _find(path_or_name)
+    folder = find(path_or_name)
     if folder.resolve() in above:
         raise ValueError(f"{folder}: adapters that name themselves as their base model")
     above = (*above, folder.resolve())
-    if _is_ours(folder):
+    if is_ours(folder):
         return _read_newest(folder, lambda found: _load_ours(found, device, kernels, above))
-    if _is_hf(folder):
+    if is_hf(folder):
         return hf.load_hf(folder, device, kernels)
-    base = _find_base(lora.base_name(folder), folder)
+    base = find_base(lora.base_name(folder), folder)
     return lora.merge(lora.load_adapters(_load(base, device, kernels, above), folder))
 
 
@@ -295,7 +294,7 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
         model = GPT(checkpoint.model, kernels, device)
         restore(where, model)
     else:
-        base = _find_base(checkpoint.base["path"], where)
+        base = find_base(checkpoint.base["path"], where)
         model = _load(base, device, kernels, above)
         _check_same_model(checkpoint, model)
         wanted = lora.adapter_shapes(model, checkpoint.lora)
@@ -310,14 +309,14 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     """The tokenizer that a model was trained with. Raises as load_model, and ValueError where a
     Hugging Face folder has another one than GPT-2's."""
-    if str(path_or_name) in hf.HUB_NAMES and not _is_model(Path(path_or_name)):
+    if str(path_or_name) in hf.HUB_NAMES and not is_model(Path(path_or_name)):
         return tokenizer.GPT2Tokenizer()  # without a download
-    folder = _find(path_or_name)
-    if _is_ours(folder):
+    folder = find(path_or_name)
+    if is_ours(folder):
         return _make_tokenizer(read_checkpoint(folder))
-    if _is_hf(folder):
+    if is_hf(folder):
         return hf.read_tokenizer(folder)
-    return load_tokenizer(_find_base(lora.base_name(folder), folder))
+    return load_tokenizer(find_base(lora.base_name(folder), folder))
 
 
 def load_chat_template(path_or_name: str | Path) -> str | None:
@@ -326,9 +325,9 @@ def load_chat_template(path_or_name: str | Path) -> str | None:
     Raises ValueError for a Hugging Face folder with one of its own.
     """
     folder = Path(path_or_name)
-    if _is_ours(folder):
+    if is_ours(folder):
         return read_checkpoint(folder).chat_template
-    if _is_hf(folder):
+    if is_hf(folder):
         hf.check_chat_template(folder)
     return None
 
@@ -339,7 +338,7 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     model: what load_model(name) gave, before it gets adapters. Where that came from adapters too,
     the hash is of hashes, since how the sums of merging are rounded differs between devices.
     """
-    if not _is_ours(Path(name)):
+    if not is_ours(Path(name)):
         return {"path": str(name), "xxh3_128": lora.weights_hash(model)}
     found = read_checkpoint(name)
     if found.base is None:
@@ -348,41 +347,6 @@ def describe_base(name: str | Path, model: GPT) -> dict:
 
     parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
     return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
-
-
-def _find(path_or_name: str | Path) -> Path:
-    """The local folder of a model, which is downloaded if it is on the hub. Raises OSError."""
-    path = Path(path_or_name)
-    if _is_model(path):
-        return path
-    if _may_be_hub_name(path_or_name):
-        return hf.download(str(path_or_name))
-    if path.is_dir():
-        words = "no checkpoint, run or Hugging Face folder: without checkpoint.json and config.json"
-    elif path.exists():
-        words = "a file; a model is a folder with a checkpoint of ours or of Hugging Face's files"
-        if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
-            words += "; pickles of PyTorch, such as nanoGPT's, are not read since they may run code"
-    else:
-        names = ", ".join(hf.HUB_NAMES)
-        words = f"no such folder, and no name of the hub ({names}, or owner/name)"
-    raise OSError(errno.ENOENT, words, str(path_or_name))
-
-
-def _find_base(name: str, adapters: Path) -> str | Path:
-    """A base model by its name in a checkpoint: a path from here, or from above the checkpoint, as
-    when a folder with runs has moved; else a name of the hub. Raises OSError."""
-    for folder in (Path(), *adapters.resolve().parents):
-        if _is_ours(folder / name) or _is_hf(folder / name):
-            return folder / name
-    if _may_be_hub_name(name):
-        return name
-    raise OSError(
-        errno.ENOENT,
-        f"holds adapters for {name}, which is neither here nor in a folder above them: put the "
-        "base model back there",
-        str(adapters),
-    )
 
 
 def load_training_state(
@@ -422,14 +386,13 @@ def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
         )
     if here is None:
         return
-    shape = [(c.rank, c.alpha, c.layers) for c in (there, here)]
-    if shape[0] != shape[1]:
+    if (here.rank, here.alpha, here.layers) != (there.rank, there.alpha, there.layers):
         raise ValueError(f"{checkpoint.path}: holds other adapters: {there} (here {here})")
-    if model.lora_base["xxh3_128"] != checkpoint.base["xxh3_128"]:
+    ours, theirs = model.lora_base, checkpoint.base
+    if ours["xxh3_128"] != theirs["xxh3_128"]:
         raise ValueError(
-            f"{checkpoint.path}: adapters for another model: they were trained on "
-            f"{checkpoint.base['path']} with weights of hash {checkpoint.base['xxh3_128']}, but "
-            f"{model.lora_base['path']} has {model.lora_base['xxh3_128']}"
+            f"{checkpoint.path}: adapters for another model: they were trained on {theirs['path']} "
+            f"with weights of hash {theirs['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
         )
 
 
@@ -530,32 +493,11 @@ def _named(folder: Path, pattern: str) -> dict[tuple[int, str], Path]:
 
 def _tidy(folder: Path) -> None:
     """Removes what a crash left of writing or deleting; the one that was being replaced returns."""
-    for (_, name), path in _named(folder, r"\.(step_([0-9]+))\.(?:tmp|old)").items():
-        if path.suffix == ".old" and not (folder / name).exists():
-            os.rename(path, folder / name)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def _is_hf(path: Path) -> bool:
-    return (path / hf.CONFIG).exists() and not (path / META).exists()
-
-
-def _is_ours(path: Path) -> bool:
-    return (path / META).exists() or (path / "checkpoints").is_dir()
-
-
-def _is_model(path: Path) -> bool:
-    return _is_ours(path) or _is_hf(path) or (path / lora.CONFIG).exists()
-
-
-def _may_be_hub_name(name: str | Path) -> bool:
-    """gpt2, gpt2-medium ..., or owner/name, unless that would be a path from here."""
-    path = Path(name)
-    return (
-        str(name) in hf.HUB_NAMES
-        or not (path.exists() or path.parent.exists())
-        and bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)))
-    )
+    for end in ("old", "tmp"):
+        for (_, name), path in _named(folder, rf"\.(step_([0-9]+))\.{end}").items():
+            if end == "old" and not (folder / name).exists():
+                os.rename(path, folder / name)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -6,7 +6,6 @@ folder holds is compared with what its config.json promises before any memory is
 would not be computed exactly (another activation, a head or a tokenizer of its own) is refused.
 """
 
-import errno
 import json
 from importlib import resources
 from pathlib import Path
@@ -46,6 +45,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
     "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
+GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
 CONFIG, SETTINGS = "config.json", "tokenizer_config.json"
 
 
@@ -92,8 +92,10 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
         wanted[HEAD] = wanted[TABLE]
     check_shapes(found, wanted, folder)
     model, head = GPT(config, kernels, device), None
-    if not _why_not_gpt2s(folder):
-        model.n_tokens = min(GPT2Tokenizer.vocab_size, config.vocab_size)
+    try:
+        model.n_tokens = min(read_tokenizer(folder).vocab_size, config.vocab_size)
+    except ValueError:
+        pass  # it is used without text: each row is a token
     parameters = dict(model.named_parameters())
     for path in files:
         tensors = {_our_name(k): v for k, v in read_tensors(path).items() if not _is_buffer(k)}
@@ -119,9 +121,7 @@ def read_hf_config(folder: Path) -> GPTConfig:
     for key, allowed in FIXED.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise ValueError(
-                f"{path}: {key} is {str(value)[:40]!r}; GPT-2 here needs {allowed[0]!r}"
-            )
+            raise ValueError(f"{path}: {key} is {value!r:.40}; GPT-2 here needs {allowed[0]!r}")
     context = "n_ctx" if "n_positions" not in config and "n_ctx" in config else "n_positions"
     config.setdefault(context, 1024)
     shape = {
@@ -130,15 +130,27 @@ def read_hf_config(folder: Path) -> GPTConfig:
     }
     shape["block_size"] = shape.pop(context)
     if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
-        n_inner = str(config["n_inner"])[:40]
-        raise ValueError(f"{path}: n_inner is {n_inner}; GPT-2 here needs 4 * n_embd")
+        raise ValueError(f"{path}: n_inner is {config['n_inner']!r:.40}, not 4 * n_embd as here")
     return make(GPTConfig, shape, path)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer of a folder, GPT-2's. Raises ValueError where it has another."""
-    if reason := _why_not_gpt2s(folder):
-        raise ValueError(f"{reason}; only GPT-2's own tokenizer is supported")
+    config, eot = read_json(folder / CONFIG), GPT2Tokenizer.eot
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files and config.get("vocab_size") not in GPT2_ROWS:
+        raise ValueError(
+            f"{folder}: has no tokenizer files, and its vocabulary of "
+            f"{config.get('vocab_size')!r:.40} is not GPT-2's of {GPT2Tokenizer.vocab_size}"
+        )
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    pad = settings.get("pad_token")
+    special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
+    for path in files:
+        if not _is_gpt2s(path, special):
+            raise ValueError(f"{path}: a tokenizer of its own; only GPT-2's is supported")
+    if (found := config.get("eos_token_id", eot)) not in (None, eot):
+        raise ValueError(f"{folder / CONFIG}: eos_token_id is {found!r:.40}, GPT-2's is {eot}")
     return GPT2Tokenizer()
 
 
@@ -215,7 +227,7 @@ def _is_buffer(name: str) -> bool:
 def _weights(folder: Path) -> tuple[list[Path], Found]:
     """The files with a folder's weights, and what they hold, under our names."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    weight_map = None
+    files, weight_map = [single], None
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
@@ -229,16 +241,10 @@ def _weights(folder: Path) -> tuple[list[Path], Found]:
             f"{pickles[0]}: a pickle, which is not read since it may run code; save the model with "
             "transformers' save_pretrained, which writes model.safetensors"
         )
-    else:
-        files = [single]
     held, found = {}, {}
     for path in files:
-        if not path.is_file():
-            raise OSError(
-                errno.ENOENT, "a Hugging Face folder needs its safetensors weights", str(path)
-            )
         for name, kind in read_shapes(path).items():
-            if name in held or not _is_buffer(name) and _our_name(name) in found:
+            if _our_name(name) in found:
                 raise ValueError(f"{path}: {name} is there twice")
             held[name] = path.name
             if not _is_buffer(name):
@@ -247,22 +253,6 @@ def _weights(folder: Path) -> tuple[list[Path], Found]:
         odd = [n for n in {**weight_map, **held} if weight_map.get(n) != held.get(n)]
         raise ValueError(f"{index}: not the index of these files, see {odd[0]}")
     return files, found
-
-
-def _why_not_gpt2s(folder: Path) -> str:
-    """Empty where a folder's tokenizer is GPT-2's, else what is different."""
-    path, vocab_size = folder / CONFIG, read_hf_config(folder).vocab_size
-    eot, largest = GPT2Tokenizer.eot, GPTConfig(1, 1, 1).padded_vocab_size
-    if (found := read_json(path).get("eos_token_id", eot)) not in (None, eot):
-        return f"{path}: eos_token_id is {str(found)[:40]}, that of GPT-2 is {eot}"
-    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
-    if not files and not GPT2Tokenizer.vocab_size <= vocab_size <= largest:
-        return f"{folder}: has no tokenizer files, and a vocabulary of {vocab_size}"
-    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
-    pad = settings.get("pad_token")
-    special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
-    other = [path for path in files if not _is_gpt2s(path, special)]
-    return f"{other[0]}: differs from GPT-2's" if other else ""
 
 
 def _is_gpt2s(path: Path, special: set[str]) -> bool:
@@ -279,19 +269,15 @@ def _is_gpt2s(path: Path, special: set[str]) -> bool:
             return content == vocab
         case "added_tokens.json", content:
             return content.keys() <= special
-        case "tokenizer.json", {
+        case _, {
             "normalizer": None,
             "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
-            "model": {"vocab": found, "merges": found_merges},
+            "model": {"vocab": found, "merges": pairs},
             "added_tokens": list(added),
         }:
-            without_eot = {k: v for k, v in vocab.items() if k != END_OF_TEXT}
-            names = {str(t.get("content") if isinstance(t, dict) else t) for t in added}
-            return (
-                found in (vocab, without_eot)
-                and found_merges in (merges, [merge.split() for merge in merges])
-                and names <= special
-            )
+            pairs_too = [merge.split() for merge in merges]  # newer files have lists
+            names = {str(token.get("content")) for token in added if isinstance(token, dict)}
+            return found == vocab and pairs in (merges, pairs_too) and names <= special
     return False
 
 

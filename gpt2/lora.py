@@ -217,7 +217,7 @@ def read_adapter_config(folder: str | Path, found: Found) -> LoRAConfig:
     for key, value in config.items():
         allowed = value in ALLOWED[key] if key in ALLOWED else not value
         if not allowed and key not in READ_OR_IRRELEVANT:
-            raise ValueError(f"{path}: {key} is {str(value)[:40]!r}, which is not supported here")
+            raise ValueError(f"{path}: {key} is {value!r:.40}, which is not supported here")
     layers = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in found)]
     if not layers:
         raise ValueError(f"{Path(folder) / TENSORS}: holds no adapters of GPT-2's linear layers")

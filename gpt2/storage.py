@@ -8,9 +8,12 @@ import dataclasses
 import errno
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_JSON = 1 << 26  # bytes
@@ -39,7 +42,7 @@ def size(value, key: str, where) -> int:
     largest = MAX_LAYERS if key == "n_layer" else MAX_SIZE
     if type(value) is not int or not 1 <= value <= largest:
         raise ValueError(
-            f"{where}: {key} must be a whole number from 1 to {largest}, got {str(value)[:40]}"
+            f"{where}: {key} must be a whole number from 1 to {largest}, got {value!r:.40}"
         )
     return value
 
@@ -48,7 +51,7 @@ def make(cls, values, where):
     """The dataclass cls of a model's description, from plain values."""
     kinds, checked = {field.name: field.type for field in dataclasses.fields(cls)}, {}
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be an object, got {str(values)[:40]}")
+        raise ValueError(f"{where}: must be an object, got {values!r:.40}")
     for key, value in values.items():
         kind, right = kinds.get(key), True
         if kind is int:
@@ -58,7 +61,7 @@ def make(cls, values, where):
         else:
             right = type(value) is kind or kind == tuple[str, ...] and type(value) is list
         if not right:
-            raise ValueError(f"{where}: {key} cannot be {str(value)[:40]!r}")
+            raise ValueError(f"{where}: {key} cannot be {value!r:.40}")
         checked[key] = tuple(value) if type(value) is list else value
     try:
         return cls(**checked)
@@ -68,16 +71,27 @@ def make(cls, values, where):
 
 def read_shapes(path: Path) -> Found:
     """What a safetensors file holds, from its header; no tensor is read."""
-    from safetensors import SafetensorError, safe_open
+    with _reading(path), safe_open(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
 
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in CPU memory."""
+    with _reading(path):
+        return load_file(path)
+
+
+@contextmanager
+def _reading(path: Path):
     if not path.is_file():
         raise OSError(errno.ENOENT, "no such file", str(path))
     try:
-        with safe_open(path, "pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}
-            return {n: (part.get_dtype(), tuple(part.get_shape())) for n, part in parts.items()}
+        yield
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short, or not safetensors ({error})") from error
+    except RuntimeError as error:  # of torch, where the file has gone since
+        raise OSError(errno.EIO, str(error), str(path)) from error
 
 
 def check_shapes(
@@ -95,17 +109,6 @@ def check_shapes(
             raise ValueError(f"{where}: {name} has shape {shape}, must have {wanted[name]}")
         if dtype not in dtypes:
             raise ValueError(f"{where}: {name} has dtype {dtype}, must have {' or '.join(dtypes)}")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in CPU memory."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short, or not safetensors ({error})") from error
 
 
 def check_finite(tensors: dict[str, Tensor], where) -> None:
