@@ -26,14 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt2 import hf, lora, tokenizer
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.model import GPT, parameter_shapes
 from gpt2.models import META, find, find_base, is_hf, is_model, is_ours
 from gpt2.state import MODEL, OPTIMIZER, Tensors, restore, snapshot
-from gpt2.storage import check_finite, check_shapes, make, read_json, read_shapes
+from gpt2.storage import (
+    check_finite,
+    check_shapes,
+    make,
+    read_json,
+    read_shapes,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
 
 FORMAT = 2  # 1 had no run_id and identity
 FILES = (MODEL, OPTIMIZER, lora.TENSORS, lora.CONFIG)  # no other is read
@@ -112,21 +120,30 @@ def write_checkpoint(
     folder = Path(run) / "checkpoints" / f"step_{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
-    _check_room(folder.parent, sum(t.nbytes for group in tensors.values() for t in group.values()))
+    needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + (1 << 20)
+    if needed > (free := shutil.disk_usage(folder.parent).free):
+        raise OSError(
+            errno.ENOSPC,
+            f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB that are "
+            "free; earlier checkpoints are untouched. Free room, or lower keep_last",
+            str(folder.parent),
+        )
     temporary = _hidden(folder, "tmp")
     try:
         temporary.mkdir()
-        files = {name: _write_tensors(temporary / name, group) for name, group in tensors.items()}
+        for name, group in tensors.items():
+            write_tensors(temporary / name, group)
         if "lora" in meta:
             config = lora.adapter_config(LoRAConfig(**meta["lora"]), meta["base"]["path"])
-            files[lora.CONFIG] = _write_text(temporary / lora.CONFIG, json.dumps(config, indent=2))
+            write_text(temporary / lora.CONFIG, json.dumps(config, indent=2))
+        files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
         content = {"format": FORMAT, "step": step, **meta, "files": files}
-        _write_text(temporary / META, _sign(content))
-        _sync_folder(temporary)
+        write_text(temporary / META, _sign(content))
+        sync_folder(temporary)
         if folder.exists():  # the same step again
             os.rename(folder, _hidden(folder, "old"))
         os.rename(temporary, folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
         _tidy(folder.parent)
     _point_latest_at(folder)
@@ -412,27 +429,7 @@ def _sign(meta: dict) -> str:
     return json.dumps({**meta, "xxh3_128": digest}, indent=2)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
-    return _describe_file(path)
-
-
-def _write_text(path: Path, text: str) -> dict:
-    path.write_text(text)
-    return _describe_file(path)
-
-
 def _describe_file(path: Path) -> dict:
-    """What checkpoint.json says of a file, which is on the disk then."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
     return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
 
 
@@ -444,28 +441,6 @@ def _hash(path: Path) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _check_room(folder: Path, n_bytes: int) -> None:
-    needed, free = n_bytes + (1 << 20), shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB that are "
-            "free; earlier checkpoints are untouched. Free room, or lower keep_last",
-            str(folder),
-        )
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems have none
-            raise
-    finally:
-        os.close(fd)
 
 
 def _point_latest_at(folder: Path) -> None:

@@ -16,13 +16,13 @@ from gpt2.config import GPTConfig
 from gpt2.model import GPT, parameter_shapes
 from gpt2.storage import (
     Found,
-    check_finite,
     check_shapes,
     make,
     read_json,
     read_shapes,
     read_tensors,
     size,
+    write_tensors,
 )
 from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 
@@ -46,7 +46,7 @@ TOKENIZER_FILES = (
     "vocab.txt", "tokenizer.model", "spiece.model",
 )  # fmt: skip
 GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
-CONFIG, SETTINGS = "config.json", "tokenizer_config.json"
+CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 
 
 def is_transposed(name: str) -> bool:
@@ -99,7 +99,6 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
     parameters = dict(model.named_parameters())
     for path in files:
         tensors = {_our_name(k): v for k, v in read_tensors(path).items() if not _is_buffer(k)}
-        check_finite(tensors, path)
         head = tensors.pop(HEAD, head)
         for name, value in tensors.items():
             value = value.t() if is_transposed(name) else value
@@ -175,8 +174,6 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
     zero. Raises OSError where the folder exists or cannot be written, ValueError for a model with
     adapters that are not merged.
     """
-    from safetensors.torch import save_file
-
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
     folder, c = Path(folder), model.config
@@ -188,7 +185,7 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
         tensors[name] = (value.t() if is_transposed(name) else value).contiguous()
         if not c.bias and name.endswith(".weight") and _has_bias_in_hf(name):
             tensors[name.replace(".weight", ".bias")] = torch.zeros(value.shape[0])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     eot = tokenizer.eot if tokenizer is not None else None
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -226,7 +223,7 @@ def _is_buffer(name: str) -> bool:
 
 def _weights(folder: Path) -> tuple[list[Path], Found]:
     """The files with a folder's weights, and what they hold, under our names."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
     files, weight_map = [single], None
     if index.exists():
         weight_map = read_json(index).get("weight_map")

@@ -29,15 +29,7 @@ from torch import Tensor, nn
 
 from gpt2.config import LORA_LAYERS, LoRAConfig
 from gpt2.model import GPT, Linear
-from gpt2.storage import (
-    Found,
-    check_finite,
-    check_shapes,
-    make,
-    read_json,
-    read_shapes,
-    read_tensors,
-)
+from gpt2.storage import Found, make, read_checked, read_json, read_shapes, write_tensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -177,14 +169,12 @@ def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> No
 
     Raises ValueError for a model without adapters, OSError where the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     config, folder = lora_config(model), Path(folder)
     if config is None:
         raise ValueError("the model has no adapters to save")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(adapter_config(config, base), indent=2) + "\n")
 
 
@@ -195,11 +185,8 @@ def load_adapters(model: GPT, folder: str | Path) -> GPT:
     Raises OSError where a file is missing, ValueError for adapters of another shape or kind.
     """
     path = Path(folder) / TENSORS
-    found = read_shapes(path)
-    config = read_adapter_config(folder, found)
-    check_shapes(found, adapter_shapes(model, config), f"{path}: adapters for another model")
-    tensors = read_tensors(path)
-    check_finite(tensors, path)
+    config = read_adapter_config(folder, read_shapes(path))
+    tensors = read_checked(path, adapter_shapes(model, config))
     add_lora(model, config)
     for name, parameter in adapter_parameters(model).items():
         parameter.copy_(tensors[PREFIX + name])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt2 import lora
 from gpt2.model import GPT
-from gpt2.storage import check_finite, check_shapes, read_shapes, read_tensors
+from gpt2.storage import read_checked
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names of its state
@@ -58,13 +58,15 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer | None = 
     """
     file, prefix, saved = _saved(model)
     shapes = {name: _unpadded(name, p, model).shape for name, p in saved.items()}
-    weights = _read(folder / file, {prefix + name: shape for name, shape in shapes.items()})
+    wanted = {prefix + name: shape for name, shape in shapes.items()}
+    weights = read_checked(folder / file, wanted, ("F32",))
     for name, parameter in saved.items():
         parameter.copy_(_placed(weights[prefix + name], parameter))
     if optimizer is None:
         return
     wanted = {f"{name}/{key}": shape for name, shape in shapes.items() for key in MOMENTS}
-    moments = _read(folder / OPTIMIZER, wanted | {f"{name}/{STEP}": () for name in shapes})
+    wanted |= {f"{name}/{STEP}": () for name in shapes}
+    moments = read_checked(folder / OPTIMIZER, wanted, ("F32",))
     own = {p for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in saved.items():
         if parameter not in own:
@@ -110,13 +112,6 @@ def _whole(name: str, tensor: Tensor, model: GPT) -> Tensor:
 def _unpadded(name: str, tensor: Tensor, model: GPT) -> Tensor:
     is_table = name == "transformer.wte.weight" and tensor.dim() == 2  # not AdamW's step
     return tensor[: model.config.vocab_size] if is_table else tensor
-
-
-def _read(path: Path, wanted: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    check_shapes(read_shapes(path), wanted, path, ("F32",))
-    tensors = read_tensors(path)
-    check_finite(tensors, path)
-    return tensors
 
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:

@@ -1,19 +1,20 @@
-"""JSON and safetensors files that may come from anywhere: checked before they are believed.
+"""JSON and safetensors files: checked before they are believed, on the disk once written.
 
-Nothing is unpickled. Whatever is wrong is a ValueError of one line with the path and the key; a
-file that is missing or cannot be read is an OSError.
+They may come from anywhere. Nothing is unpickled. Whatever is wrong is a ValueError of one line
+with the path and the key; a file that is missing, or cannot be read or written, is an OSError.
 """
 
 import dataclasses
 import errno
 import json
 import math
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MAX_JSON = 1 << 26  # bytes
@@ -77,9 +78,19 @@ def read_shapes(path: Path) -> Found:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, in CPU memory."""
+    """The tensors of a safetensors file, in CPU memory; their values must be finite."""
     with _reading(path):
-        return load_file(path)
+        tensors = load_file(path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def read_checked(
+    path: Path, wanted: dict[str, tuple[int, ...]], dtypes: tuple[str, ...] = FLOATS
+) -> dict[str, Tensor]:
+    """The tensors of a file that holds exactly what is wanted."""
+    check_shapes(read_shapes(path), wanted, path, dtypes)
+    return read_tensors(path)
 
 
 @contextmanager
@@ -117,3 +128,34 @@ def check_finite(tensors: dict[str, Tensor], where) -> None:
         # A sum needs no memory; where it is not finite it may have overflowed.
         if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
             raise ValueError(f"{where}: {name} holds values that are not finite")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Writes a safetensors file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings to the disk which files a folder has."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems have none
+            raise
+    finally:
+        os.close(fd)

@@ -226,7 +226,7 @@ def test_adapters_and_models_that_do_not_fit(tmp_path):
     save_adapters(model, folder)
     for change, words in (({"n_layer": 3}, "missing.*h.2"), ({"n_embd": 24}, "must have .2, 24.")):
         other = GPT(replace(SHAPE, **change))
-        with pytest.raises(ValueError, match=f"adapters for another model.*{words}"):
+        with pytest.raises(ValueError, match=words):
             load_adapters(other, folder)
         assert lora_config(other) is None  # as it was
     data = (folder / "adapter_model.safetensors").read_bytes()
