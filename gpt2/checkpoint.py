@@ -246,7 +246,7 @@ def _read(folder: Path) -> Checkpoint:
             "gpt2-triton"
         )
     try:
-        unchanged = _sign(meta) == path.read_text()
+        unchanged = _sign(meta) == path.read_text(encoding="utf-8")
     except RecursionError:
         unchanged = False
     if not unchanged:

@@ -167,27 +167,26 @@ def test_download_that_fails():
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
         ({"layer_norm_epsilon": []}, r"layer_norm_epsilon is \[\]"),
-        ({"n_inner": 7}, "n_inner is 7"),
-        ({"n_layer": 2}, "unknown"),
-        ({"n_layer": 4}, "missing"),
-        ({"n_layer": 10**6}, "n_layer must be a whole number from 1 to 4096, got 1000000"),
-        ({"n_layer": True}, "n_layer must be .* got True"),
-        ({"n_layer": None}, "n_layer must be .* got None"),
-        ({"n_head": 0}, "n_head must be .* got 0"),
+        ({"n_inner": 7}, "n_inner is 7"), ({"n_layer": 2}, "unknown"), ({"n_layer": 4}, "missing"),
         ({"n_head": 7}, "n_embd 60 must be a multiple of n_head 7"),
-        ({"n_embd": -8}, "n_embd must be .* got -8"),
         ({"n_embd": 5 << 20}, "h.0.attn.c_attn.bias has shape .180,., must have .15728640,."),
-        ({"vocab_size": 10**12}, "vocab_size must be"),
-        ({"vocab_size": "501"}, "vocab_size must be .* got '501'"),
-        ({"n_positions": float("nan")}, "n_positions must be .* got nan"),
         ({"n_positions": 36}, "transformer.wpe.weight has shape"),
     ],
-)
+)  # fmt: skip
 def test_configs_of_something_else(tmp_path, change, message):
     save_theirs(tmp_path)
     change_json(tmp_path / "config.json", **change)
     with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
         gpt2.load_model(tmp_path, kernels="torch")
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "vocab_size", "n_positions"])
+def test_sizes_that_are_none(tmp_path, key):
+    for value in (0, -8, True, None, "501", 1.0, float("nan"), 10**12, [], {}):
+        sizes = {"n_layer": 3, "n_head": 5, "n_embd": 60, "vocab_size": 501} | {key: value}
+        (tmp_path / "config.json").write_text(json.dumps(sizes))
+        with pytest.raises(ValueError, match=f"config.json: {key} must be a whole number from 1"):
+            gpt2.load_model(tmp_path)
 
 
 def cut(path):

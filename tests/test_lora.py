@@ -192,20 +192,17 @@ def test_compiled_and_bfloat16_equal_eager(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"bias": "all"}, "bias"),
+        ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"c_fc": 2}}, "rank_pattern"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights"),
-        ({"peft_type": "IA3"}, "peft_type"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"peft_type": "IA3"}, "peft_type"),
         ({"r": 3}, "c_attn.lora_A.weight has shape .2, 20., must have .3, 20."),
-        ({"r": "2"}, "rank must be a whole number"),
-        ({"r": None}, "rank must be a whole number"),
+        ({"r": "2"}, "rank must be a whole number"), ({"r": None}, "rank must be a whole number"),
         ({"lora_alpha": float("inf")}, "alpha cannot be inf"),
         ({"lora_alpha": None}, "alpha cannot be None"),
         ({"lora_dropout": 2}, "dropout must lie in"),
     ],
-)
+)  # fmt: skip
 def test_other_adapters_are_refused(tmp_path, changes, words):
     folder = tmp_path / "adapters"
     save_adapters(add_lora(make_base(tmp_path / "hf"), LoRAConfig(2)), folder)
