@@ -31,12 +31,10 @@ class Assistant:
         return () if self.template is None else find_template(self.template).markers
 
     def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
-        """gpt2.generate.complete, up to an end of text, with tokens that the tokenizer knows."""
+        """gpt2.generate.complete, up to an end of text."""
         eot = self.tokenizer.eot
-        return complete(
-            self.model, prompts, stop_tokens=() if eot is None else (eot,),
-            vocab_size=self.tokenizer.vocab_size, **options,
-        )  # fmt: skip
+        stop_tokens = () if eot is None else (eot,)
+        return complete(self.model, prompts, stop_tokens=stop_tokens, **options)
 
     def encode(self, prompt: str, system: str = "") -> list[int]:
         """A prompt as the template has a question, or as it is.

@@ -2,41 +2,50 @@
 
 RUN/checkpoints/step_00001000/
     checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
-                            model, training options, the trainer's state, the size and xxh3-128 hash
-                            of each file, and its own hash
-    model.safetensors       float32 weights under Hugging Face's names, without padding
-    optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
-    adapter_model.safetensors, adapter_config.json
-                            instead of model.safetensors where LoRA adapters are trained: these in
-                            peft's layout; checkpoint.json then names the base model and its hash
+                            model, training options, the trainer's state, which run and what data it
+                            is of, the size and xxh3-128 hash of each file, and its own hash
+    *.safetensors           weights and moments, see gpt2.state. LoRA adapters lie in peft's layout,
+                            with adapter_config.json; checkpoint.json names their base model
 RUN/checkpoints/latest      a link to the newest one
 
-A folder is written beside its final name, synced, then renamed: one that exists is complete. It
-holds no random state, because that is a function of (seed, step). Nothing is pickled. Any change of
-any byte is noticed when it is read; newest_good then takes the checkpoint before.
+Folders named step_<digits> are checkpoints, in the order of the number; nothing else there is
+touched. One is written as .step_<digits>.tmp, synced, then renamed: one that exists is complete.
+The one it replaces is .step_<digits>.old for that moment, and counts if the new one never came.
+There is no random state, because that is a function of (seed, step). Nothing is pickled. Any change
+of any byte is noticed when it is read; newest_good then takes the checkpoint before.
 """
 
 import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt2 import hf, lora, tokenizer
-from gpt2.cli import coerce
 from gpt2.config import GPTConfig, LoRAConfig
-from gpt2.model import GPT
+from gpt2.model import GPT, parameter_shapes
+from gpt2.models import META, find, find_base, is_hf, is_model, is_ours
+from gpt2.state import MODEL, OPTIMIZER, Tensors, restore, snapshot
+from gpt2.storage import (
+    check_finite,
+    check_shapes,
+    make,
+    read_json,
+    read_shapes,
+    sync_folder,
+    write_tensors,
+    write_text,
+)
 
-FORMAT = 1
-META, MODEL, OPTIMIZER = "checkpoint.json", "model.safetensors", "optimizer.safetensors"
-MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names of its state
-Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor name -> tensor in host memory
+FORMAT = 2  # 1 had no run_id and identity
+FILES = (MODEL, OPTIMIZER, lora.TENSORS, lora.CONFIG)  # no other is read
+DAMAGED = "damaged; use another checkpoint"
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,8 @@ class Checkpoint:
     chat_template: str | None = None  # of gpt2.data.chat; None: not trained on conversations
     lora: LoRAConfig | None = None  # the adapters it holds, instead of all weights
     base: dict | None = None  # what these are for: {"path", "xxh3_128"}
+    run_id: str | None = None  # of the run that wrote it
+    identity: dict | None = None  # of that run, and what its data is
 
 
 def save_checkpoint(
@@ -61,19 +72,15 @@ def save_checkpoint(
     model: GPT,
     optimizer: torch.optim.Optimizer | None = None,
     *,
-    tokenizer: dict,
-    train: dict,
-    state: dict | None = None,
-    chat_template: str | None = None,
     keep_last: int = 0,
-    keep_every: int = 0,
+    **description,
 ) -> Path:
-    """Writes RUN/checkpoints/step_<step> and returns its path; see write_checkpoint."""
-    meta = describe(
-        model, tokenizer=tokenizer, train=train, state=state, chat_template=chat_template
-    )
-    tensors = snapshot(model, optimizer)
-    return write_checkpoint(run, step, tensors, meta, keep_last=keep_last, keep_every=keep_every)
+    """Writes RUN/checkpoints/step_<step> and returns its path; see write_checkpoint.
+
+    description: what describe takes.
+    """
+    meta = describe(model, **description)
+    return write_checkpoint(run, step, snapshot(model, optimizer), meta, keep_last=keep_last)
 
 
 def describe(
@@ -83,12 +90,15 @@ def describe(
     train: dict,
     state: dict | None = None,
     chat_template: str | None = None,
+    run_id: str | None = None,
+    identity: dict | None = None,
 ) -> dict:
-    """What write_checkpoint writes beside the tensors."""
-    shape = dataclasses.asdict(model.config)
-    meta = {"model": shape, "tokenizer": tokenizer, "train": train, "state": state or {}}
-    if chat_template is not None:
-        meta["chat_template"] = chat_template
+    """What write_checkpoint writes beside the tensors, as plain values; see Checkpoint."""
+    meta = {
+        "model": dataclasses.asdict(model.config), "tokenizer": tokenizer, "train": train,
+        "state": state or {}, "chat_template": chat_template, "run_id": run_id,
+        "identity": identity,
+    }  # fmt: skip
     if lora.lora_config(model) is not None:
         if model.lora_base is None:
             raise ValueError("a checkpoint of adapters names their base: give it to add_lora")
@@ -96,118 +106,90 @@ def describe(
     return meta
 
 
-@torch.no_grad()
-def snapshot(
-    model: GPT,
-    optimizer: torch.optim.Optimizer | None = None,
-    out: Tensors | None = None,
-    *,
-    keep: bool = True,
-) -> Tensors:
-    """Copies of a model's weights and an optimizer's moments in host memory.
-
-    Where ranks share these out (gpt2.train.parallel) all must call it; each tensor is gathered for
-    itself, and copied only where keep is True.
-    out: an earlier snapshot of the same model, which is written over and returned: its memory, for
-    a GPU page-locked, is allocated only once.
-    """
-    sources = {_weights_file(model): _model_tensors(model)}
-    if optimizer is not None:
-        sources[OPTIMIZER] = _optimizer_tensors(model, optimizer)
-    out = {} if out is None else out
-    for file, tensors in sources.items():
-        memory = out.setdefault(file, {})
-        for name, tensor in tensors:
-            if not keep:
-                continue
-            if name not in memory:
-                memory[name] = host_memory(tensor)
-            memory[name].copy_(tensor, non_blocking=True)
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
-    return out
-
-
 def write_checkpoint(
-    run: str | Path,
-    step: int,
-    tensors: Tensors,
-    meta: dict,
-    *,
-    keep_last: int = 0,
-    keep_every: int = 0,
+    run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0
 ) -> Path:
     """Writes a snapshot as RUN/checkpoints/step_<step>; returns its path.
 
-    Then deletes all but the newest keep_last (0 keeps all) and those at multiples of keep_every.
-    Raises OSError where there is no room or it cannot be written; what was there before stays.
+    Then deletes all but the newest keep_last (0 keeps all) and this one.
+    Raises OSError where there is no room or it cannot be written, ValueError for weights or moments
+    that are not finite; what was there before stays.
     """
+    for group in tensors.values():
+        check_finite(group, f"step {step} is not saved")
     folder = Path(run) / "checkpoints" / f"step_{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(".*.tmp"):
-        _delete(leftover)
+    _tidy(folder.parent)
     needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + (1 << 20)
-    free = shutil.disk_usage(folder.parent).free
-    if free < needed:
+    if needed > (free := shutil.disk_usage(folder.parent).free):
         raise OSError(
             errno.ENOSPC,
             f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB that are "
             "free; earlier checkpoints are untouched. Free room, or lower keep_last",
             str(folder.parent),
         )
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = _hidden(folder, "tmp")
     try:
         temporary.mkdir()
-        files = {name: _write_tensors(temporary / name, group) for name, group in tensors.items()}
+        for name, group in tensors.items():
+            write_tensors(temporary / name, group)
         if "lora" in meta:
-            config = LoRAConfig(**meta["lora"])
-            files[lora.CONFIG] = _write_adapter_config(temporary, config, meta["base"])
-        with open(temporary / META, "w") as file:
-            file.write(_sign({"format": FORMAT, "step": step, **meta, "files": files}))
-            file.flush()
-            os.fsync(file.fileno())
-        _sync_folder(temporary)
+            config = lora.adapter_config(LoRAConfig(**meta["lora"]), meta["base"]["path"])
+            write_text(temporary / lora.CONFIG, json.dumps(config, indent=2))
+        files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
+        content = {"format": FORMAT, "step": step, **meta, "files": files}
+        write_text(temporary / META, _sign(content))
+        sync_folder(temporary)
         if folder.exists():  # the same step again
-            _delete(folder)
+            os.rename(folder, _hidden(folder, "old"))
         os.rename(temporary, folder)
-        _point_latest_at(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if keep_last:
-        for old in list_checkpoints(run)[:-keep_last]:
-            if not keep_every or _step_of(old) % keep_every:
-                _delete(old)
+        _tidy(folder.parent)
+    _point_latest_at(folder)
+    for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
+        if path != folder:
+            os.rename(path, _hidden(path, "tmp"))  # so that a half deleted one is never seen
+    _tidy(folder.parent)
     return folder
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
-    return sorted(p.parent for p in Path(run).glob(f"checkpoints/step_*/{META}"))
+    folder = Path(run) / "checkpoints"
+    # A crash while a step was replaced may have left only the one before.
+    found = _named(folder, r"\.(step_([0-9]+))\.old") | _named(folder, r"(step_([0-9]+))")
+    return [found[key] for key in sorted(found) if (found[key] / META).exists()]
 
 
-def newest_good(run: str | Path, say: Callable[[str], None] = print) -> Checkpoint | None:
+def newest_good(
+    run: str | Path, say: Callable[[str], None] = print, run_id: str | None = None
+) -> Checkpoint | None:
     """The newest checkpoint of a run whose every byte is as it was written; None without any.
 
-    say is told of each damaged one. Raises ValueError where there are only damaged ones.
+    say is told of each one passed over: damaged, or, where run_id is given, of another run. Raises
+    ValueError where there are only such.
     """
     found = list_checkpoints(run)
     for path in reversed(found):
         try:
             checkpoint = read_checkpoint(path)
-            verify(checkpoint)
-            return checkpoint
+            if run_id is None or checkpoint.run_id in (None, run_id):
+                verify(checkpoint)
+                return checkpoint
+            say(f"{path} is of another run, {checkpoint.run_id}: trying the one before it")
         except (ValueError, OSError) as error:
             say(f"a checkpoint is damaged, trying the one before it: {error}")
     if found:
-        raise ValueError(f"{run}: all {len(found)} checkpoints are damaged")
+        other = "" if run_id is None else " or of another run"
+        raise ValueError(f"{run}: all {len(found)} checkpoints are damaged{other}")
     return None
 
 
-def verify(checkpoint: Checkpoint) -> None:
+def verify(checkpoint: Checkpoint, names: tuple[str, ...] = FILES) -> None:
     """Raises ValueError where a file's content is not what was written, OSError if unreadable."""
-    for name, file in checkpoint.files.items():
-        if _hash(checkpoint.path / name) != file["xxh3_128"]:
+    for name in checkpoint.files.keys() & set(names):
+        if _hash(checkpoint.path / name) != checkpoint.files[name].get("xxh3_128"):
             raise ValueError(
                 f"{checkpoint.path / name}: its content changed since it was written; use another "
                 "checkpoint"
@@ -219,12 +201,13 @@ def set_aside(run: str | Path, after_step: int) -> list[Path]:
 
     They are damaged, or belong to a continuation that was left. Returns their new paths.
     """
-    moved = []
-    for path in list_checkpoints(run):
-        if _step_of(path) > after_step:
-            target, n = path.with_name(f"aside_{path.name}"), 1
+    folder, moved = Path(run) / "checkpoints", []
+    _tidy(folder)
+    for (step, name), path in _named(folder, r"(step_([0-9]+))").items():
+        if step > after_step:
+            target, n = folder / f"aside_{name}", 1
             while target.exists():
-                target, n = path.with_name(f"aside_{path.name}.{n}"), n + 1
+                target, n = folder / f"aside_{name}.{n}", n + 1
             moved.append(path.rename(target))
     good = list_checkpoints(run)
     if moved and good:
@@ -237,75 +220,133 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises OSError where there is none, ValueError where it is damaged or of a newer format.
     """
-    path = Path(path)
-    if not (path / META).exists():
-        found = list_checkpoints(path)
+    return _read_newest(Path(path), lambda checkpoint: checkpoint)
+
+
+def _read_newest(path: Path, use: Callable):
+    """use(checkpoint) for a checkpoint, or for the newest one of a run, which may go meanwhile."""
+    while True:
+        found = [path] if (path / META).exists() else list_checkpoints(path)
         if not found:
             raise OSError(errno.ENOENT, "no checkpoint and no run with checkpoints here", str(path))
-        path = found[-1]
+        try:
+            return use(_read(found[-1]))
+        except (OSError, ValueError):
+            if (found[-1] / META).exists():
+                raise  # else keep_last has just deleted it
+
+
+def _read(folder: Path) -> Checkpoint:
+    path = folder / META
+    meta = read_json(path)
+    number = meta.get("format")
+    if type(number) is int and number > FORMAT:
+        raise ValueError(
+            f"{path}: checkpoint format {number}, this version reads up to {FORMAT}: update "
+            "gpt2-triton"
+        )
     try:
-        text = (path / META).read_text()
-        meta = json.loads(text)
-        number = meta["format"]
-        if isinstance(number, int) and number > FORMAT:
-            raise ValueError(
-                f"{path}: checkpoint format {number}, this version reads up to {FORMAT}: "
-                "update gpt2-triton"
-            )
-        del meta["xxh3_128"]
-        if _sign(meta) != text:
-            raise ValueError(
-                f"{path / META}: its content changed since it was written: damaged; "
-                "use another checkpoint"
-            )
-        model = GPTConfig(**coerce(GPTConfig, meta["model"], f"{path / META}: model"))
-        adapters = None
-        if "lora" in meta:
-            adapters = LoRAConfig(**coerce(LoRAConfig, meta["lora"], f"{path / META}: lora"))
-        for name, file in meta["files"].items():
-            size = (path / name).stat().st_size if (path / name).exists() else -1
-            if size != file["bytes"]:
-                found = "is missing" if size < 0 else f"has {size} bytes"
-                raise ValueError(
-                    f"{path / name}: {found}, should have {file['bytes']}: damaged; use another "
-                    "checkpoint"
-                )
-        return Checkpoint(
-            path, meta["step"], model, meta["tokenizer"], meta["train"], meta["state"],
-            meta["files"], meta.get("chat_template"), adapters, meta.get("base"),
-        )  # fmt: skip
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path / META}: damaged ({error!r}); use another checkpoint") from error
+        unchanged = _sign(meta) == path.read_text(encoding="utf-8")
+    except RecursionError:
+        unchanged = False
+    if not unchanged:
+        raise ValueError(f"{path}: its content changed since it was written: {DAMAGED}")
+    needed = {"step": int, "tokenizer": dict, "train": dict, "state": dict, "files": dict}
+    optional = {"chat_template": str, "run_id": str, "identity": dict, "lora": dict, "base": dict}
+    for key, kind in (needed | optional).items():
+        value = meta.get(key)
+        if type(value) is not kind and (value is not None or key in needed):
+            raise ValueError(f"{path}: {key} must be {kind.__name__}, is {value!r:.40}: {DAMAGED}")
+    model = make(GPTConfig, meta.get("model"), f"{path}: model")
+    adapters, base = meta.get("lora"), meta.get("base")
+    if adapters is not None:
+        adapters = make(LoRAConfig, adapters, f"{path}: lora")
+        if not base or not all(type(base.get(key)) is str for key in ("path", "xxh3_128")):
+            raise ValueError(f"{path}: base must name the model of the adapters: {DAMAGED}")
+    files, weights = meta["files"], MODEL if adapters is None else lora.TENSORS
+    if meta["step"] < 0 or weights not in files or not files.keys() <= set(FILES):
+        raise ValueError(f"{path}: step {meta['step']}, files {list(files)[:5]}: {DAMAGED}")
+    for name, file in files.items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if not isinstance(file, dict) or found is None or found != file.get("bytes"):
+            words = "is missing" if found is None else f"has {found} bytes, checkpoint.json differs"
+            raise ValueError(f"{folder / name}: {words}: {DAMAGED}")
+    return Checkpoint(
+        folder, meta["step"], model, meta["tokenizer"], meta["train"], meta["state"], files,
+        meta.get("chat_template"), adapters, base, meta.get("run_id"), meta.get("identity"),
+    )  # fmt: skip
 
 
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
 
     A checkpoint or a folder of peft that holds adapters gives its base model with them merged in.
+    Its n_tokens are the ids of the tokenizer, where that has fewer than the vocabulary has rows.
     Raises OSError (nothing there), ValueError (damaged, not a GPT-2, or adapters whose base has
     other weights), ImportError (a name without huggingface_hub).
     """
-    path = Path(path_or_name)
-    if _is_hf_folder(path):
-        return hf.load_hf(path, device, kernels)
-    if _is_ours(path):
-        checkpoint = read_checkpoint(path)
-        if checkpoint.lora is not None:
-            return lora.merge(_load_with_adapters(checkpoint, device, kernels))
+    return _load(path_or_name, device, kernels, above=())
+
+
+def _load(path_or_name: str | Path, device, kernels, above: tuple[Path, ...]) -> GPT:
+    """above: the adapters that this model is a base of."""
+    folder = find(path_or_name)
+    if folder.resolve() in above:
+        raise ValueError(f"{folder}: adapters that name themselves as their base model")
+    above = (*above, folder.resolve())
+    if is_ours(folder):
+        return _read_newest(folder, lambda found: _load_ours(found, device, kernels, above))
+    if is_hf(folder):
+        return hf.load_hf(folder, device, kernels)
+    base = find_base(lora.base_name(folder), folder)
+    return lora.merge(lora.load_adapters(_load(base, device, kernels, above), folder))
+
+
+def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...]) -> GPT:
+    where, n_tokens = checkpoint.path, _make_tokenizer(checkpoint).vocab_size
+    if checkpoint.lora is None:
+        verify(checkpoint, (MODEL,))
+        wanted = parameter_shapes(checkpoint.model)
+        check_shapes(read_shapes(where / MODEL), wanted, where / MODEL)
         model = GPT(checkpoint.model, kernels, device)
+        restore(where, model)
+    else:
+        base = find_base(checkpoint.base["path"], where)
+        model = _load(base, device, kernels, above)
+        _check_same_model(checkpoint, model)
+        wanted = lora.adapter_shapes(model, checkpoint.lora)
+        check_shapes(read_shapes(where / lora.TENSORS), wanted, where / lora.TENSORS)
+        lora.add_lora(model, checkpoint.lora, describe_base(base, model))
         load_training_state(checkpoint, model)
-        return model
-    if (path / lora.CONFIG).exists():
-        base = _find_base(lora.base_name(path), path)
-        return lora.merge(lora.load_adapters(load_model(base, device, kernels), path))
-    if str(path_or_name) in hf.HUB_NAMES or not path.exists() and _may_be_hub_name(path_or_name):
-        return hf.load_hf(hf.download(str(path_or_name)), device, kernels)
-    raise OSError(
-        errno.ENOENT,
-        "no checkpoint, run or Hugging Face folder, and no name of the hub "
-        f"({', '.join(hf.HUB_NAMES)}, or owner/name)",
-        str(path_or_name),
-    )
+        lora.merge(model)
+    model.n_tokens = min(n_tokens, model.config.vocab_size)
+    return model
+
+
+def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
+    """The tokenizer that a model was trained with. Raises as load_model, and ValueError where a
+    Hugging Face folder has another one than GPT-2's."""
+    if str(path_or_name) in hf.HUB_NAMES and not is_model(Path(path_or_name)):
+        return tokenizer.GPT2Tokenizer()  # without a download
+    folder = find(path_or_name)
+    if is_ours(folder):
+        return _make_tokenizer(read_checkpoint(folder))
+    if is_hf(folder):
+        return hf.read_tokenizer(folder)
+    return load_tokenizer(find_base(lora.base_name(folder), folder))
+
+
+def load_chat_template(path_or_name: str | Path) -> str | None:
+    """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not.
+
+    Raises ValueError for a Hugging Face folder with one of its own.
+    """
+    folder = Path(path_or_name)
+    if is_ours(folder):
+        return read_checkpoint(folder).chat_template
+    if is_hf(folder):
+        hf.check_chat_template(folder)
+    return None
 
 
 def describe_base(name: str | Path, model: GPT) -> dict:
@@ -314,7 +355,7 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     model: what load_model(name) gave, before it gets adapters. Where that came from adapters too,
     the hash is of hashes, since how the sums of merging are rounded differs between devices.
     """
-    if not _is_ours(Path(name)):
+    if not is_ours(Path(name)):
         return {"path": str(name), "xxh3_128": lora.weights_hash(model)}
     found = read_checkpoint(name)
     if found.base is None:
@@ -325,45 +366,6 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
 
 
-def _load_with_adapters(checkpoint: Checkpoint, device, kernels) -> GPT:
-    base = _find_base(checkpoint.base["path"], checkpoint.path)
-    model = load_model(base, device, kernels)
-    lora.add_lora(model, checkpoint.lora, describe_base(base, model))
-    load_training_state(checkpoint, model)
-    return model
-
-
-def _find_base(name: str, adapters: Path) -> str | Path:
-    """A base model by its name in a checkpoint: a path from here, or from above the checkpoint, as
-    when a folder with runs has moved; else a name of the hub. Raises OSError."""
-    for folder in (Path(), *adapters.resolve().parents):
-        if _is_ours(folder / name) or _is_hf_folder(folder / name):
-            return folder / name
-    if name in hf.HUB_NAMES or _may_be_hub_name(name) and not name.startswith((".", "/")):
-        return name
-    raise OSError(
-        errno.ENOENT,
-        f"holds adapters for {name}, which is neither here nor in a folder above them: put the "
-        "base model back there",
-        str(adapters),
-    )
-
-
-def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer that a model was trained with; of Hugging Face models, GPT-2's."""
-    path = Path(path_or_name)
-    if _is_ours(path):
-        return tokenizer.from_dict(read_checkpoint(path).tokenizer)
-    return tokenizer.GPT2Tokenizer()
-
-
-def load_chat_template(path_or_name: str | Path) -> str | None:
-    """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not."""
-    path = Path(path_or_name)
-    return read_checkpoint(path).chat_template if _is_ours(path) else None
-
-
-@torch.no_grad()
 def load_training_state(
     checkpoint: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
@@ -373,48 +375,21 @@ def load_training_state(
     Raises ValueError for a model of another shape, damaged files, or a checkpoint without optimizer
     state.
     """
-    if checkpoint.model != model.config:
-        ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(checkpoint.model)
-        differ = [f"{k} {theirs[k]} (here {ours[k]})" for k in ours if ours[k] != theirs[k]]
-        # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
-        if [d for d in differ if not d.startswith("dropout")]:
-            raise ValueError(f"{checkpoint.path}: holds another model: {', '.join(differ)}")
+    _check_same_model(checkpoint, model)
     if optimizer is not None and OPTIMIZER not in checkpoint.files:
         raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
     _check_adapters(checkpoint, model)
     verify(checkpoint)
-    weights, prefix, saved = _weights_file(model), _prefix(model), _saved_parameters(model)
-    files = (weights,) if optimizer is None else (weights, OPTIMIZER)
-    stored = {name: _read_tensors(checkpoint.path / name) for name in files}
-    for name, parameter in saved.items():
-        parameter.copy_(_placed(stored[weights][prefix + name], parameter))
-    if optimizer is None:
-        return
-    own = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in saved.items():
-        if parameter not in own:
-            continue
-        state = optimizer.state[parameter]
-        for key in MOMENTS:
-            value = _placed(stored[OPTIMIZER][f"{name}/{key}"], parameter)
-            state[key] = torch.zeros_like(parameter).copy_(value)
-        # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
-        state[STEP] = stored[OPTIMIZER][f"{name}/{STEP}"].to(parameter.device, copy=True)
+    restore(checkpoint.path, model, optimizer)
 
 
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """value with the padding of a parameter; of one that ranks share out, this rank's part."""
-    whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-    whole[: len(value)] = value
-    if not _is_shared_out(like):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _is_shared_out(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
+def _check_same_model(checkpoint: Checkpoint, model: GPT) -> None:
+    ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(checkpoint.model)
+    # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
+    differ = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
+    if differ:
+        words = ", ".join(f"{k} {theirs[k]} (here {ours[k]})" for k in differ)
+        raise ValueError(f"{checkpoint.path}: holds another model: {words}")
 
 
 def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
@@ -428,97 +403,34 @@ def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
         )
     if here is None:
         return
-    shape = [(c.rank, c.alpha, c.layers) for c in (there, here)]
-    if shape[0] != shape[1]:
+    if (here.rank, here.alpha, here.layers) != (there.rank, there.alpha, there.layers):
         raise ValueError(f"{checkpoint.path}: holds other adapters: {there} (here {here})")
-    if model.lora_base["xxh3_128"] != checkpoint.base["xxh3_128"]:
+    ours, theirs = model.lora_base, checkpoint.base
+    if ours["xxh3_128"] != theirs["xxh3_128"]:
         raise ValueError(
-            f"{checkpoint.path}: adapters for another model: they were trained on "
-            f"{checkpoint.base['path']} with weights of hash {checkpoint.base['xxh3_128']}, but "
-            f"{model.lora_base['path']} has {model.lora_base['xxh3_128']}"
+            f"{checkpoint.path}: adapters for another model: they were trained on {theirs['path']} "
+            f"with weights of hash {theirs['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
         )
 
 
-def _weights_file(model: GPT) -> str:
-    return MODEL if lora.lora_config(model) is None else lora.TENSORS
-
-
-def _prefix(model: GPT) -> str:
-    return "" if lora.lora_config(model) is None else lora.PREFIX
-
-
-def _saved_parameters(model: GPT) -> dict[str, torch.nn.Parameter]:
-    """Those that a checkpoint holds: of a model with adapters only these."""
-    if lora.lora_config(model) is not None:
-        return lora.adapter_parameters(model)
-    return dict(model.named_parameters())
-
-
-def _model_tensors(model: GPT):
-    for name, parameter in _saved_parameters(model).items():
-        yield _prefix(model) + name, _whole(name, parameter.detach(), model.config)
-
-
-def _optimizer_tensors(model: GPT, optimizer: torch.optim.Optimizer):
-    # An optimizer whose state lies on other ranks as well has a way to get it.
-    moments = getattr(optimizer, "moments", optimizer.state.__getitem__)
-    for name, parameter in _saved_parameters(model).items():
-        for key, value in moments(parameter).items():
-            yield f"{name}/{key}", _whole(name, value, model.config)
-
-
-def _whole(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    if _is_shared_out(tensor):
-        tensor = tensor.full_tensor()
-    return _without_padding(name, tensor, config)
-
-
-def _without_padding(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:
-    if name == "transformer.wte.weight" and tensor.dim() == 2:
-        tensor = tensor[: config.vocab_size]
-    return tensor
-
-
-def host_memory(like: Tensor) -> Tensor:
-    """Memory for a copy of a tensor, page-locked where that tensor is on a GPU."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+def _make_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
+    try:
+        return tokenizer.from_dict(checkpoint.tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path / META}: {error}") from error
 
 
 def _sign(meta: dict) -> str:
     """meta as JSON with its own hash, so that a change of any of its bytes is noticed."""
     import xxhash
 
+    meta = {key: value for key, value in meta.items() if key != "xxh3_128"}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
     return json.dumps({**meta, "xxh3_128": digest}, indent=2)
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def _describe_file(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
-
-
-def _write_adapter_config(folder: Path, config: LoRAConfig, base: dict) -> dict:
-    path = folder / lora.CONFIG
-    with open(path, "w") as file:
-        json.dump(lora.adapter_config(config, base["path"]), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(path)
 
 
 def _hash(path: Path) -> str:
@@ -529,14 +441,6 @@ def _hash(path: Path) -> str:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _point_latest_at(folder: Path) -> None:
@@ -550,29 +454,25 @@ def _point_latest_at(folder: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _delete(folder: Path) -> None:
-    """Out of sight first, so that a half deleted checkpoint is never seen."""
-    hidden = folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.old.tmp")
-    if hidden != folder:
-        os.rename(folder, hidden)
-    if hidden.is_dir() and not hidden.is_symlink():
-        shutil.rmtree(hidden, ignore_errors=True)
-    else:
-        hidden.unlink(missing_ok=True)
+def _hidden(folder: Path, end: str) -> Path:
+    return folder.with_name(f".{folder.name}.{end}")
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+def _named(folder: Path, pattern: str) -> dict[tuple[int, str], Path]:
+    """What has such a name in a folder, by (step, step_<digits>)."""
+    if not folder.is_dir():
+        return {}
+    found = [(re.fullmatch(pattern, path.name), path) for path in folder.iterdir()]
+    return {(int(match[2]), match[1]): path for match, path in found if match}
 
 
-def _is_hf_folder(path: Path) -> bool:
-    return (path / "config.json").exists() and not (path / META).exists()
-
-
-def _is_ours(path: Path) -> bool:
-    return (path / META).exists() or (path / "checkpoints").is_dir()
-
-
-def _may_be_hub_name(name: str | Path) -> bool:
-    owner_and_name = str(name).split("/")
-    return len(owner_and_name) == 2 and all(owner_and_name)
+def _tidy(folder: Path) -> None:
+    """Removes what a crash left of writing or deleting; the one that was being replaced returns."""
+    for end in ("old", "tmp"):
+        for (_, name), path in _named(folder, rf"\.(step_([0-9]+))\.{end}").items():
+            if end == "old" and not (folder / name).exists():
+                os.rename(path, folder / name)
+            elif path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)

@@ -54,8 +54,8 @@ def generate(
     """Continues each prompt with up to max_new_tokens tokens.
 
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
-    options: num_samples, stop_tokens, stop, window, vocab_size, seed and stream, as of complete,
-    which gives log probabilities besides.
+    options: num_samples, stop_tokens, stop, window, seed and stream, as of complete, which gives
+    log probabilities besides.
     Returns the new tokens of each row, without the prompt and without the stop token.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
@@ -71,8 +71,8 @@ def complete(
     sampling: Sampling = Sampling(),  # noqa: B008, frozen
     num_samples: int = 1, stop_tokens: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None, window: bool = False,
-    vocab_size: int | None = None, seed: int | Sequence[int] | None = None,
-    stream: Callable[[int, int], None] | None = None, log_probabilities: bool = False,
+    seed: int | Sequence[int] | None = None, stream: Callable[[int, int], None] | None = None,
+    log_probabilities: bool = False,
 ) -> list[Completion]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens, num_samples times.
 
@@ -82,17 +82,17 @@ def complete(
     stop: called with (row, the row's tokens so far) after every token; True ends the row, which
     keeps the token. For stop strings see gpt2.text.RowTexts.
     window: where a row's context is full, go on from its later half instead of refusing beforehand.
-    vocab_size: only ids below it are drawn, where the model knows more than its tokenizer does.
     seed: makes the result repeatable. A list has the seed of each row; one number is the seed of
     the first row, the others have those that follow it; None takes them from torch's global
     generator.
     stream: called with (row, token) for every token of the result as soon as it is known, before
     stop.
+    Only ids that the tokenizer has (model.n_tokens) are drawn.
     Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
     options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
     block_size, and where the model's logits are not finite numbers.
     """
-    _check(model, prompts, max_new_tokens, num_samples, window, vocab_size)
+    _check(model, prompts, max_new_tokens, num_samples, window)
     rows = [
         _Row(number, prompt, Completion(log_probabilities=[] if log_probabilities else None))
         for number, prompt in enumerate(p for p in prompts for _ in range(num_samples))
@@ -100,7 +100,7 @@ def complete(
     block_size, device = model.config.block_size, model.lm_head.weight.device
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
-    picker = _Picker(model, rows, sampling, vocab_size, _row_seeds(seed, len(rows)), max_new_tokens)
+    picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
     with _evaluating(model) as dtype:
         decoder = _Decoder(model, capacity, dtype, pace(device))
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
@@ -261,19 +261,16 @@ class _Picker:
     """Chooses the tokens of a batch: one uniform random number a row and step, drawn beforehand."""
 
     def __init__(
-        self, model: GPT, rows: list[_Row], sampling: Sampling, vocab_size: int | None,
-        seeds: list[int], n_steps: int,
-    ):  # fmt: skip
+        self, model: GPT, rows: list[_Row], sampling: Sampling, seeds: list[int], n_steps: int
+    ):
         device = model.lm_head.weight.device
-        self.sampling, self.vocab_size = sampling, vocab_size
+        self.sampling, self.n_tokens = sampling, model.n_tokens
         self.seen = self.uniform = None
         self.is_finite = torch.ones((), dtype=torch.bool, device=device)
         if sampling.repetition_penalty != 1.0:
-            n = model.config.vocab_size
-            seen = torch.zeros(len(rows), n, dtype=torch.bool, device=device)
+            self.seen = torch.zeros(len(rows), self.n_tokens, dtype=torch.bool, device=device)
             for row in rows:
-                seen[row.number, row.prompt] = True
-            self.seen = seen[:, :vocab_size]
+                self.seen[row.number, row.prompt] = True
         if not sampling.greedy:
             drawn = [
                 torch.rand(n_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
@@ -284,7 +281,7 @@ class _Picker:
     def pick(self, logits: Tensor, step: int) -> Tensor:
         """(B,) int64 from logits (B, V) float32."""
         self.is_finite &= logits.isfinite().all()
-        logits = filter_logits(logits[:, : self.vocab_size], self.seen, self.sampling)
+        logits = filter_logits(logits[:, : self.n_tokens], self.seen, self.sampling)
         if self.uniform is None:
             token = logits.argmax(-1)
         else:
@@ -404,22 +401,19 @@ def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Ten
     return idx, padding, torch.minimum(position, padding)
 
 
-def _check(
-    model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool, vocab_size: int | None
-) -> None:
+def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool) -> None:
     config = model.config
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
-    numbers = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, vocab_size=vocab_size)
-    for name, value in numbers.items():
-        if value is not None and value < 1:
+    for name, value in dict(max_new_tokens=max_new_tokens, num_samples=num_samples).items():
+        if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     for row, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not 0 <= t < config.vocab_size]
+        bad = [t for t in prompt if not 0 <= t < model.n_tokens]
         if bad:
             raise ValueError(
                 f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary of "
-                f"{config.vocab_size}"
+                f"{model.n_tokens}"
             )
     longest, room = max(map(len, prompts)), config.block_size - max(map(len, prompts))
     if room < 1:

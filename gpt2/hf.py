@@ -1,7 +1,9 @@
-"""Hugging Face GPT-2 folders in and out: config.json and model.safetensors.
+"""Hugging Face GPT-2 folders in and out: config.json, safetensors weights and GPT-2's vocabulary.
 
 Our module names are theirs. Two things differ: their Conv1D stores the weight of a linear layer
-transposed, (in, out), and our embedding table is padded. So one rule converts both ways.
+transposed, (in, out), and our embedding table is padded. So one rule converts both ways. What a
+folder holds is compared with what its config.json promises before any memory is taken, and what
+would not be computed exactly (another activation, a head or a tokenizer of its own) is refused.
 """
 
 import json
@@ -9,11 +11,20 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gpt2.config import GPTConfig
-from gpt2.model import GPT
-from gpt2.tokenizer import END_OF_TEXT, Tokenizer
+from gpt2.model import GPT, parameter_shapes
+from gpt2.storage import (
+    Found,
+    check_shapes,
+    make,
+    read_json,
+    read_shapes,
+    read_tensors,
+    size,
+    write_tensors,
+)
+from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
 
 HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -28,6 +39,14 @@ FIXED = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
+HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
+# The first four are compared with GPT-2's own; the others are of other kinds of tokenizers.
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "vocab.txt", "tokenizer.model", "spiece.model",
+)  # fmt: skip
+GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
+CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 
 
 def is_transposed(name: str) -> bool:
@@ -48,7 +67,7 @@ def download(name: str) -> Path:
         ) from error
     repo = HUB_NAMES.get(name, name)
     try:
-        files = ["config.json", "model.safetensors", "model*.safetensors*"]
+        files = ["*.json", "model*.safetensors", "chat_template.jinja", *TOKENIZER_FILES]
         return Path(snapshot_download(repo, allow_patterns=files))
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().split("\n")[0]
@@ -58,59 +77,93 @@ def download(name: str) -> Path:
         ) from error
 
 
+@torch.no_grad()
 def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
     """The model in a local Hugging Face GPT-2 folder, in float32.
 
-    Raises OSError (missing files) and ValueError (not a GPT-2, or one with options that are not
-    supported).
+    Raises OSError (missing files) and ValueError (damaged, not a GPT-2, or one with options that
+    are not supported).
     """
     folder = Path(folder)
-    model = GPT(read_hf_config(folder), kernels, device)
-    tensors = {_our_name(k): v for k, v in _read_tensors(folder).items() if not _is_buffer(k)}
-    tensors.pop("lm_head.weight", None)  # tied to wte
-    wanted = dict(model.named_parameters())
-    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    missing = {name for name in missing if not (name.endswith("bias") and not model.config.bias)}
-    if missing or unknown:
-        raise ValueError(
-            f"{folder}: not the weights of a GPT-2 language model: "
-            f"missing {sorted(missing)[:3] or 'none'}, unknown {sorted(unknown)[:3] or 'none'}"
-        )
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            value = tensors[name].t() if is_transposed(name) else tensors[name]
-            rows = model.config.vocab_size if name == "transformer.wte.weight" else len(parameter)
-            if value.shape != parameter[:rows].shape:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(value.shape)}, its config.json says "
-                    f"{tuple(parameter[:rows].shape)}"
-                )
-            parameter[:rows] = value
+    config = read_hf_config(folder)
+    files, found = _weights(folder)
+    wanted = {n: s[::-1] if is_transposed(n) else s for n, s in parameter_shapes(config).items()}
+    if HEAD in found:
+        wanted[HEAD] = wanted[TABLE]
+    check_shapes(found, wanted, folder)
+    model, head = GPT(config, kernels, device), None
+    try:
+        model.n_tokens = min(read_tokenizer(folder).vocab_size, config.vocab_size)
+    except ValueError:
+        pass  # it is used without text: each row is a token
+    parameters = dict(model.named_parameters())
+    for path in files:
+        tensors = {_our_name(k): v for k, v in read_tensors(path).items() if not _is_buffer(k)}
+        head = tensors.pop(HEAD, head)
+        for name, value in tensors.items():
+            value = value.t() if is_transposed(name) else value
+            parameters[name][: len(value)] = value
+    if head is not None:
+        table = parameters[TABLE][: config.vocab_size].cpu()
+        if not torch.equal(head.float(), table):
+            raise ValueError(
+                f"{folder}: {HEAD} is a head of its own, which differs from {TABLE}; GPT-2 here "
+                "has the embedding as its head"
+            )
     return model
 
 
 def read_hf_config(folder: Path) -> GPTConfig:
     """The shape in config.json. Raises ValueError for what we would not compute exactly."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise OSError(2, "a Hugging Face folder needs config.json", str(path)) from error
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    path = folder / CONFIG
+    config = read_json(path)
     for key, allowed in FIXED.items():
         value = config.get(key, allowed[0])
         if value not in allowed:
-            raise ValueError(f"{path}: {key} is {value!r}; GPT-2 here needs {allowed[0]!r}")
-    try:
-        shape = {k: config[k] for k in ("n_layer", "n_head", "n_embd", "vocab_size")}
-        shape["block_size"] = config.get("n_positions", config.get("n_ctx", 1024))
-    except KeyError as error:
-        raise ValueError(f"{path}: has no {error.args[0]!r}") from error
-    n_inner = config.get("n_inner")
-    if n_inner not in (None, 4 * shape["n_embd"]):
-        raise ValueError(f"{path}: n_inner is {n_inner}; GPT-2 here needs 4 * n_embd")
-    return GPTConfig(**shape)
+            raise ValueError(f"{path}: {key} is {value!r:.40}; GPT-2 here needs {allowed[0]!r}")
+    context = "n_ctx" if "n_positions" not in config and "n_ctx" in config else "n_positions"
+    config.setdefault(context, 1024)
+    shape = {
+        key: size(config.get(key), key, path)
+        for key in ("n_layer", "n_head", "n_embd", "vocab_size", context)
+    }
+    shape["block_size"] = shape.pop(context)
+    if config.get("n_inner") not in (None, 4 * shape["n_embd"]):
+        raise ValueError(f"{path}: n_inner is {config['n_inner']!r:.40}, not 4 * n_embd as here")
+    return make(GPTConfig, shape, path)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a folder, GPT-2's. Raises ValueError where it has another."""
+    config, eot = read_json(folder / CONFIG), GPT2Tokenizer.eot
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not files and config.get("vocab_size") not in GPT2_ROWS:
+        raise ValueError(
+            f"{folder}: has no tokenizer files, and its vocabulary of "
+            f"{config.get('vocab_size')!r:.40} is not GPT-2's of {GPT2Tokenizer.vocab_size}"
+        )
+    settings = read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
+    pad = settings.get("pad_token")
+    special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
+    for path in files:
+        if not _is_gpt2s(path, special):
+            raise ValueError(f"{path}: a tokenizer of its own; only GPT-2's is supported")
+    if (found := config.get("eos_token_id", eot)) not in (None, eot):
+        raise ValueError(f"{folder / CONFIG}: eos_token_id is {found!r:.40}, GPT-2's is {eot}")
+    return GPT2Tokenizer()
+
+
+def check_chat_template(folder: Path) -> None:
+    """Raises ValueError where a folder has a chat template, which is a program in Jinja."""
+    path = folder / SETTINGS
+    if (folder / "chat_template.jinja").exists():
+        path = folder / "chat_template.jinja"
+    elif not path.exists() or not read_json(path).get("chat_template"):
+        return
+    raise ValueError(
+        f"{path}: a chat template of its own is not supported: take it out to use the model "
+        "without, or with one of the templates here"
+    )
 
 
 @torch.no_grad()
@@ -121,8 +174,6 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
     zero. Raises OSError where the folder exists or cannot be written, ValueError for a model with
     adapters that are not merged.
     """
-    from safetensors.torch import save_file
-
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
     folder, c = Path(folder), model.config
@@ -134,7 +185,7 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
         tensors[name] = (value.t() if is_transposed(name) else value).contiguous()
         if not c.bias and name.endswith(".weight") and _has_bias_in_hf(name):
             tensors[name.replace(".weight", ".bias")] = torch.zeros(value.shape[0])
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     eot = tokenizer.eot if tokenizer is not None else None
     config = {
         "architectures": ["GPT2LMHeadModel"],
@@ -144,7 +195,7 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
         "bos_token_id": eot, "eos_token_id": eot, "dtype": "float32",
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None and tokenizer.name == "gpt2":
         assets = resources.files("gpt2") / "assets"
         (folder / "vocab.json").write_bytes((assets / "encoder.json").read_bytes())
@@ -153,7 +204,7 @@ def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None
         settings = {
             "tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size, **special
         }  # fmt: skip
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _has_bias_in_hf(name: str) -> bool:
@@ -170,22 +221,62 @@ def _is_buffer(name: str) -> bool:
     return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    index = folder / "model.safetensors.index.json"
+def _weights(folder: Path) -> tuple[list[Path], Found]:
+    """The files with a folder's weights, and what they hold, under our names."""
+    single, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    files, weight_map = [single], None
     if index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
-    tensors = {}
-    for file in files:
-        path = folder / file
-        if not path.exists():
-            raise OSError(2, "a Hugging Face folder needs its safetensors weights", str(path))
-        try:
-            tensors |= load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or cut short ({error})") from error
-    return tensors
+        weight_map = read_json(index).get("weight_map")
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise ValueError(f"{index}: weight_map must name files of this folder")
+        if single.exists() and set(names) != {single.name}:
+            raise ValueError(f"{index}: names other files than {single}: which holds the model?")
+        files = [folder / name for name in sorted(set(names))]
+    elif not single.exists() and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        raise ValueError(
+            f"{pickles[0]}: a pickle, which is not read since it may run code; save the model with "
+            "transformers' save_pretrained, which writes model.safetensors"
+        )
+    held, found = {}, {}
+    for path in files:
+        for name, kind in read_shapes(path).items():
+            if _our_name(name) in found:
+                raise ValueError(f"{path}: {name} is there twice")
+            held[name] = path.name
+            if not _is_buffer(name):
+                found[_our_name(name)] = kind
+    if weight_map not in (None, held):
+        odd = [n for n in {**weight_map, **held} if weight_map.get(n) != held.get(n)]
+        raise ValueError(f"{index}: not the index of these files, see {odd[0]}")
+    return files, found
+
+
+def _is_gpt2s(path: Path, special: set[str]) -> bool:
+    """Whether a file of a tokenizer says the same as GPT-2's; special: tokens it may add."""
+    assets = resources.files("gpt2") / "assets"
+    merges = _merges((assets / "vocab.bpe").read_text(encoding="utf-8"))
+    vocab = json.loads((assets / "encoder.json").read_text(encoding="utf-8"))
+    if path.name == "merges.txt":
+        return _merges(path.read_text(encoding="utf-8", errors="replace")) == merges
+    if path.suffix != ".json":
+        return False
+    match path.name, read_json(path):
+        case "vocab.json", content:
+            return content == vocab
+        case "added_tokens.json", content:
+            return content.keys() <= special
+        case _, {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+            "model": {"vocab": found, "merges": pairs},
+            "added_tokens": list(added),
+        }:
+            pairs_too = [merge.split() for merge in merges]  # newer files have lists
+            names = {str(token.get("content")) for token in added if isinstance(token, dict)}
+            return found == vocab and pairs in (merges, pairs_too) and names <= special
+    return False
+
+
+def _merges(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line and not line.startswith("#version")]

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt2.config import LORA_LAYERS, LoRAConfig
-from gpt2.model import GPT
+from gpt2.model import GPT, Linear
+from gpt2.storage import Found, make, read_checked, read_json, read_shapes, write_tensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
@@ -94,9 +96,7 @@ def add_lora(model: GPT, config: LoRAConfig, base: dict | None = None) -> GPT:
     switch = Switch()
     for block in model.transformer.h:
         for layer in config.layers:
-            parent, name = layer.split(".")
-            parent = getattr(block, parent)
-            setattr(parent, name, LoRALinear(getattr(parent, name), config, switch))
+            block.set_submodule(layer, LoRALinear(block.get_submodule(layer), config, switch))
     model.lora, model.lora_base = config, base
     return model
 
@@ -123,13 +123,11 @@ def adapters_off(model: GPT) -> Iterator[None]:
 def merge(model: GPT) -> GPT:
     """Adds the adapters to the weights, in place; returns the model, with nothing frozen."""
     for name, layer in lora_layers(model).items():
-        plain = nn.Linear(
-            layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta"
-        )
+        with torch.device("meta"):
+            plain = Linear(layer.in_features, layer.out_features, False, model.ops)
         plain.weight, plain.bias = layer.weight, layer.bias
         plain.weight += layer.update()
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, plain.train(layer.training))
+        model.set_submodule(name, plain.train(layer.training))
     model.lora = model.lora_base = None
     return model.requires_grad_(True)
 
@@ -156,11 +154,6 @@ def adapter_parameters(model: GPT) -> dict[str, nn.Parameter]:
     return {n: p for n, p in model.named_parameters() if ".lora_" in n}
 
 
-def adapter_tensors(model: GPT) -> dict[str, Tensor]:
-    """The adapters under peft's names, on the CPU."""
-    return {PREFIX + n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
-
-
 def adapter_config(config: LoRAConfig, base: str | None = None) -> dict:
     """peft's adapter_config.json; base: where its users find the model."""
     return {
@@ -176,103 +169,68 @@ def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> No
 
     Raises ValueError for a model without adapters, OSError where the folder cannot be written.
     """
-    from safetensors.torch import save_file
-
     config, folder = lora_config(model), Path(folder)
     if config is None:
         raise ValueError("the model has no adapters to save")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(adapter_tensors(model), folder / TENSORS, metadata={"format": "pt"})
-    text = json.dumps(adapter_config(config, base), indent=2) + "\n"
-    (folder / CONFIG).write_text(text)
+    tensors = {PREFIX + n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
+    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(adapter_config(config, base), indent=2) + "\n")
 
 
+@torch.no_grad()
 def load_adapters(model: GPT, folder: str | Path) -> GPT:
     """Puts the adapters of a folder, ours or peft's, into a model, in place; returns the model.
 
     Raises OSError where a file is missing, ValueError for adapters of another shape or kind.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     path = Path(folder) / TENSORS
-    if not path.exists():
-        raise OSError(2, "a folder of adapters needs adapter_model.safetensors", str(path))
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error})") from error
-    config = read_adapter_config(folder, tensors)
-    check_adapters(model, config, tensors, str(path))
+    config = read_adapter_config(folder, read_shapes(path))
+    tensors = read_checked(path, adapter_shapes(model, config))
     add_lora(model, config)
-    return copy_adapters(model, tensors)
-
-
-@torch.no_grad()
-def copy_adapters(model: GPT, tensors: dict[str, Tensor]) -> GPT:
-    """Copies tensors under peft's names into the adapters that a model has; returns the model."""
     for name, parameter in adapter_parameters(model).items():
         parameter.copy_(tensors[PREFIX + name])
     return model
 
 
-def read_adapter_config(folder: str | Path, tensors: dict[str, Tensor]) -> LoRAConfig:
+def read_adapter_config(folder: str | Path, found: Found) -> LoRAConfig:
     """The adapters of a folder; which layers have one is read from the names of the tensors.
 
     Raises OSError (no adapter_config.json), ValueError (damaged, or options that are not
     supported).
     """
     path = Path(folder) / CONFIG
-    try:
-        config = json.loads(path.read_text())
-        rank, alpha = config["r"], config["lora_alpha"]
-    except FileNotFoundError as error:
-        raise OSError(2, "a folder of adapters needs adapter_config.json", str(path)) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the config of LoRA adapters ({error!r})") from error
+    config = read_json(path)
     for key, value in config.items():
         allowed = value in ALLOWED[key] if key in ALLOWED else not value
         if not allowed and key not in READ_OR_IRRELEVANT:
-            raise ValueError(f"{path}: {key} is {value!r}, which is not supported here")
-    if config.get("use_rslora"):
-        alpha = alpha * math.sqrt(rank)  # its scale is alpha / sqrt(rank)
-    found = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in tensors)]
-    if not found:
+            raise ValueError(f"{path}: {key} is {value!r:.40}, which is not supported here")
+    layers = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in found)]
+    if not layers:
         raise ValueError(f"{Path(folder) / TENSORS}: holds no adapters of GPT-2's linear layers")
-    return LoRAConfig(rank, alpha, config.get("lora_dropout") or 0.0, tuple(found))
+    rank, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
+    values = {"rank": rank, "alpha": alpha, "dropout": dropout or 0.0, "targets": layers}
+    made = make(LoRAConfig, values, path)
+    if config.get("use_rslora"):  # its scale is alpha / sqrt(rank)
+        made = replace(made, alpha=made.alpha * math.sqrt(made.rank))
+    return made
 
 
 def base_name(folder: str | Path) -> str:
     """What an adapter_config.json names as its base model. Raises ValueError where it does not."""
     path = Path(folder) / CONFIG
-    try:
-        name = json.loads(path.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        name = None
+    name = read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path}: does not name its base model, base_model_name_or_path")
     return name
 
 
-def check_adapters(model: GPT, config: LoRAConfig, tensors: dict[str, Tensor], where: str) -> None:
-    """Raises ValueError where tensors are not exactly those of config's adapters on this model."""
-    wanted = {}
+def adapter_shapes(model: GPT, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of config's adapters on a model, under peft's names, and their shapes."""
+    shapes = {}
     for i, block in enumerate(model.transformer.h):
         for layer in config.layers:
-            linear = block.get_submodule(layer)
-            name = f"{PREFIX}transformer.h.{i}.{layer}"
-            wanted[f"{name}.lora_A.weight"] = (config.rank, linear.in_features)
-            wanted[f"{name}.lora_B.weight"] = (linear.out_features, config.rank)
-    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: adapters for another model: this one has {model.config.n_layer} layers; "
-            f"missing {sorted(missing)[:2] or 'none'}, unknown {sorted(unknown)[:2] or 'none'}"
-        )
-    for name, shape in wanted.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{where}: adapters for another model: {name} has shape "
-                f"{tuple(tensors[name].shape)}, this model of width {model.config.n_embd} and rank "
-                f"{config.rank} needs {shape}"
-            )
+            linear, name = block.get_submodule(layer), f"{PREFIX}transformer.h.{i}.{layer}"
+            shapes[f"{name}.lora_A.weight"] = (config.rank, linear.in_features)
+            shapes[f"{name}.lora_B.weight"] = (linear.out_features, config.rank)
+    return shapes

@@ -31,10 +31,9 @@ class KVCache:
     def __init__(
         self, config: GPTConfig, batch_size: int, capacity: int, device, dtype, fixed: bool = False
     ):
-        heads = (config.n_head, capacity, config.n_embd // config.n_head)
-        self.keys_values = torch.zeros(
-            (config.n_layer, 2, batch_size, *heads), device=device, dtype=dtype
-        )  # (L, 2, B, H, capacity, D)
+        c = config
+        shape = (c.n_layer, 2, batch_size, c.n_head, capacity, c.n_embd // c.n_head)
+        self.keys_values = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity, self.fixed = capacity, fixed
         self.length = 0
         # The same number on the device; only kept up to date where fixed.
@@ -42,14 +41,10 @@ class KVCache:
         self.position, self.mask = self.end, None  # of the tokens that are being added
 
     def begin(self, n_new: int, doc_start: Tensor | None) -> Tensor:
-        """Prepares for n_new tokens; doc_start (B, n_new) as in GPT.forward. Returns their
-        positions (n_new,).
-        """
+        """Prepares for n_new tokens, doc_start (B, n_new); returns their positions (n_new,)."""
         device = self.keys_values.device
-        if self.fixed:
-            self.position = self.end + torch.arange(n_new, device=device)
-        else:
-            self.position = torch.arange(self.length, self.length + n_new, device=device)
+        start = self.end if self.fixed else self.length
+        self.position = start + torch.arange(n_new, device=device)
         self.mask = None
         n_keys = self.capacity if self.fixed else self.length + n_new
         # Without a mask: one token that sees all keys, or a first call, which is causal.
@@ -141,11 +136,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x = x + attn(ln_1(x)); x = x + mlp(ln_2(x)), each addition fused into the layer norm that
-    follows it.
+    """x = x + attn(ln_1(x)); x = x + mlp(ln_2(x)), each addition fused into the next layer norm.
 
-    So a block hands on the residual stream x and, apart from it, the branch that is still to be
-    added.
+    So a block hands on the residual stream x and, apart from it, the branch still to be added.
     """
 
     def __init__(self, config: GPTConfig, ops: Ops, layer: int):
@@ -167,8 +160,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A GPT-2 of the given shape, with GPT-2's initialisation.
 
-    ops: "auto", "triton", "torch" or an Ops; see gpt2.ops. "auto" decides for the device of
-    `device`.
+    ops: "auto" (decided by device), "triton", "torch" or an Ops; see gpt2.ops.
     """
 
     def __init__(
@@ -177,17 +169,17 @@ class GPT(nn.Module):
         super().__init__()
         ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
+        self.n_tokens = config.vocab_size  # ids that the tokenizer has: no others are generated
         # Training keeps only what enters each block, and computes the rest again going backward.
         self.activation_checkpointing = False
-        self.transformer = nn.ModuleDict(
-            dict(
-                wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
-                wpe=nn.Embedding(config.block_size, config.n_embd),
-                drop=nn.Dropout(config.dropout),
-                h=nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer)),
-                ln_f=LayerNorm(config, ops),
-            )
+        parts = dict(
+            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer)),
+            ln_f=LayerNorm(config, ops),
         )
+        self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, False, ops)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
@@ -198,8 +190,7 @@ class GPT(nn.Module):
         """Matrices and embeddings N(0, 0.02), biases 0, layer norms 1.
 
         The projections back into the residual stream are smaller by sqrt(2 n_layer), so that its
-        variance does not grow with depth (GPT-2 paper, section 2.3). Padding rows of the vocabulary
-        are 0.
+        variance does not grow with depth (GPT-2 paper, section 2.3). The vocabulary's padding is 0.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
@@ -226,9 +217,8 @@ class GPT(nn.Module):
             position = cache.begin(T, doc_start)
         if doc_start is not None:
             position = position - doc_start  # (B, T): each document starts at position 0
-        x = self.transformer.drop(
-            self.transformer.wte(idx) + self.transformer.wpe(position)
-        )  # (B, T, C)
+        x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
+        x = self.transformer.drop(x)
         branch = None
         again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
@@ -279,3 +269,16 @@ class GPT(nn.Module):
             n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
             return 4 * n + 2 * n_trained + 12 * c.n_layer * c.n_embd * c.block_size
         return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model and their shapes without padding; takes no memory for them."""
+    with torch.device("meta"):
+        model = GPT(replace(config, n_layer=1), "torch", "meta")
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    shapes["transformer.wte.weight"] = (config.vocab_size, config.n_embd)
+    return {
+        name.replace(".h.0.", f".h.{layer}."): shape
+        for name, shape in shapes.items()
+        for layer in range(config.n_layer if ".h.0." in name else 1)
+    }

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 
 from gpt2 import checkpoint  # noqa: E402
 from gpt2.cli import run_script  # noqa: E402
@@ -130,7 +131,7 @@ def outcome(config: TrainConfig) -> tuple[dict, dict]:
     path = checkpoint.list_checkpoints(run)[-1]
     tensors = {}
     for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-        tensors |= checkpoint._read_tensors(path / name)
+        tensors |= load_file(path / name)
     return losses, tensors
 
 
@@ -343,9 +344,9 @@ def nan(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             module.LanguageModeling = LanguageModeling
         paths = checkpoint.list_checkpoints(run_of(bad))
         untouched = all(
-            torch.equal(x, checkpoint._read_tensors(paths[step] / file)[name])
+            torch.equal(x, load_file(paths[step] / file)[name])
             for file in (checkpoint.MODEL, checkpoint.OPTIMIZER)
-            for name, x in checkpoint._read_tensors(paths[step - 1] / file).items()
+            for name, x in load_file(paths[step - 1] / file).items()
         )
         lines = read_metrics(run_of(bad) / "metrics.jsonl")
         events = [line for line in lines if "guard/skipped" in line]

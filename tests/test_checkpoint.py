@@ -1,22 +1,37 @@
 import errno
 import json
+import os
 import resource
 import shutil
-import subprocess
-import sys
+import stat
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gpt2 import checkpoint
-from gpt2.checkpoint import list_checkpoints, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import TrainConfig
+from gpt2.checkpoint import (
+    list_checkpoints,
+    load_model,
+    load_tokenizer,
+    load_training_state,
+    newest_good,
+    read_checkpoint,
+)
+from gpt2.config import LoRAConfig, TrainConfig
+from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 
-KEEP = dict(tokenizer={"name": "byte"}, train={})
+FC = "transformer.h.0.mlp.c_fc.weight"
+
+
+def save(run, step, model, optimizer=None, **options):
+    options = {"tokenizer": {"name": "byte"}, "train": {}} | options
+    return checkpoint.save_checkpoint(run, step, model, optimizer, **options)
 
 
 def trained(config):
@@ -31,152 +46,312 @@ def trained(config):
     return model, optimizer
 
 
-def test_round_trip_is_exact(tiny, tmp_path):
+def names(run):
+    return sorted(p.name for p in (run / "checkpoints").iterdir())
+
+
+def rewrite(path, **changes):
+    """Changes checkpoint.json, with the right hash of its own."""
+    meta = json.loads((path / "checkpoint.json").read_text()) | changes
+    (path / "checkpoint.json").write_text(checkpoint._sign(meta))
+
+
+def rewrite_tensors(path, file, change):
+    """The same for the tensors of a file, with the right hashes."""
+    save_file(change(load_file(path / file)), path / file)
+    files = json.loads((path / "checkpoint.json").read_text())["files"]
+    size, digest = (path / file).stat().st_size, checkpoint._hash(path / file)
+    rewrite(path, files=files | {file: {"bytes": size, "xxh3_128": digest}})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_round_trip_is_exact(tiny, tmp_path, number):
     model, optimizer = trained(tiny)
-    path = save_checkpoint(tmp_path, 7, model, optimizer, **KEEP)
-    assert path.name == "step_00000007"
-    other, other_optimizer = GPT(tiny, "torch"), None
-    other_optimizer = make_optimizer(other, TrainConfig())
+    identity = {"data": [{"path": "x", "hash": "y"}]}
+    path = save(tmp_path, 7, model, optimizer, run_id="a", identity=identity)
+    if number == 1:  # as earlier versions wrote it
+        meta = json.loads((path / "checkpoint.json").read_text())
+        old = {k: v for k, v in meta.items() if v is not None and k not in ("run_id", "identity")}
+        (path / "checkpoint.json").write_text(checkpoint._sign(old | {"format": 1}))
     saved = read_checkpoint(path)
     assert (saved.step, saved.model, saved.tokenizer) == (7, tiny, {"name": "byte"})
-    checkpoint.load_training_state(saved, other, other_optimizer)
+    assert (saved.run_id, saved.identity) == (("a", identity) if number == 2 else (None, None))
+    other = GPT(tiny, "torch")
+    other_optimizer = make_optimizer(other, TrainConfig())
+    load_training_state(saved, other, other_optimizer)
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, other_optimizer.state[q][key]), (name, key)
     idx = torch.randint(0, 65, (1, 9))
     assert torch.equal(load_model(tmp_path, kernels="torch")(idx), model(idx))
-
-
-def test_no_padding_and_no_wrapper_names_in_the_file(tiny, tmp_path):
-    model, optimizer = trained(tiny)
-    path = save_checkpoint(tmp_path, 1, model, optimizer, **KEEP)
-    weights = load_file(path / "model.safetensors")
-    assert weights["transformer.wte.weight"].shape == (65, 32)
+    # Neither padding nor the names of wrappers are in the files.
+    weights, moments = (load_file(path / f) for f in (checkpoint.MODEL, checkpoint.OPTIMIZER))
     assert set(weights) == set(dict(model.named_parameters()))
-    moments = load_file(path / "optimizer.safetensors")
+    assert weights["transformer.wte.weight"].shape == (65, 32)
     assert moments["transformer.wte.weight/exp_avg"].shape == (65, 32)
 
 
-def test_keeps_the_newest(tiny, tmp_path):
+def test_keeps_the_newest_and_touches_nothing_else(tiny, tmp_path):
     model = GPT(tiny, "torch")
-    for step in (1, 2, 30, 100):
-        save_checkpoint(tmp_path, step, model, keep_last=2, **KEEP)
-    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000030", "step_00000100"]
-    assert read_checkpoint(tmp_path).step == 100
-    save_checkpoint(tmp_path, 100, model, keep_last=2, **KEEP)  # the same step again
-    assert len(list_checkpoints(tmp_path)) == 2
+    folder = save(tmp_path, 10, model).parent
+    others = {
+        "step_00000010 (copy)", "step_00000010.bak", "aside_step_00000009", "best", ".mine.tmp",
+        ".step_x.tmp", ".step_00000010.old.bak", "step_",
+    }  # fmt: skip
+    for name in others:
+        shutil.copytree(folder / "step_00000010", folder / name)
+    (folder / "step_9").symlink_to("best")  # before 10, though not as text
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step_9", "step_00000010"]
+    for step in (30, 123456789, 99999999):
+        save(tmp_path, step, model, keep_last=2)
+    kept = {"step_99999999", "step_123456789"}
+    assert [p.name for p in list_checkpoints(tmp_path)] == sorted(kept, key=len)
+    assert read_checkpoint(tmp_path).step == 123456789
+    save(tmp_path, 5, model, keep_last=1)  # after a rollback: what was just written stays
+    assert set(names(tmp_path)) == others | {"latest", "step_00000005", "step_123456789"}
+    assert (folder / "latest").resolve().name == "step_00000005"
+    assert [p.name for p in checkpoint.set_aside(tmp_path, 5)] == ["aside_step_123456789"]
+    assert set(names(tmp_path)) >= others and newest_good(tmp_path).step == 5
 
 
-def test_half_written_folders_do_not_count_and_go(tiny, tmp_path):
+@pytest.mark.parametrize("moment", ["writing", "old aside", "new in place", "deleting"])
+def test_a_crash_leaves_a_good_checkpoint(tiny, tmp_path, moment):
+    """The states of the folder while step 2 is replaced, or deleted."""
     model = GPT(tiny, "torch")
-    path = save_checkpoint(tmp_path, 1, model, **KEEP)
-    torn = path.with_name(".step_00000002.tmp")
-    shutil.copytree(path, torn)
-    (path.with_name("step_00000003")).mkdir()
-    assert read_checkpoint(tmp_path).step == 1
-    save_checkpoint(tmp_path, 4, model, **KEEP)
-    assert not torn.exists()
+    save(tmp_path, 1, model)
+    path = save(tmp_path, 2, model)
+    temporary, old = (path.with_name(f".{path.name}.{end}") for end in ("tmp", "old"))
+    if moment == "deleting":
+        path.rename(temporary)
+    else:
+        shutil.copytree(path, old if moment == "new in place" else temporary)
+    if moment == "old aside":
+        path.rename(old)
+    assert newest_good(tmp_path).step == (1 if moment == "deleting" else 2)
+    assert read_checkpoint(tmp_path).step == (1 if moment == "deleting" else 2)
+    save(tmp_path, 3, model)
+    kept = ["step_00000001", "step_00000002", "step_00000003"]
+    kept.remove("step_00000002") if moment == "deleting" else None
+    assert names(tmp_path) == ["latest", *kept]
+
+
+@contextmanager
+def small_files(monkeypatch):
+    """A limit of the size of files fails like a full disk, and needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def no_room(monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    yield
+
+
+@contextmanager
+def no_rename(monkeypatch):
+    real = os.rename
+
+    def rename(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "broken", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    yield
+
+
+@contextmanager
+def no_sync(monkeypatch, number=errno.EIO):
+    real = os.fsync
+
+    def fsync(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    yield
+
+
+@pytest.mark.parametrize("broken", [small_files, no_room, no_rename, no_sync])
+def test_writing_that_fails_leaves_what_was_there(tiny, tmp_path, monkeypatch, broken):
+    path = save(tmp_path, 1, GPT(tiny, "torch"))
+    before = (path / "checkpoint.json").read_text()
+    for step in (1, 2):
+        with pytest.raises(OSError) as error, broken(monkeypatch):
+            save(tmp_path, step, GPT(tiny, "torch"))
+        assert error.value.errno == (errno.ENOSPC if broken is no_room else errno.EIO)
+        assert names(tmp_path) == ["latest", "step_00000001"]
+        assert (path / "checkpoint.json").read_text() == before
+    assert newest_good(tmp_path).step == 1
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_without_syncing_of_folders(tiny, tmp_path, monkeypatch, number):
+    with no_sync(monkeypatch, number):
+        save(tmp_path, 1, GPT(tiny, "torch"))
+    assert newest_good(tmp_path).step == 1
 
 
 def test_every_flipped_bit_is_noticed(tiny, tmp_path):
     model, optimizer = trained(tiny)
-    path = save_checkpoint(tmp_path, 1, model, optimizer, **KEEP)
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        good = (path / name).read_bytes()
+    path = save(tmp_path, 1, model, optimizer)
+    for file in sorted(path.iterdir()):
+        good = file.read_bytes()
         for position in torch.randint(0, 8 * len(good), (25,)).tolist():
             bad = bytearray(good)
             bad[position // 8] ^= 1 << position % 8
-            (path / name).write_bytes(bad)
-            with pytest.raises(ValueError, match=f"{name}: its content changed"):
-                checkpoint.load_training_state(read_checkpoint(path), model, optimizer)
-        (path / name).write_bytes(good)
-    checkpoint.load_training_state(read_checkpoint(path), model, optimizer)
+            file.write_bytes(bad)
+            with pytest.raises(ValueError, match=file.name):
+                load_training_state(read_checkpoint(path), model, optimizer)
+        file.write_bytes(good)
+    load_training_state(read_checkpoint(path), model, optimizer)
 
 
-def names(run):
-    return sorted(p.name for p in (run / "checkpoints").iterdir())
+def test_damaged_ones_and_those_of_another_run_are_passed_over(tiny, tmp_path):
+    model, said = GPT(tiny, "torch"), []
+    for step, run_id in ((1, None), (2, "a"), (3, "a"), (4, "b")):
+        save(tmp_path, step, model, run_id=run_id)
+    assert newest_good(tmp_path).step == 4
+    (tmp_path / "checkpoints/step_00000003/model.safetensors").write_bytes(b"x")
+    assert newest_good(tmp_path, said.append, run_id="a").step == 2
+    assert "step_00000004 is of another run, b" in said[0]
+    assert "damaged" in said[1] and "step_00000003/model.safetensors: has 1 bytes" in said[1]
+    assert newest_good(tmp_path, said.append, run_id="c").step == 1  # which names no run
+    shutil.rmtree(tmp_path / "checkpoints/step_00000001")
+    with pytest.raises(ValueError, match="all 3 checkpoints are damaged or of another run"):
+        newest_good(tmp_path, said.append, run_id="c")
+    assert newest_good(tmp_path / "nowhere") is None
 
 
-def test_damaged_and_newer_checkpoints(tiny, tmp_path):
-    path = save_checkpoint(tmp_path, 1, GPT(tiny, "torch"), **KEEP)
-    meta = json.loads((path / "checkpoint.json").read_text())
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"format": 99}, "format 99, this version reads up to 2: update"),
+        ({"step": "7"}, "step must be int, is '7'"), ({"step": -5}, "step -5"),
+        ({"tokenizer": 5}, "tokenizer must be dict"),
+        ({"tokenizer": {"name": "x"}}, "unknown tokenizer"),
+        ({"identity": []}, "identity must be dict"), ({"model": {}}, "model: .*missing"),
+        ({"model": {"n_layer": 2, "n_experts": 4}}, "model: n_experts"),
+        ({"model": {"vocab_size": 10**12}}, "model: vocab_size must be a whole number from 1 to"),
+        ({"model": {"n_layer": True}}, "model: n_layer must be a whole number"),
+        ({"model": {"dropout": float("nan")}}, "model: dropout cannot be nan"),
+        ({"lora": {"targets": ["c_atn"]}}, "lora: unknown lora target 'c_atn'"),
+        ({"lora": {"rank": 2}}, "base must name"), ({"files": None}, "files must be dict, is None"),
+        ({"files": {}}, r"files \[\]"),
+        ({"files": {"model.safetensors": 3}}, "model.safetensors: has"),
+        ({"files": {"model.safetensors": {}, "../x": {}}}, "files .*'../x'"),
+    ],
+)  # fmt: skip
+def test_descriptions_that_are_wrong(tiny, tmp_path, changes, words):
+    path = save(tmp_path, 1, GPT(tiny, "torch"))
+    rewrite(path, **changes)
+    with pytest.raises(ValueError, match=f"step_00000001.*{words}"):
+        load_model(tmp_path)
 
-    def rewrite(change):
-        changed = {k: v for k, v in (meta | change).items() if k != "xxh3_128"}
-        (path / "checkpoint.json").write_text(checkpoint._sign(changed))
 
-    rewrite({"format": 99})
-    with pytest.raises(ValueError, match="format 99, this version reads up to 1: update"):
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a":' * 900 + "1" + "}" * 900,
+                                  '{"step": ' + "9" * 5000 + "}", "\xff"])  # fmt: skip
+def test_descriptions_that_are_no_description(tiny, tmp_path, text):
+    path = save(tmp_path, 1, GPT(tiny, "torch"))
+    (path / "checkpoint.json").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="checkpoint.json"):
         read_checkpoint(path)
-    rewrite({"model": meta["model"] | {"n_experts": 4}})
-    with pytest.raises(ValueError, match="unknown key 'n_experts'"):
-        read_checkpoint(path)
-    rewrite({"model": {}})
-    with pytest.raises(ValueError, match="damaged"):
-        read_checkpoint(path)
-    (path / "checkpoint.json").write_text("{")
-    with pytest.raises(ValueError, match="damaged"):
-        read_checkpoint(path)
-    rewrite({})
-    (path / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(ValueError, match="has 1 bytes, should have"):
-        read_checkpoint(path)
-    (path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="is missing"):
-        read_checkpoint(path)
+    (path / "checkpoint.json").unlink()
     with pytest.raises(OSError, match="no checkpoint"):
-        read_checkpoint(tmp_path / "checkpoints")
-    with pytest.raises(OSError, match="no checkpoint, run"):
-        load_model(tmp_path / "nowhere" / "at" / "all")
+        read_checkpoint(path)
 
 
-def test_another_model_size(tiny, tmp_path):
-    from dataclasses import replace
-
-    path = save_checkpoint(tmp_path, 1, GPT(tiny, "torch"), **KEEP)
-    other = GPT(replace(tiny, n_layer=3, dropout=0.1), "torch")
-    with pytest.raises(ValueError, match=r"another model: n_layer 2 \(here 3\)"):
-        checkpoint.load_training_state(read_checkpoint(path), other)
-    checkpoint.load_training_state(read_checkpoint(path), GPT(replace(tiny, dropout=0.1), "torch"))
-
-
-def test_no_optimizer_state(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda t: t | {FC: t[FC][:, :1].contiguous()}, f"{FC} has shape .128, 1., must have"),
+        (lambda t: t | {FC: t[FC][:1].contiguous()}, f"{FC} has shape .1, 32., must have"),
+        (lambda t: t | {FC: torch.zeros(())}, f"{FC} has shape .., must have"),
+        (lambda t: t | {FC: t[FC].half()}, f"{FC} has dtype F16, must have F32"),
+        (lambda t: t | {FC: t[FC].long()}, f"{FC} has dtype I64"),
+        (lambda t: t | {FC: t[FC] * float("inf")}, f"{FC} holds values that are not finite"),
+        (lambda t: {k: v for k, v in t.items() if k != FC}, f"missing .'{FC}'"),
+        (lambda t: t | {"x": t[FC].clone()}, "unknown .'x'"),
+    ],
+)
+def test_tensors_that_are_wrong(tiny, tmp_path, change, words):
     model, optimizer = trained(tiny)
-    path = save_checkpoint(tmp_path, 1, model, **KEEP)
+    path = save(tmp_path, 1, model, optimizer)
+    rewrite_tensors(path, checkpoint.MODEL, change)
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{words}"):
+        load_model(tmp_path)
+    with pytest.raises(ValueError, match=f"model.safetensors: .*{words}"):
+        load_training_state(read_checkpoint(path), model)
+    path = save(tmp_path, 1, model, optimizer)
+    rewrite_tensors(path, checkpoint.OPTIMIZER, lambda t: {
+        k.removesuffix("/exp_avg"): v
+        for k, v in change({k.removesuffix("/exp_avg"): v for k, v in t.items()}).items()
+    })  # fmt: skip
+    with pytest.raises(ValueError, match="optimizer.safetensors: "):
+        load_training_state(read_checkpoint(path), model, optimizer)
+
+
+def test_what_is_not_finite_is_not_written(tiny, tmp_path):
+    model, optimizer = trained(tiny)
+    save(tmp_path, 1, model, optimizer)
+    model.transformer.h[0].mlp.c_fc.weight.data[3, 4] = float("nan")
+    with pytest.raises(ValueError, match=f"step 2 is not saved: {FC} holds .* not finite"):
+        save(tmp_path, 2, model, optimizer)
+    assert names(tmp_path) == ["latest", "step_00000001"]
+
+
+def test_a_checkpoint_that_does_not_fit(tiny, tmp_path):
+    model, optimizer = trained(tiny)
+    path = save(tmp_path, 1, model)
     with pytest.raises(ValueError, match="no optimizer state"):
-        checkpoint.load_training_state(read_checkpoint(path), model, optimizer)
+        load_training_state(read_checkpoint(path), model, optimizer)
+    with pytest.raises(ValueError, match=r"another model: n_layer 2 \(here 3\)"):
+        load_training_state(read_checkpoint(path), GPT(replace(tiny, n_layer=3), "torch"))
+    load_training_state(read_checkpoint(path), GPT(replace(tiny, dropout=0.1), "torch"))
 
 
-def test_no_room_is_said_before_writing(tiny, tmp_path, monkeypatch):
-    model = GPT(tiny, "torch")
-    save_checkpoint(tmp_path, 1, model, **KEEP)
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(OSError, match="does not fit") as error:
-        save_checkpoint(tmp_path, 2, model, **KEEP)
-    assert error.value.errno == errno.ENOSPC
-    assert names(tmp_path) == ["latest", "step_00000001"]
+def test_a_reader_goes_on_to_the_newer_one(tiny, tmp_path, monkeypatch):
+    """Where a run deletes the checkpoint that is being read."""
+    model, other, real = GPT(tiny, "torch"), GPT(tiny, "torch"), checkpoint.verify
+    save(tmp_path, 1, model)
+
+    def verify(*args):
+        if not (tmp_path / "checkpoints/step_00000002").exists():
+            save(tmp_path, 2, other, keep_last=1)
+        real(*args)
+
+    monkeypatch.setattr(checkpoint, "verify", verify)
+    idx = torch.randint(0, 65, (1, 9))
+    assert torch.equal(load_model(tmp_path, kernels="torch")(idx), other(idx))
 
 
-def test_writing_that_fails_half_way_leaves_nothing(tmp_path):
-    """A file size limit fails like a full disk, and needs no root."""
-    code = f"""
-import resource, signal
-from gpt2.checkpoint import save_checkpoint, list_checkpoints, load_model
-from gpt2.config import GPTConfig
-from gpt2.model import GPT
-model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=64, vocab_size=65), "torch")
-keep = dict(tokenizer={{"name": "byte"}}, train={{}})
-save_checkpoint({str(tmp_path)!r}, 1, model, **keep)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, {resource.RLIM_INFINITY}))
-try:
-    save_checkpoint({str(tmp_path)!r}, 2, model, **keep)
-except OSError as e:
-    print("error:", e.filename)
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "error:" in out.stdout and "model.safetensors" in out.stdout
-    assert names(tmp_path) == ["latest", "step_00000001"]
-    assert read_checkpoint(tmp_path).step == 1
+def test_what_is_no_model(tiny, tmp_path, monkeypatch):
+    """Is named, and never looked for on the hub where it can only be a path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "ckpt.pt").write_bytes(b"\x80\x02")
+    for name, words in (
+        ("runs/gpt", "no such folder"), ("./x", "no such folder"), ("/x/y/z", "no such folder"),
+        (tmp_path / "x", "no such folder"), ("runs", "it has no checkpoint.json"),
+        ("ckpt.pt", "a file; .*pickles"),
+    ):  # fmt: skip
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(OSError, match=words):
+                load(name)
+
+
+def test_adapters_that_are_their_own_base(tiny, tmp_path):
+    save(tmp_path, 1, GPT(tiny, "torch"))
+    base = {"path": str(tmp_path), "xxh3_128": "x"}
+    save(tmp_path, 2, add_lora(GPT(tiny, "torch"), LoRAConfig(2), base))
+    with pytest.raises(ValueError, match="name themselves as their base"):
+        load_model(tmp_path)

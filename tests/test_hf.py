@@ -1,23 +1,29 @@
 """transformers' GPT2LMHeadModel is the oracle, with random weights."""
 
 import json
+from dataclasses import replace
+from importlib import resources
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gpt2
 from gpt2 import hf
-from gpt2.checkpoint import load_tokenizer
+from gpt2.checkpoint import load_chat_template, load_tokenizer
 from gpt2.config import PRESETS, GPTConfig
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.train.objectives import LanguageModeling
 
 ODD = GPTConfig(n_layer=3, n_head=5, n_embd=60, block_size=37, vocab_size=501)
+SMALL = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TABLE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
-def theirs_like(config: GPTConfig) -> GPT2LMHeadModel:
+def save_theirs(folder, config=ODD, **options) -> GPT2LMHeadModel:
     model = GPT2LMHeadModel(
         GPT2Config(
             n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd,
@@ -27,16 +33,20 @@ def theirs_like(config: GPTConfig) -> GPT2LMHeadModel:
     )  # fmt: skip
     for p in model.parameters():  # biases and layer norms away from 0 and 1 too
         p.data += 0.02 * torch.randn_like(p)
+    model.save_pretrained(folder, **options)
     return model
 
 
-def save(model: GPT2LMHeadModel, folder) -> None:
-    model.save_pretrained(folder)
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensors(path, change):
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path)
 
 
 def test_logits_loss_and_every_gradient(tmp_path):
-    theirs = theirs_like(ODD)
-    save(theirs, tmp_path)
+    theirs = save_theirs(tmp_path)
     ours = gpt2.load_model(tmp_path, kernels="torch")
     assert ours.config == ODD
     idx = torch.randint(0, 501, (3, 37))
@@ -56,8 +66,7 @@ def test_logits_loss_and_every_gradient(tmp_path):
 
 
 def test_logits_at_the_124m_shape(tmp_path):
-    theirs = theirs_like(PRESETS["gpt2"])
-    save(theirs, tmp_path)
+    theirs = save_theirs(tmp_path, PRESETS["gpt2"])
     ours = gpt2.load_model(tmp_path, kernels="torch")
     assert ours.n_params() == 124_439_808
     idx = torch.randint(0, 50257, (2, 96))
@@ -66,16 +75,14 @@ def test_logits_at_the_124m_shape(tmp_path):
 
 
 @pytest.mark.parametrize("length", [1, 2, 13])
-def test_greedy_continuation_token_for_token(tmp_path, length):
-    theirs = theirs_like(ODD)
-    save(theirs, tmp_path)
+def test_greedy_tokens_are_the_likeliest_of_transformers(tmp_path, length):
+    theirs = save_theirs(tmp_path)
     ours = gpt2.load_model(tmp_path, kernels="torch")
-    prompt = torch.randint(0, 501, (1, length))
-    expected = theirs.generate(
-        prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt)
-    )
-    [mine] = gpt2.generate(ours, prompt.tolist(), max_new_tokens=20, temperature=0)
-    assert mine == expected[0, length:].tolist()
+    prompt = torch.randint(0, 501, (length,)).tolist()
+    [tokens] = gpt2.generate(ours, [prompt], max_new_tokens=20, temperature=0)
+    logits = theirs(torch.tensor([prompt + tokens])).logits[0, length - 1 : -1]
+    chosen = logits[torch.arange(20), torch.tensor(tokens)]
+    assert_close(chosen, logits.amax(-1), rtol=0, atol=1e-4)  # ties by rounding do not matter
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -91,53 +98,61 @@ def test_export_loads_in_transformers(tmp_path, bias):
     assert tokenizer("hello world")["input_ids"] == [31373, 995]
     again = gpt2.load_model(tmp_path / "out", kernels="torch")
     assert_close(again(idx), ours(idx))
+    # As transformers writes it, with a token for padding, it is still GPT-2's.
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert load_tokenizer(tmp_path / "out").name == "gpt2"
     with pytest.raises(OSError):
         hf.export_hf(ours, tmp_path / "out")
 
 
-def test_openais_own_layout(tmp_path):
+def openais_own(tensors):
     """Names without prefix, with the causal mask as a buffer, as openai-community/gpt2 has them."""
-    from safetensors.torch import load_file, save_file
-
-    theirs = theirs_like(ODD)
-    save(theirs, tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
     bare = {k.removeprefix("transformer."): v for k, v in tensors.items()}
-    bare["h.0.attn.bias"] = torch.ones(1, 1, 37, 37)
-    save_file(bare, tmp_path / "model.safetensors")
-    idx = torch.randint(0, 501, (1, 37))
-    ours = gpt2.load_model(tmp_path, kernels="torch")
-    assert_close(ours(idx), theirs(idx).logits, rtol=1e-4, atol=1e-5)
+    return bare | {"h.0.attn.bias": torch.ones(1, 1, 37, 37, dtype=torch.bool)}
 
 
-def test_sharded_folder(tmp_path):
-    theirs = theirs_like(ODD)
-    theirs.save_pretrained(tmp_path, max_shard_size="200KB")
-    assert (tmp_path / "model.safetensors.index.json").exists()
-    idx = torch.randint(0, 501, (1, 37))
-    ours = gpt2.load_model(tmp_path, kernels="torch")
-    assert_close(ours(idx), theirs(idx).logits, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize(
+    "change",
+    [
+        openais_own,
+        lambda t: t | {HEAD: t[TABLE].clone()},
+        lambda t: {k: v.half() for k, v in t.items()},
+        lambda t: {k: v.bfloat16() for k, v in t.items()},
+        None,
+    ],
+    ids=["openai", "head", "float16", "bfloat16", "sharded"],
+)
+def test_layouts_of_the_same_weights(tmp_path, change):
+    theirs = save_theirs(tmp_path, max_shard_size="50GB" if change else "200KB")
+    assert (tmp_path / INDEX).exists() == (change is None)
+    dtype = torch.float32
+    if change:
+        change_tensors(tmp_path / WEIGHTS, change)
+        dtype = load_file(tmp_path / WEIGHTS).popitem()[1].dtype
+        dtype = dtype if dtype.is_floating_point else torch.float32
+    ours = dict(gpt2.load_model(tmp_path, kernels="torch").named_parameters())
+    for name, p in theirs.named_parameters():
+        mine = ours[name].t() if hf.is_transposed(name) else ours[name][: len(p)]
+        assert torch.equal(mine, p.to(dtype).float()), name
 
 
 def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch):
-    save(theirs_like(ODD), tmp_path)
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or str(tmp_path)
-    )
-    assert gpt2.load_model("gpt2-medium", kernels="torch").config == ODD
-    assert gpt2.load_model("someone/model", kernels="torch").config == ODD
-    assert asked == ["openai-community/gpt2-medium", "someone/model"]
-
-
-def test_a_folder_of_the_same_name_does_not_hide_the_hub(tmp_path, monkeypatch):
-    """As the package's own folder would, for a script run in the checkout."""
-    save(theirs_like(ODD), tmp_path / "downloaded")
+    """Though a folder has the same name, as the package's own has in the checkout."""
+    save_theirs(tmp_path / "downloaded")
     (tmp_path / "gpt2").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: "downloaded")
-    assert gpt2.load_model("gpt2", kernels="torch").config == ODD
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **_: asked.append(repo) or "downloaded"
+    )
+    for name in ("gpt2", "gpt2-medium", "someone/model"):
+        assert gpt2.load_model(name, kernels="torch").config == ODD
+    assert asked == ["openai-community/gpt2", "openai-community/gpt2-medium", "someone/model"]
     assert load_tokenizer("gpt2").name == "gpt2"
+    with pytest.raises(ValueError, match="downloaded: has no tokenizer files"):
+        load_tokenizer("someone/model")
 
 
 def test_download_that_fails():
@@ -150,29 +165,124 @@ def test_download_that_fails():
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"activation_function": "relu"}, "activation_function is 'relu'"),
-        ({"n_inner": 7}, "n_inner is 7"),
-        ({"n_layer": 2}, "unknown"),
-        ({"n_layer": 4}, "missing"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        ({"layer_norm_epsilon": []}, r"layer_norm_epsilon is \[\]"),
+        ({"n_inner": 7}, "n_inner is 7"), ({"n_layer": 2}, "unknown"), ({"n_layer": 4}, "missing"),
+        ({"n_head": 7}, "n_embd 60 must be a multiple of n_head 7"),
+        ({"n_embd": 5 << 20}, "h.0.attn.c_attn.bias has shape .180,., must have .15728640,."),
         ({"n_positions": 36}, "transformer.wpe.weight has shape"),
     ],
+)  # fmt: skip
+def test_configs_of_something_else(tmp_path, change, message):
+    save_theirs(tmp_path)
+    change_json(tmp_path / "config.json", **change)
+    with pytest.raises(ValueError, match=f"{tmp_path}.*{message}"):
+        gpt2.load_model(tmp_path, kernels="torch")
+
+
+@pytest.mark.parametrize("key", ["n_layer", "n_head", "n_embd", "vocab_size", "n_positions"])
+def test_sizes_that_are_none(tmp_path, key):
+    for value in (0, -8, True, None, "501", 1.0, float("nan"), 10**12, [], {}):
+        sizes = {"n_layer": 3, "n_head": 5, "n_embd": 60, "vocab_size": 501} | {key: value}
+        (tmp_path / "config.json").write_text(json.dumps(sizes))
+        with pytest.raises(ValueError, match=f"config.json: {key} must be a whole number from 1"):
+            gpt2.load_model(tmp_path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: cut(d / WEIGHTS), "model.safetensors: damaged or cut short"),
+        (lambda d: (d / WEIGHTS).write_bytes(b"\x80\x02}."), "or not safetensors"),
+        (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "pytorch_model.bin: a pickle"),
+        (lambda d: (d / WEIGHTS).unlink(), "no such file"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json: not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[" * 100_000), "config.json: not valid JSON"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json: must hold an object"),
+        (lambda d: (d / INDEX).write_text('{"metadata": {"total'), "index.json: not valid JSON"),
+        (lambda d: (d / INDEX).write_text("{}"), "weight_map must name files of this folder"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "../model.safetensors"}}'),
+         "weight_map must name files of this folder"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "a.safetensors"}}'),
+         "index.json: names other files"),
+        (lambda d: (d / INDEX).write_text('{"weight_map": {"a": "model.safetensors"}}'),
+         "index.json: not the index of these files, see a"),
+        (lambda d: change_tensors(d / WEIGHTS, lambda t: t | {HEAD: torch.randn(501, 60)}),
+         "lm_head.weight is a head of its own"),
+        (lambda d: change_tensors(d / WEIGHTS, lambda t: t | {"wte.weight": t[TABLE].clone()}),
+         "weight is there twice"),
+        (lambda d: change_tensors(d / WEIGHTS, lambda t: t | {TABLE: t[TABLE][:, :1]}),
+         "wte.weight has shape .501, 1."),
+        (lambda d: change_tensors(d / WEIGHTS, lambda t: t | {TABLE: t[TABLE].double()}),
+         "wte.weight has dtype F64"),
+        (lambda d: change_tensors(d / WEIGHTS, lambda t: t | {TABLE: t[TABLE] / 0}),
+         "wte.weight holds values that are not finite"),
+    ],
+)  # fmt: skip
+def test_folders_with_damage(tmp_path, spoil, message):
+    save_theirs(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises((ValueError, OSError)) as error:
+        gpt2.load_model(tmp_path, kernels="torch")
+    assert error.match(message) or error.value.filename == str(tmp_path / WEIGHTS)
+
+
+def test_a_shard_is_missing(tmp_path):
+    save_theirs(tmp_path, max_shard_size="200KB")
+    sorted(tmp_path.glob("model-*"))[1].unlink()
+    with pytest.raises(OSError, match="no such file"):
+        gpt2.load_model(tmp_path, kernels="torch")
+
+
+@pytest.fixture
+def small(tmp_path):
+    hf.export_hf(gpt2.GPT(SMALL, "torch"), tmp_path / "small", GPT2Tokenizer())
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: change_json(d / "vocab.json", dog=1), "vocab.json: a tokenizer of its own"),
+        (lambda d: cut(d / "merges.txt"), "merges.txt: a tokenizer of its own"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: a tokenizer of its"),
+        (lambda d: (d / "spiece.model").write_text(""), "spiece.model: a tokenizer of its own"),
+        (lambda d: (d / "added_tokens.json").write_text('{"<|user|>": 50257}'), "added_tokens"),
+        (lambda d: change_json(d / "config.json", eos_token_id=7), "eos_token_id is 7"),
+    ],
 )
-def test_folders_that_are_something_else(tmp_path, change, message):
-    save(theirs_like(ODD), tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_tokenizers_of_another_kind_are_refused(small, spoil, message):
+    assert load_tokenizer(small).name == "gpt2"
+    spoil(small)
     with pytest.raises(ValueError, match=message):
-        gpt2.load_model(tmp_path, kernels="torch")
+        load_tokenizer(small)
+    assert gpt2.load_model(small).n_tokens == 50257  # token ids can still be used
 
 
-def test_folders_with_damage(tmp_path):
-    save(theirs_like(ODD), tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged or cut short"):
-        gpt2.load_model(tmp_path, kernels="torch")
-    weights.unlink()
-    with pytest.raises(OSError, match="safetensors weights"):
-        gpt2.load_model(tmp_path, kernels="torch")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        gpt2.load_model(tmp_path, kernels="torch")
+def test_a_chat_template_of_its_own_is_refused(small):
+    assert load_chat_template(small) is None
+    change_json(small / "tokenizer_config.json", chat_template="{{ messages }}")
+    with pytest.raises(ValueError, match="tokenizer_config.json: a chat template of its own"):
+        load_chat_template(small)
+
+
+@pytest.mark.parametrize("rows", [50257, 50258, 50304])
+def test_rows_beyond_the_tokenizer_are_kept_and_never_generated(tmp_path, rows):
+    theirs = save_theirs(tmp_path / "in", replace(SMALL, vocab_size=rows))
+    with torch.no_grad():  # the last row is the likeliest, always
+        theirs.transformer.ln_f.bias[:] = 1.0
+        theirs.transformer.wte.weight[-1] = 50.0
+    theirs.save_pretrained(tmp_path / "in")
+    model, idx = gpt2.load_model(tmp_path / "in", kernels="torch"), torch.randint(0, rows, (1, 9))
+    assert_close(model(idx), theirs(idx).logits, rtol=1e-4, atol=1e-4)
+    [tokens] = gpt2.generate(model, [[1]], max_new_tokens=9, temperature=0, repetition_penalty=1.1)
+    assert (model.n_tokens, max(tokens) < 50257) == (50257, True)
+    assert load_tokenizer(tmp_path / "in").decode(tokens)
+    hf.export_hf(model, tmp_path / "out", GPT2Tokenizer())
+    assert load_file(tmp_path / "out" / WEIGHTS)[TABLE].shape == (rows, 8)
+    vocab = resources.files("gpt2") / "assets" / "encoder.json"
+    assert (tmp_path / "out" / "vocab.json").read_bytes() == vocab.read_bytes()

@@ -1,11 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from gpt2.config import PRESETS, GPTConfig
-from gpt2.model import GPT, KVCache
+from gpt2.config import IGNORE_INDEX, PRESETS, GPTConfig
+from gpt2.model import GPT, KVCache, parameter_shapes
 from gpt2.ops import select_ops
 from gpt2.train.objectives import LanguageModeling
 
@@ -16,16 +18,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_parameter_counts(name):
+def test_parameters_and_flops(name):
+    c, n = PRESETS[name], SIZES[name]
     with torch.device("meta"):
-        model = GPT(PRESETS[name], "torch", device="meta")
-    assert model.n_params() == SIZES[name]
-
-
-def test_flops_per_token():
-    with torch.device("meta"):
-        model = GPT(PRESETS["gpt2"], "torch", device="meta")
-    assert model.flops_per_token() == 6 * (124_439_808 - 786_432) + 12 * 12 * 768 * 1024
+        model = GPT(c, "torch", device="meta")
+    assert model.n_params() == n == sum(map(math.prod, parameter_shapes(c).values()))
+    assert set(parameter_shapes(c)) == {name for name, _ in model.named_parameters()}
+    attention = 12 * c.n_layer * c.n_embd * c.block_size
+    assert model.flops_per_token() == 6 * (n - c.block_size * c.n_embd) + attention
 
 
 def test_initialisation_is_gpt2s():
@@ -44,33 +44,28 @@ def test_initialisation_is_gpt2s():
             assert p.mean().abs() < std / 20, name
 
 
-def test_first_loss_is_ln_of_the_vocabulary(tiny):
-    model = GPT(tiny, "torch")
-    idx = torch.randint(0, 65, (8, 33))
-    loss, _ = LanguageModeling(model)({"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()})
+def language_modeling(model, idx):
+    batch = {"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()}
+    return LanguageModeling(model)(batch)[0]
+
+
+def test_first_loss_is_ln_of_the_vocabulary_and_padding_stays_zero(tiny):
+    model, idx = GPT(tiny, "torch"), torch.randint(0, 65, (8, 33))
+    assert model(idx[:, :-1]).shape == (8, 32, 65)
+    loss = language_modeling(model, idx)
     assert loss.item() / (8 * 32) == pytest.approx(math.log(65), abs=0.1)
-
-
-def test_padding_is_never_seen_and_stays_zero(tiny):
-    model = GPT(tiny, "torch")
-    idx = torch.randint(0, 65, (4, 33))
-    assert model(idx[:, :-1]).shape == (4, 32, 65)
     optimizer = torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.1)
     for _ in range(3):
-        loss, _ = LanguageModeling(model)({"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()})
-        loss.backward()
+        language_modeling(model, idx).backward()
         optimizer.step()
     assert not model.transformer.wte.weight[65:].any()
 
 
 def test_objective_is_cross_entropy_of_the_logits(tiny):
-    model = GPT(tiny, "torch")
-    idx, targets = torch.randint(0, 65, (2, 4, 32))
-    targets[1, 5:9] = -100
+    model, (idx, targets) = GPT(tiny, "torch"), torch.randint(0, 65, (2, 4, 32))
+    targets[1, 5:9] = IGNORE_INDEX
     loss, _ = LanguageModeling(model)({"idx": idx, "targets": targets})
-    expected = torch.nn.functional.cross_entropy(
-        model(idx).flatten(0, 1), targets.flatten(), reduction="sum"
-    )
+    expected = cross_entropy(model(idx).flatten(0, 1), targets.flatten(), reduction="sum")
     assert_close(loss, expected)
 
 
@@ -86,17 +81,14 @@ def test_cache_gives_the_same_logits(tiny):
 def test_documents_in_a_row_do_not_see_each_other(tiny):
     model = GPT(tiny, "torch").eval()
     documents = [torch.randint(0, 65, (1, n)) for n in (5, 11, 1, 15)]
-    starts = torch.cat(
-        [torch.full((n.shape[1],), s) for n, s in zip(documents, (0, 5, 16, 17), strict=True)]
-    )
-    packed = model(torch.cat(documents, 1), doc_start=starts[None].int())
+    starts = torch.tensor([[0] * 5 + [5] * 11 + [16] + [17] * 15], dtype=torch.int32)
+    packed = model(torch.cat(documents, 1), doc_start=starts)
     alone = torch.cat([model(d) for d in documents], 1)
     assert_close(packed, alone, rtol=1e-5, atol=1e-6)
 
 
-def test_dropout_acts_in_training_only():
-    c = GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=10, dropout=0.5)
-    model, idx = GPT(c, "torch"), torch.arange(8)[None]
+def test_dropout_acts_in_training_only(tiny):
+    model, idx = GPT(replace(tiny, dropout=0.5), "torch"), torch.arange(8)[None]
     assert not torch.equal(model(idx), model(idx))
     model.eval()
     assert torch.equal(model(idx), model(idx))
@@ -106,8 +98,7 @@ def test_dropout_acts_in_training_only():
 
 
 def test_compiles_without_graph_breaks(tiny):
-    model = GPT(tiny, "torch")
-    idx = torch.randint(0, 65, (2, 16))
+    model, idx = GPT(tiny, "torch"), torch.randint(0, 65, (2, 16))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(compiled(idx), model(idx))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import list_checkpoints, load_model
@@ -174,7 +175,7 @@ def test_a_nan_costs_one_step_and_the_document_is_named(train_config, poisoned, 
     assert equal(by_step["step_00000003"], by_step["step_00000004"])
     assert not equal(by_step["step_00000004"], by_step["step_00000005"])
     saved = list_checkpoints(run)[2:4]
-    moments = [checkpoint._read_tensors(path / checkpoint.OPTIMIZER) for path in saved]
+    moments = [load_file(path / checkpoint.OPTIMIZER) for path in saved]
     assert equal(*moments) and all(v.isfinite().all() for v in moments[1].values())
     lines = read_metrics(run / "metrics.jsonl")
     (event,) = [line for line in lines if "guard/skipped" in line]

@@ -1,44 +1,35 @@
 import re
 import sys
+from importlib import resources
 
 import pytest
 import regex
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt2 import tokenizer as tok
 
 GPT2, BYTE = tok.GPT2Tokenizer(), tok.ByteTokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
 def test_gpt2_known_tokens():
     assert GPT2.encode("hello world") == [31373, 995]
-    assert GPT2.encode("Hello, I'm a language model,") == [
-        15496,
-        11,
-        314,
-        1101,
-        257,
-        3303,
-        2746,
-        11,
-    ]
+    known = [15496, 11, 314, 1101, 257, 3303, 2746, 11]
+    assert GPT2.encode("Hello, I'm a language model,") == known
     assert (GPT2.vocab_size, GPT2.eot) == (50257, 50256)
 
 
 def test_gpt2_equals_transformers():
-    from importlib import resources
-
-    from transformers import GPT2Tokenizer
-
     assets = resources.files("gpt2") / "assets"
-    theirs = GPT2Tokenizer(str(assets / "encoder.json"), str(assets / "vocab.bpe"))
+    theirs = transformers.GPT2Tokenizer(str(assets / "encoder.json"), str(assets / "vocab.bpe"))
     text = (assets / "tiny_shakespeare.txt").read_text()[:20000] + "  naïve\n\n\t 猫 1234's 🤖"
     assert GPT2.encode(text) == theirs(text, verbose=False)["input_ids"]
 
 
-@pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
+@BOTH
 @given(text=TEXT)
 def test_round_trip(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -55,7 +46,7 @@ def test_char_round_trip(text):
     assert again.encode(text) == chars.encode(text)
 
 
-@pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
+@BOTH
 def test_special_tokens_only_where_asked_for(tokenizer):
     text = f"a{tok.END_OF_TEXT}b"
     plain, special = tokenizer.encode(text), tokenizer.encode(text, allow_special=True)

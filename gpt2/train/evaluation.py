@@ -63,6 +63,6 @@ def sample_text(layout: Layout, model: GPT, tokenizer: Tokenizer) -> str:
     room = model.config.block_size - len(start)
     tokens = layout.call_model(partial(
         generate, model, [start], max_new_tokens=min(room, SAMPLE_TOKENS), temperature=0.8,
-        top_k=50, vocab_size=tokenizer.vocab_size, seed=0,
+        top_k=50, seed=0,
     ))  # fmt: skip
     return tokenizer.decode(tokens[0])

@@ -29,10 +29,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt2.checkpoint import MOMENTS, STEP
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import Block
+from gpt2.state import MOMENTS, STEP
 from gpt2.train.optim import make_optimizer, parameter_groups
 
 T = TypeVar("T")

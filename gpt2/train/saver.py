@@ -14,6 +14,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.model import GPT
+from gpt2.state import Tensors, snapshot
 
 
 class Saver:
@@ -35,17 +36,17 @@ class Saver:
         on_saved: Callable[[int, Path, dict], None],
         on_failed: Callable[[int, OSError], None],
     ):
-        self.run, self.keep = run, dict(keep_last=keep_last)
+        self.run, self.keep_last = run, keep_last
         self.keep_going, self.on_saved, self.on_failed = keep_going, on_saved, on_failed
         self._thread = ThreadPoolExecutor(1, "saver")
         self._pending: tuple[int, float, Future] | None = None
-        self._tensors: checkpoint.Tensors | None = None
+        self._tensors: Tensors | None = None
 
     def save(self, step: int, model: GPT, optimizer: torch.optim.Optimizer, meta: dict) -> None:
-        """Copies the state, starts writing it and returns. Raises OSError as __init__ says."""
+        """Copies the state, starts writing it and returns. Raises what wait raises."""
         started = time.perf_counter()
         self.wait()  # for the one before: its copy is written over
-        self._tensors = checkpoint.snapshot(model, optimizer, self._tensors)
+        self._tensors = snapshot(model, optimizer, self._tensors)
         held_ms = (time.perf_counter() - started) * 1e3
         self._pending = step, held_ms, self._thread.submit(self._write, step, self._tensors, meta)
 
@@ -55,7 +56,11 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was started is written and told of."""
+        """Until what was started is written and told of.
+
+        Raises ValueError where the state is not finite, OSError (unless keep_going) where it cannot
+        be written.
+        """
         if self._pending is None:
             return
         (step, held_ms, future), self._pending = self._pending, None
@@ -76,7 +81,7 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def _write(self, step: int, tensors: checkpoint.Tensors, meta: dict) -> tuple[Path, float]:
+    def _write(self, step: int, tensors: Tensors, meta: dict) -> tuple[Path, float]:
         started = time.perf_counter()
-        path = checkpoint.write_checkpoint(self.run, step, tensors, meta, **self.keep)
+        path = checkpoint.write_checkpoint(self.run, step, tensors, meta, keep_last=self.keep_last)
         return path, (time.perf_counter() - started) * 1e3

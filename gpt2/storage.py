@@ -1,0 +1,161 @@
+"""JSON and safetensors files: checked before they are believed, on the disk once written.
+
+They may come from anywhere. Nothing is unpickled. Whatever is wrong is a ValueError of one line
+with the path and the key; a file that is missing, or cannot be read or written, is an OSError.
+"""
+
+import dataclasses
+import errno
+import json
+import math
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+MAX_JSON = 1 << 26  # bytes
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 12  # of a model: far beyond any, and cheap to describe
+FLOATS = ("F32", "F16", "BF16")  # what float32 represents exactly, as safetensors names them
+Found = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
+
+
+def read_json(path: Path) -> dict:
+    """The object that a JSON file holds."""
+    if not path.is_file():
+        raise OSError(errno.ENOENT, "no such file", str(path))
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError(f"{path}: more than {MAX_JSON >> 20} MB: not a description of a model")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({str(error)[:100]})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: must hold an object {{...}}, holds a {type(content).__name__}")
+    return content
+
+
+def size(value, key: str, where) -> int:
+    """value, if it is one of a model's sizes: a whole number in a sane range."""
+    largest = MAX_LAYERS if key == "n_layer" else MAX_SIZE
+    if type(value) is not int or not 1 <= value <= largest:
+        raise ValueError(
+            f"{where}: {key} must be a whole number from 1 to {largest}, got {value!r:.40}"
+        )
+    return value
+
+
+def make(cls, values, where):
+    """The dataclass cls of a model's description, from plain values."""
+    kinds, checked = {field.name: field.type for field in dataclasses.fields(cls)}, {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be an object, got {values!r:.40}")
+    for key, value in values.items():
+        kind, right = kinds.get(key), True
+        if kind is int:
+            size(value, key, where)
+        elif kind is float:  # neither NaN nor huge
+            right = type(value) in (int, float) and abs(value) <= MAX_SIZE
+        else:
+            right = type(value) is kind or kind == tuple[str, ...] and type(value) is list
+        if not right:
+            raise ValueError(f"{where}: {key} cannot be {value!r:.40}")
+        checked[key] = tuple(value) if type(value) is list else value
+    try:
+        return cls(**checked)
+    except (ValueError, TypeError) as error:  # TypeError: a field is missing, or another type
+        raise ValueError(f"{where}: {error}") from error
+
+
+def read_shapes(path: Path) -> Found:
+    """What a safetensors file holds, from its header; no tensor is read."""
+    with _reading(path), safe_open(path, "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in CPU memory; their values must be finite."""
+    with _reading(path):
+        tensors = load_file(path)
+    check_finite(tensors, path)
+    return tensors
+
+
+def read_checked(
+    path: Path, wanted: dict[str, tuple[int, ...]], dtypes: tuple[str, ...] = FLOATS
+) -> dict[str, Tensor]:
+    """The tensors of a file that holds exactly what is wanted."""
+    check_shapes(read_shapes(path), wanted, path, dtypes)
+    return read_tensors(path)
+
+
+@contextmanager
+def _reading(path: Path):
+    if not path.is_file():
+        raise OSError(errno.ENOENT, "no such file", str(path))
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short, or not safetensors ({error})") from error
+    except RuntimeError as error:  # of torch, where the file has gone since
+        raise OSError(errno.EIO, str(error), str(path)) from error
+
+
+def check_shapes(
+    found: Found, wanted: dict[str, tuple[int, ...]], where, dtypes: tuple[str, ...] = FLOATS
+) -> None:
+    """Raises ValueError where found is not exactly what is wanted: copying would broadcast."""
+    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{where}: not the tensors of this model: missing {missing[:3] or 'none'}, unknown "
+            f"{unknown[:3] or 'none'}"
+        )
+    for name, (dtype, shape) in found.items():
+        if shape != wanted[name]:
+            raise ValueError(f"{where}: {name} has shape {shape}, must have {wanted[name]}")
+        if dtype not in dtypes:
+            raise ValueError(f"{where}: {name} has dtype {dtype}, must have {' or '.join(dtypes)}")
+
+
+def check_finite(tensors: dict[str, Tensor], where) -> None:
+    """Raises ValueError for the first tensor with a value that is NaN or infinite."""
+    for name, tensor in tensors.items():
+        # A sum needs no memory; where it is not finite it may have overflowed.
+        if not math.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            raise ValueError(f"{where}: {name} holds values that are not finite")
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
+    """Writes a safetensors file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        full = "No space left" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file."""
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Brings to the disk which files a folder has."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems have none
+            raise
+    finally:
+        os.close(fd)
