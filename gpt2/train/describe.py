@@ -1,10 +1,12 @@
 """What a run says of itself before its first step and after its last."""
 
 import math
+from statistics import median_high
 
 from gpt2 import checkpoint
 from gpt2.data import Mixture, TokenLoader
 from gpt2.lora import lora_config
+from gpt2.train.metrics import points
 
 
 def derived(trainer) -> list[tuple[str, str]]:
@@ -82,13 +84,10 @@ def _layout(config, world_size: int) -> str:
 def show_result(trainer) -> None:
     """Prints what came out."""
     lines, folder = trainer.metrics.lines, trainer.folder
-    seconds = [line["train/step_ms"] for line in lines if "train/step_ms" in line]
-    val = [line["val/loss"] for line in lines if "val/loss" in line]
-    print(f"done: {trainer.config.max_steps:,} steps", end="")
-    print(
-        f", {sorted(seconds)[len(seconds) // 2]:.1f} ms a step (median)" if seconds else "",
-        end="",
-    )
-    print(f", val loss {val[-1]:.4f}" if val else "")
+    times, val = points(lines, "train/step_ms"), points(lines, "val/loss")
+    done = f"done: {trainer.config.max_steps:,} steps"
+    if times:
+        done += f", {median_high(ms for _, ms in times):.1f} ms a step (median)"
+    print(done + (f", val loss {val[-1][1]:.4f}" if val else ""))
     print(f"loss curve: {folder / 'loss.png'}, report: {folder / 'report.html'}")
     print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")

@@ -104,7 +104,7 @@ def ask_hellaswag(trainer) -> bool:
 def sample(trainer) -> None:
     """Prints and logs how a text goes on from its start, at most 100 tokens."""
     tokenizer, model = trainer.tokenizer, trainer.model
-    prompt = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+    prompt = [tokenizer.eot or 0]  # characters have no end of text, nor all of them a newline
     room = model.config.block_size - len(prompt)
     tokens = trainer.layout.call_model(
         partial(

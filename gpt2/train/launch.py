@@ -1,13 +1,16 @@
 """From a config to a run: what pretraining and everything after it have in common."""
 
 import json
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
 from gpt2 import checkpoint, dist
 from gpt2.config import TrainConfig, data_sources
 from gpt2.dist import Distributed
+from gpt2.train.metrics import SafeOutput
 from gpt2.train.signals import Interrupted, StopSignals
 from gpt2.train.trainer import Trainer
 
@@ -18,7 +21,7 @@ def launch(config: TrainConfig, make_trainer: Callable[[Distributed], Trainer]) 
     Raises ValueError and OSError for what cannot be trained, before anything is written, and
     Interrupted (a SystemExit with status 75) after a signal.
     """
-    with StopSignals() as signals:
+    with StopSignals() as signals, redirect_stdout(SafeOutput.of(sys.stdout)):
         group = dist.start(config.device, config.timeout_s)
         resumed = find_checkpoint(config, group)
         trainer = make_trainer(group)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from gpt2 import checkpoint
 from gpt2.cli import write_yaml
-from gpt2.config import TrainConfig
+from gpt2.config import TrainConfig, data_sources
 from gpt2.data.feed import Feed
+from gpt2.data.integrity import manifest_records
 from gpt2.device import execution
 from gpt2.dist import Distributed, Heartbeat
 from gpt2.evals.hellaswag import Example
@@ -179,9 +180,14 @@ class Trainer:
         for name, value in derived(self):
             print(f"{name:<22}{value}")
         self.metrics = Metrics(self.folder, config, dataclasses.asdict(config), self.first_step)
+        shape = vars(self.model.config) | {
+            "n_params": self.model.n_params(), "kernels": self.model.ops.name
+        }  # fmt: skip
         self.receipt = Receipt(
-            self.folder, config, self.model, self.group, unit=self.objective.unit,
-            first_step=self.first_step, predicted=self.preflight.predicted(),
+            self.folder,
+            facts={"run": config.run_name, "model": shape, "unit": self.objective.unit},
+            data=data_identity(config.data), group=self.group, first_step=self.first_step,
+            predicted=self.preflight.predicted(), say=self.metrics.say,
         )  # fmt: skip
         self.saver = Saver(
             self.folder,
@@ -320,6 +326,7 @@ class Trainer:
         self.losses, self.sums = [], {}
         if self.metrics is not None:
             self.metrics.say(f"rolled back to step {step}, to go on behind that batch")
+            self.metrics.rewind(step)
             self.metrics.log(step, {"guard/rolled_back_from": verdict.step})
 
     def _save(self) -> None:
@@ -350,13 +357,13 @@ class Trainer:
     def _report(self, end: str) -> None:
         """Brings receipt and report up to date; end: how the launch ended, or "running"."""
         running, now = end == "running", time.monotonic()
+        self.receipt.update(self.step, end)
         try:
-            self.receipt.update(self.step, end)
             if running and now - self.reported < REPORT_EVERY_S:
                 return
             self.reported = now
             write_report(self.folder, png=not running)
-        except (OSError, ImportError) as error:
+        except (OSError, ImportError, ValueError) as error:
             self.metrics.say(f"no report: {error}")
 
     def _on_saved(self, step: int, path: Path, times: dict) -> None:
@@ -398,6 +405,21 @@ class Trainer:
         eta_s = (self.config.max_steps - step) * seconds
         predicted = self.preflight.predicted()["step_ms"]
         self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[: evaluation.SHOWN])
+
+
+def data_identity(data: str) -> list[dict]:
+    """What each folder or file of TrainConfig.data holds: hashes, or sizes where there are none."""
+    entries = []
+    for path in dict.fromkeys(source.path for source in data_sources(data)):
+        records, shards = manifest_records(path), {}
+        files = [Path(path)] if Path(path).is_file() else sorted(Path(path).glob("*"))
+        for file in files:
+            if file.name in records:
+                shards[file.name] = records[file.name]["sha256"]
+            elif file.is_file() and (not records or file.suffix in (".bin", ".npy")):
+                shards[file.name] = f"{file.stat().st_size} bytes"
+        entries.append({"path": path, "shards": shards})
+    return entries
 
 
 def _n_numbers(module: torch.nn.Module) -> int:

@@ -24,8 +24,9 @@ from gpt2.dist import Distributed
 from gpt2.options import VerifyConfig
 from gpt2.train import dpo, pretrain, sft
 from gpt2.train.metrics import read_metrics
-from gpt2.train.receipt import describe_data, git_state, hardware, read_receipt, versions
+from gpt2.train.receipt import git_state, hardware, manifest_facts, read_receipt, versions
 from gpt2.train.signals import Interrupted
+from gpt2.train.trainer import data_identity
 
 LEAST_STEPS = 10
 MAKERS = {  # the kinds of runs; pretraining's options are part of the others'
@@ -58,7 +59,8 @@ def verify_run(options: VerifyConfig) -> bool:
     from_checkpoint = _choose(run, options.checkpoint, lines, receipt)
     first = from_checkpoint.step if from_checkpoint is not None else 0
     wanted = _windows(lines, receipt, first, options.steps or LEAST_STEPS)
-    changes = data_changes(receipt["data"], describe_data(config.data))
+    now = [entry | manifest_facts(entry["path"]) for entry in data_identity(config.data)]
+    changes = data_changes(receipt["data"], now)
     group = dist.start(options.device or config.device, config.timeout_s)
     say = print if group.is_main else _silent
     say(f"run         {run}: {config.data}")
@@ -123,10 +125,10 @@ def _windows(lines: list[dict], receipt: dict, first: int, steps: int) -> list[t
 
 
 def data_changes(before: list[dict], now: list[dict]) -> list[str]:
-    """What is different between two descriptions of gpt2.train.receipt.describe_data, in words."""
+    """What is different between a receipt's data and what is there now, in words."""
     changes = []
     for old, new in zip(before, now, strict=False):
-        if old["manifest_sha256"] != new["manifest_sha256"]:
+        if old.get("manifest_sha256") != new.get("manifest_sha256"):
             changes.append(f"{new['path']}/manifest.json is another one")
         for name in sorted(old["shards"].keys() | new["shards"].keys()):
             a, b = old["shards"].get(name), new["shards"].get(name)
@@ -139,7 +141,8 @@ def data_changes(before: list[dict], now: list[dict]) -> list[str]:
 
 
 def _how(receipt: dict) -> str:
-    hashed = all("bytes" not in h for folder in receipt["data"] for h in folder["shards"].values())
+    hashes = [h for entry in receipt["data"] for h in entry["shards"].values()]
+    hashed = hashes and all("bytes" not in h for h in hashes)
     return "the hashes of manifest and shards" if hashed else "sizes; not all shards have hashes"
 
 
