@@ -10,7 +10,7 @@ import sys
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13"]
+TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13", "markdown-it-py>=3"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",

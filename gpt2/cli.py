@@ -6,6 +6,8 @@ the fields of a dataclass of gpt2.config; an unknown key is an error.
 
 import contextlib
 import dataclasses
+import errno
+import io
 import os
 import re
 import signal
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2.config import REMOVED_OPTIONS, spell_sources, suggest
+from gpt2.text import printable
 
 SCRIPTS = {
     "pretrain": "scripts/train_gpt2.py", "sft": "scripts/sft.py", "dpo": "scripts/dpo.py"
@@ -165,7 +168,7 @@ def run_script(main) -> None:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # of `script | head`: nobody reads on
-        discard_stdout()
+        SafeOutput(sys.stdout).drop()
         sys.exit(141)
     except (ValueError, OSError, ImportError, RecursionError) as error:
         if sys.flags.dev_mode:
@@ -204,10 +207,7 @@ def starting():
 
 def say(text: str) -> None:
     """A line on stdout of a program that goes on, also where nobody reads it any more."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        discard_stdout()
+    print(text, file=SafeOutput.of(sys.stdout), flush=True)
 
 
 def complain(text: str) -> None:
@@ -216,6 +216,43 @@ def complain(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def discard_stdout() -> None:
-    """From now on what is printed goes nowhere: its reader is gone."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class SafeOutput:
+    """A text stream for people whose writes never raise.
+
+    What cannot be written is dropped: for good where nobody reads on (`| head`, a closed terminal).
+    Characters that the encoding lacks are spelled out, and with escape all that are not printable,
+    since names and generated text may hold sequences that a terminal obeys.
+    """
+
+    def __init__(self, stream, *, escape: bool = True):
+        stream = stream.stream if isinstance(stream, SafeOutput) else stream
+        self.stream = io.StringIO() if stream is None else stream  # None: started without one
+        self.escape = escape
+
+    @classmethod
+    def of(cls, stream) -> "SafeOutput":
+        return stream if isinstance(stream, cls) else cls(stream)
+
+    def write(self, text: str) -> int:
+        encoding = self.stream.encoding or "utf-8"
+        shown = printable(text) if self.escape else text
+        self._try(self.stream.write, shown.encode(encoding, "backslashreplace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, call, *args) -> None:
+        try:
+            call(*args)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            if getattr(error, "errno", None) in (errno.EPIPE, errno.EIO):
+                self.drop()
+
+    def drop(self) -> None:
+        """From now on all that is written goes nowhere, by whomever, and what is in the buffer."""
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)

@@ -12,7 +12,7 @@ from gpt2.config import TrainConfig
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig
 from gpt2.tokenizer import ByteTokenizer
-from gpt2.train.metrics import draw_curve, read_metrics
+from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 from gpt2.train.pretrain import pretrain
@@ -209,13 +209,6 @@ def test_damaged_data_during_training(train_config, counting):
     config = replace(train_config, data=str(counting), eval_every=0)
     with pytest.raises(ValueError, match="vocabulary has 257 entries"):
         pretrain(config)
-
-
-def test_metrics_file_cut_by_a_crash(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra')
-    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
-    draw_curve(read_metrics(tmp_path / "metrics.jsonl"), tmp_path / "loss.png", "title")
-    assert (tmp_path / "loss.png").exists()
 
 
 def test_doc_mask_keeps_attention_inside_documents(train_config, tmp_path):

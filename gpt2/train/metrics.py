@@ -4,47 +4,73 @@ Logged keys: train/loss train/lr train/grad_norm train/tokens_per_s train/mfu tr
 train/data_ms (what a step waited for its batch) val/loss; train/ and val/ with the name of each of
 the objective's metrics; eval/hellaswag (acc_norm) with _acc and _examples; checkpoint/held_ms and
 checkpoint/write_ms; guard/... of a skipped step; sample (text). A line's `step` is the number of
-optimizer steps done.
+optimizer steps done. A number that is not finite is kept as null.
+
+Nothing here ends training: what cannot be written is told once and written when it can be, and
+output that nobody reads is dropped. Only W&B that cannot start is an error, before any step.
 """
 
+import contextlib
+import io
 import json
-import os
+import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
+from gpt2.cli import SafeOutput, say
 from gpt2.config import TrainConfig
+from gpt2.text import printable
+from gpt2.train.receipt import finite, set_aside, to_json, write_whole
 
 
 class Metrics:
     """Writes to the run folder and the terminal; only the main process has one.
 
     first_step: the step a resumed run starts from; lines of later steps, from before the
-    interruption, are dropped. Raises ValueError where W&B was asked for and cannot start.
+    interruption, are dropped. Attribute lines: what was logged.
+    Raises ValueError where W&B was asked for and cannot start, ImportError where it is missing.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, description: dict, first_step: int):
         self.path = folder / "metrics.jsonl"
         self.max_steps = config.max_steps
-        self.lines = [line for line in read_metrics(self.path) if line["step"] <= first_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(temporary, self.path)
-        self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - closed by close()
-        self.wandb = _start_wandb(folder, config, description) if config.wandb_project else None
-        self.progress = _Progress(config.max_steps, first_step) if sys.stdout.isatty() else None
+        self.n_failed = 0  # writes since the last one that worked
+        self.bar = None
+        # First, so that a start that W&B refuses leaves no log, which is what makes a run.
+        self.trackers = [_WandB(folder, config, description)] if config.wandb_project else []
+        self.bar = _bar(config.max_steps, first_step)
+        lines, damage = read_log(self.path)
+        if damage:
+            self.say(set_aside(self.path, damage))
+        self.lines = [line for line in lines if line["step"] <= first_step]
+        self._rewrite()
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def log(self, step: int, values: dict) -> None:
         """Keeps values under their keys at a step."""
-        line = {"step": step, **values}
+        line = finite({"step": step, **values})
         self.lines.append(line)
-        self.file.write(json.dumps(line) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(values, step=step)
+        self._write(f"{to_json(line)}\n".encode())
+        for tracker in self.trackers:
+            self._track(tracker, tracker.log, step, values)
 
     def logged(self, step: int, key: str) -> bool:
         """Whether a key was already logged at a step."""
         return any(line["step"] == step and key in line for line in self.lines)
+
+    def rewind(self, step: int) -> None:
+        """Drops what later steps logged, after a rollback to `step`.
+
+        What the guard found in them happened, and does not come again: it stays, as of `step`, with
+        the step that it was logged at under guard/step.
+        """
+        self.lines = [
+            line if line["step"] <= step else {"guard/step": line["step"], **line, "step": step}
+            for line in self.lines
+            if line["step"] <= step or any(key.startswith("guard/") for key in line)
+        ]
+        self._rewrite()
 
     def show_step(
         self,
@@ -68,71 +94,137 @@ class Metrics:
         text += "".join(f"  {key.removeprefix('train/')} {values[key]:.3f}" for key in also)
         if "train/mfu" in values:
             text += f"  MFU {values['train/mfu']:.1%}"
-        if self.progress is not None:
-            self.progress.update(step, text)
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=step, description=text)
         else:
             self.say(f"step {step:>6}/{self.max_steps}  {text}  ETA {duration(eta_s)}")
 
     def say(self, text: str) -> None:
-        """A line that stays on the terminal."""
-        if self.progress is not None:
-            self.progress.say(text)
+        """A line that stays on the terminal; what is not printable in it is spelled out."""
+        if self.bar is not None:
+            self.bar.console.print(printable(text), markup=False, highlight=False)
         else:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
-        if self.progress is not None:
-            self.progress.close()
-        self.file.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        if self.n_failed:
+            self._rewrite()
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+        for tracker in self.trackers:
+            self._track(tracker, tracker.finish)
+        self.trackers = []
+
+    def _rewrite(self) -> None:
+        self.size = -1  # of no file
+        self._write(b"")
+
+    def _write(self, new: bytes) -> None:
+        """Appends to the log; one that is not as it was left is written anew from memory."""
+        try:
+            with open(self.path, "ab") as file:
+                if is_ours := file.tell() == self.size:
+                    file.write(new)
+            if not is_ours:
+                new = "".join(f"{to_json(line)}\n" for line in self.lines).encode()
+                write_whole(self.path, new) if new else self.path.unlink()
+                self.size = 0
+            self.size += len(new)
+        except OSError as error:
+            self.size = -1
+            self.n_failed += 1
+            if self.n_failed == 1:
+                self.say(f"{self.path}: {error.strerror}; its lines are kept until it is writable")
+        else:
+            if self.n_failed:
+                self.say(f"{self.path} is whole again, after {self.n_failed} failed writes")
+            self.n_failed = 0
+
+    def _track(self, tracker, call, *args) -> None:
+        """Calls a tracker, which is left out once it fails, in whatever way."""
+        try:
+            call(*args)
+        except Exception as error:
+            self.trackers = [other for other in self.trackers if other is not tracker]
+            self.say(f"{tracker.name} fails and gets nothing more: {_first_line(error)}")
 
 
-class _Progress:
-    """A live bar in a terminal."""
+class _WandB:
+    """One run of W&B, continued by a resumed run. Another tracker needs the same three names."""
 
-    def __init__(self, max_steps: int, first_step: int):
-        from rich import progress
+    name = "W&B"
 
-        self.bar = progress.Progress(
-            progress.TextColumn("step"),
-            progress.MofNCompleteColumn(),
-            progress.BarColumn(bar_width=20),
-            progress.TextColumn("{task.description}"),
-            progress.TextColumn("ETA"),
-            progress.TimeRemainingColumn(),
-            redirect_stdout=False,
-            redirect_stderr=False,
-        )
-        self.task = self.bar.add_task("", total=max_steps, completed=first_step)
-        self.bar.start()
+    def __init__(self, folder: Path, config: TrainConfig, description: dict):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
+        kept, run_id = folder / "wandb_id", ""
+        with contextlib.suppress(OSError, ValueError):
+            run_id = _safe(kept.read_text("utf-8"))
+        run_id = run_id or f"{_safe(config.run_name)[:60]}-{time.time_ns():x}"
+        try:
+            self.run = wandb.init(
+                project=config.wandb_project, name=config.run_name[:128], id=run_id,
+                resume="allow", dir=folder, config=description,
+            )  # fmt: skip
+            # W&B's own step may not go back, as a rollback does.
+            self.run.define_metric("*", step_metric="step")
+            write_whole(kept, run_id)
+        except Exception as error:
+            raise ValueError(
+                f"W&B cannot start ({_first_line(error)}): run `wandb login`, set "
+                "WANDB_MODE=offline, or leave out wandb_project"
+            ) from error
 
-    def update(self, step: int, text: str) -> None:
-        self.bar.update(self.task, completed=step, description=text)
+    def log(self, step: int, values: dict) -> None:
+        self.run.log({"step": step, **values})
 
-    def say(self, text: str) -> None:
-        self.bar.console.print(text, markup=False, highlight=False)
-
-    def close(self) -> None:
-        self.bar.stop()
+    def finish(self) -> None:
+        self.run.finish()
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The lines of a metrics.jsonl; a last line that was cut short by a crash is left out."""
-    lines = []
-    if Path(path).exists():
-        for text in Path(path).read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
-    return lines
+    """The lines of a metrics.jsonl that can be read, whatever else it holds; none without one."""
+    return read_log(path)[0]
+
+
+def read_log(path: str | Path) -> tuple[list[dict], str]:
+    """The lines of a metrics.jsonl that can be read, and what is wrong with it, "" for nothing."""
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        return [], f"{path}: {error.strerror}"
+    lines, bad, texts = [], [], content.splitlines()
+    for number, text in enumerate(texts, 1):
+        try:
+            line = finite(json.loads(text.decode()))
+            if type(line["step"]) is not int:
+                raise TypeError("step")
+            lines.append(line)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            bad.append(number)
+    if bad:
+        return lines, f"{path}: {len(bad)} of {len(texts)} lines are damaged, first line {bad[0]}"
+    return lines, "" if content else f"{path}: empty"
+
+
+def points(lines: list[dict], key: str) -> list[tuple[int, float]]:
+    """(step, value) of the lines that have a number under key."""
+    found = ((line["step"], line.get(key)) for line in lines)
+    return [(s, v) for s, v in found if isinstance(v, int | float) and abs(v) < 1e300]
 
 
 def draw_curve(
     lines: list[dict], path: str | Path, title: str, unit: str = "nats per token"
 ) -> None:
-    """Training and validation loss over steps, as a PNG. Raises ImportError without matplotlib."""
+    """Training and validation loss over steps, as a PNG.
+
+    Raises ImportError without matplotlib, ValueError for what it cannot draw, OSError.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -140,22 +232,30 @@ def draw_curve(
         raise ImportError(
             "drawing the loss curve needs matplotlib: pip install -e '.[train]'"
         ) from error
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for key, label, style in (
-        ("train/loss", "train", dict(color="#9ab", linewidth=1)),
-        ("val/loss", "val", dict(color="#c33", linewidth=2, marker="o", markersize=4)),
-    ):
-        points = [(line["step"], line[key]) for line in lines if key in line]
-        if points:
-            axes.plot(
-                *zip(*points, strict=True), label=f"{label}, last {points[-1][1]:.4f}", **style
-            )
-            axes.legend()
-    axes.set(title=title, xlabel="step", ylabel=f"loss ({unit})")
-    axes.grid(alpha=0.3)
-    figure.savefig(path)
+    png = io.BytesIO()
+    try:
+        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        for key, label, style in (
+            ("train/loss", "train", dict(color="#9ab", linewidth=1)),
+            ("val/loss", "val", dict(color="#c33", linewidth=2, marker="o", markersize=4)),
+        ):
+            if found := points(lines, key):
+                label = f"{label}, last {found[-1][1]:.4f}"
+                axes.plot(*zip(*found, strict=True), label=label, **style)
+                axes.legend()
+        # A name may hold $ and letters that the font lacks.
+        axes.set_title(printable(title.replace("\n", " "))[:80], parse_math=False)
+        axes.set_ylabel(printable(f"loss ({unit})")[:60], parse_math=False)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            figure.savefig(png)
+    except Exception as error:
+        raise ValueError(f"the loss curve cannot be drawn: {_first_line(error)}") from error
+    write_whole(Path(path), png.getvalue())
 
 
 def duration(seconds: float) -> str:
@@ -164,23 +264,28 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
 
 
-def _start_wandb(folder: Path, config: TrainConfig, description: dict):
+def _bar(max_steps: int, first_step: int):
+    """A live bar, where standard output is a terminal and rich is installed; else None."""
+    output = SafeOutput(sys.stdout, escape=False)
+    if not output.isatty():
+        return None
     try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
-    id_path = folder / "wandb_id"
-    run_id = id_path.read_text() if id_path.exists() else f"{config.run_name}-{time.time_ns():x}"
-    try:
-        run = wandb.init(
-            project=config.wandb_project, name=config.run_name, id=run_id, resume="allow",
-            dir=folder, config=description,
-        )  # fmt: skip
-    except wandb.errors.Error as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"W&B cannot start ({reason}): run `wandb login`, set WANDB_MODE=offline, or leave out "
-            "wandb_project"
-        ) from error
-    id_path.write_text(run_id)
-    return run
+        from rich import console, progress
+    except ImportError:
+        return None
+    bar = progress.Progress(
+        "step {task.completed}/{task.total}", progress.BarColumn(bar_width=20),
+        "{task.description}", "ETA", progress.TimeRemainingColumn(),
+        console=console.Console(file=output), redirect_stdout=False, redirect_stderr=False,
+    )  # fmt: skip
+    bar.add_task("", total=max_steps, completed=first_step)
+    bar.start()
+    return bar
+
+
+def _safe(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", text.strip())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -20,14 +20,16 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median_high
 
 import torch
 
 from gpt2 import checkpoint
 from gpt2.cli import say, write_yaml
 from gpt2.config import TrainConfig
+from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.metrics import Metrics, read_metrics
+from gpt2.train.metrics import Metrics, points, read_metrics
 from gpt2.train.receipt import Receipt, write_whole
 from gpt2.train.report import write_report
 from gpt2.train.saver import Saver
@@ -144,8 +146,11 @@ class RunFolder:
 
     # -- while the run writes ---------------------------------------------------------------------
 
-    def open(self, config: TrainConfig, first_step: int, facts: dict, launch: dict) -> None:
-        """Opens log, receipt and saver. facts, launch: see gpt2.train.receipt."""
+    def open(
+        self, config: TrainConfig, first_step: int, group: Distributed, facts: dict,
+        predicted: dict,
+    ) -> None:  # fmt: skip
+        """Opens log, receipt and saver. facts, predicted: see gpt2.train.receipt."""
         self.config, self.first_step, self.reported = config, first_step, time.monotonic()
         self.metrics = Metrics(self.path, config, asdict(config), first_step)
         self.say, self.log = self.metrics.say, self.metrics.log
@@ -153,8 +158,11 @@ class RunFolder:
             write_yaml(config, self.path / "config.yaml")
         except OSError as error:
             self.say(f"config.yaml is not written: {error}")
-        facts |= {"run": config.run_name, "run_id": self.run_id}
-        self.receipt = Receipt(self.path, facts, launch, say=self.say)
+        self.receipt = Receipt(
+            self.path, facts=facts | {"run": config.run_name, "run_id": self.run_id},
+            data=self.identity["data"], group=group, first_step=first_step, predicted=predicted,
+            say=self.say,
+        )  # fmt: skip
         self.saver = Saver(
             self.path, keep_last=config.keep_last,
             keep_going=config.on_save_error == "continue",
@@ -196,13 +204,12 @@ class RunFolder:
             self.say(f"no report: {error}")
 
     def _show_result(self) -> None:
-        lines, found = self.metrics.lines, checkpoint.list_checkpoints(self.path)
-        seconds = sorted(line["train/step_ms"] for line in lines if "train/step_ms" in line)
-        val = [line["val/loss"] for line in lines if "val/loss" in line]
+        times, val = (points(self.metrics.lines, key) for key in ("train/step_ms", "val/loss"))
         text = f"done: {self.config.max_steps:,} steps"
-        text += f", {seconds[len(seconds) // 2]:.1f} ms a step (median)" if seconds else ""
-        say(text + (f", val loss {val[-1]:.4f}" if val else ""))
+        text += f", {median_high(ms for _, ms in times):.1f} ms a step (median)" if times else ""
+        say(text + (f", val loss {val[-1][1]:.4f}" if val else ""))
         say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
+        found = checkpoint.list_checkpoints(self.path)
         say(f"checkpoint: {found[-1] if found else 'none was needed'}")
 
     def _on_saved(self, step: int, path: Path, times: dict) -> None:

@@ -37,7 +37,6 @@ from gpt2.train.describe import derived
 from gpt2.train.layouts import make_layout
 from gpt2.train.objectives import Batch
 from gpt2.train.preflight import preflight
-from gpt2.train.receipt import hardware
 from gpt2.train.run_folder import RunFolder
 from gpt2.train.schedule import Due, learning_rate
 from gpt2.train.signals import Interrupted, StopSignals
@@ -442,15 +441,8 @@ class Trainer:
         )  # fmt: skip
         say("\n".join(f"{name:<22}{value}" for name, value in table))
         shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
-        folder.open(
-            self.config, self.first_step,
-            {"model": shape, "data": self.train_data.identity(), "unit": self.objective.unit},
-            {
-                "first_step": self.first_step, "world_size": group.world_size,
-                "device": group.device.type, "hardware": hardware(group.device),
-                "predicted": self.plan.predicted(),
-            },
-        )  # fmt: skip
+        facts = {"model": shape, "unit": self.objective.unit}
+        folder.open(self.config, self.first_step, group, facts, self.plan.predicted())
 
 
 def _lost_connection(error: RuntimeError) -> bool:

@@ -1,0 +1,242 @@
+"""What a run writes about itself never ends it: metrics.jsonl, the terminal, W&B, the curve."""
+
+import io
+import json
+import math
+import os
+import pty
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2.cli import SafeOutput
+from gpt2.config import TrainConfig
+from gpt2.data.prepare import prepare
+from gpt2.options import PrepareConfig
+from gpt2.text import printable
+from gpt2.train import metrics as module
+from gpt2.train.metrics import Metrics, draw_curve, points, read_metrics
+from gpt2.train.pretrain import pretrain
+from gpt2.train.receipt import to_json
+
+NAN = float("nan")
+STEP = {
+    "train/loss": 3.0, "train/lr": 1e-3, "train/grad_norm": 1.0, "train/step_ms": 5.0,
+    "train/tokens_per_s": 9.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def log(tmp_path):
+    """Opens the log of a run in tmp_path, and closes it."""
+    opened = []
+
+    def open_log(first_step: int = 0, **options) -> Metrics:
+        config = TrainConfig(max_steps=9, warmup_steps=0, **options)
+        opened.append(Metrics(tmp_path, config, {}, first_step))
+        return opened[-1]
+
+    yield open_log
+    for metrics in opened:
+        metrics.close()
+
+
+def steps(folder: Path) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_numbers_that_json_lacks(log, tmp_path):
+    values = {"a": NAN, "b": [math.inf, {"c": -math.inf}], "d": np.float32(2), "e": Path("x")}
+    log().log(1, values)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "step": 1, "a": None, "b": [None, {"c": None}], "d": "2.0", "e": "x"
+    }  # fmt: skip
+    (tmp_path / "old.jsonl").write_text('{"step": 1, "a": NaN, "b": 1e999, "c": 2}\n')
+    assert read_metrics(tmp_path / "old.jsonl") == [{"step": 1, "a": None, "b": None, "c": 2}]
+    lines = [{"step": 1, "x": value} for value in (NAN, None, "1", 10**400, 2)] + [{"step": 2}]
+    assert points(lines, "x") == [(1, 2)] and to_json(NAN) == "null"
+
+
+GOOD = b'{"step": 1, "x": 1}\n{"step": 2, "x": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "content, left",
+    [
+        (b"", []),
+        (GOOD + b'{"step": 3, "tra', [1, 2]),
+        (GOOD[:20] + b"\xff\xfe\n" + GOOD[20:], [1, 2]),
+        (GOOD + b"\0" * 99, [1, 2]),
+        (b"1\n[]\n{}\n" + b"[" * 100_000 + b'\n{"step": "3"}\n' + GOOD, [1, 2]),
+        (None, []),
+    ],
+)
+def test_a_damaged_log_is_set_aside(log, tmp_path, capsys, content, left):
+    path = tmp_path / "metrics.jsonl"
+    (tmp_path / "metrics.jsonl.damaged").write_text("of another time")
+    path.write_bytes(content) if content is not None else path.mkdir()
+    assert [line["step"] for line in read_metrics(path)] == left
+    metrics = log(first_step=2)
+    assert "set aside as metrics.jsonl.damaged.1" in capsys.readouterr().out
+    aside = tmp_path / "metrics.jsonl.damaged.1"
+    assert aside.is_dir() if content is None else aside.read_bytes() == content
+    metrics.log(3, {"x": 3})
+    assert steps(tmp_path) == [*left, 3]
+
+
+def test_no_line_no_log(log, tmp_path):
+    """A folder counts as a run by its log."""
+    (tmp_path / "metrics.jsonl").write_bytes(GOOD)
+    log(first_step=0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_kept(log, tmp_path, capsys, monkeypatch):
+    metrics = log()
+    metrics.log(1, {})
+
+    def full(path, mode):
+        with open(path, mode) as file:
+            file.write(b'{"st')  # what fits
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "open", full, raising=False)
+        metrics.log(2, {})
+        metrics.log(3, {})
+    metrics.log(4, {})
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    out = capsys.readouterr().out
+    assert out.count("No space left on device") == 1 and "whole again, after 2 failed" in out
+    # Gone, cut, or with its folder gone and back: whole again with the next line.
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.log(5, {})
+    (tmp_path / "metrics.jsonl").write_bytes(b"{")
+    metrics.log(6, {})
+    shutil.rmtree(tmp_path)
+    metrics.log(7, {})
+    metrics.log(8, {})
+    assert capsys.readouterr().out.count("No such file") == 1
+    tmp_path.mkdir()
+    metrics.close()
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_rollback_drops_what_was_left(log, tmp_path):
+    metrics = log()
+    for step in range(1, 7):
+        metrics.log(step, {"val/loss": 1.0})
+    metrics.log(6, {"guard/reason": "spike"})
+    metrics.rewind(4)
+    assert not metrics.logged(6, "val/loss") and metrics.logged(4, "val/loss")
+    metrics.log(5, {"val/loss": 2.0})
+    metrics.rewind(2)
+    metrics.log(3, {})
+    assert read_metrics(tmp_path / "metrics.jsonl")[2:] == [
+        {"step": 2, "guard/step": 6, "guard/reason": "spike"}, {"step": 3}
+    ]  # fmt: skip
+    assert steps(tmp_path) == [1, 2, 2, 3]
+
+
+def test_output_that_nobody_reads_is_dropped(log, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        metrics = log()
+        for _ in range(3):
+            metrics.say("x" * 100_000)
+            metrics.show_step(1, STEP, 0.0)
+        print("also from elsewhere", flush=True)
+    metrics.say("to a closed stream")
+    monkeypatch.setattr(sys, "stdout", None)
+    metrics.say("to none")
+
+
+def test_text_that_the_terminal_lacks_or_obeys_is_spelled_out():
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    print("\u00fc \x1b[2J\r \ud800 a\tb", file=SafeOutput(stream), flush=True)
+    assert stream.buffer.getvalue() == b"\\xfc \\x1b[2J\\r \\ud800 a\tb\n"
+    assert printable("\u00fc\u4e2d\n") == "\u00fc\u4e2d\n"
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_in_a_terminal(log, monkeypatch, has_rich):
+    """A live bar with rich; plain lines without it; nothing raised when the terminal closes."""
+    if not has_rich:
+        monkeypatch.setitem(sys.modules, "rich", None)
+    ours, theirs = pty.openpty()
+    with open(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        metrics = log()
+        metrics.show_step(2, STEP, 0.0)
+        metrics.say("a \x1b[2J name [bold]")
+        text = b""
+        while b"a \\x1b[2J name [bold]" not in text:
+            text += os.read(ours, 100_000)
+        assert (b"step      2/9" in text) == (not has_rich)
+        os.close(ours)
+        metrics.say("more")
+        metrics.close()
+
+
+def test_wandb_hears_of_every_step(log, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("WANDB_CONSOLE", "off")
+    metrics = log(wandb_project="p", run_name="lr=3:1e-4")
+    run = metrics.trackers[0].run
+    assert run.id.startswith("lr-3-1e-4-") and run.name == "lr=3:1e-4"
+    assert (tmp_path / "wandb_id").read_text() == run.id
+    heard, real = [], run.log
+    monkeypatch.setattr(run, "log", lambda values: heard.append(values) or real(values))
+    for step in (5, 6, 3):  # after a rollback W&B's own step may not go back
+        metrics.log(step, {"train/loss": 2.0})
+    assert [values["step"] for values in heard] == [5, 6, 3]
+    monkeypatch.setattr(run, "log", lambda values: 1 / 0)
+    metrics.log(4, {"train/loss": 2.0})
+    metrics.log(5, {"train/loss": 2.0})
+    assert metrics.trackers == [] and len(metrics.lines) == 5
+    run.finish()
+    assert wandb.run is None
+
+
+def test_wandb_that_cannot_start_leaves_no_run(train_config, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**options):
+        raise wandb.errors.UsageError("no API key\nat length")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"W&B cannot start \(no API key\): run `wandb login`"):
+        pretrain(replace(train_config, wandb_project="p"))
+    pretrain(replace(train_config, max_steps=2))
+
+
+def test_the_curve_of_whatever_was_logged(tmp_path):
+    lines = [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": None}, {"step": 3}]
+    lines += [{"step": 4, "train/loss": NAN, "val/loss": math.inf}, {"step": 10**400, "x": 1}]
+    for title in ("a$\\x$", "\x1b\n\u4e2d", "a" * 300):
+        draw_curve(lines, tmp_path / "loss.png", title, "nats $ token")
+        assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+        (tmp_path / "loss.png").unlink()
+    draw_curve([], tmp_path / "loss.png", "of nothing")
+    with pytest.raises(ValueError, match="the loss curve cannot be drawn"):
+        draw_curve([{"step": 10**400, "val/loss": 1.0}], tmp_path / "loss.png", "title")
+    with pytest.raises(OSError):
+        draw_curve(lines, tmp_path / "nowhere" / "loss.png", "title")
+
+
+def test_samples_where_the_alphabet_has_no_newline(train_config, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over it " * 99)
+    data = tmp_path / "data"
+    prepare(PrepareConfig(text=str(tmp_path / "text.txt"), tokenizer="char", out=str(data)))
+    pretrain(replace(train_config, data=str(data), eval_every=0, sample_every=6))
+    assert capsys.readouterr().out.count("sample: ") == 1
