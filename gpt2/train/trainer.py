@@ -119,7 +119,7 @@ class Trainer:
         self.config, self.preflight = preflight(
             self.config, self.model, self.optimizer, self.group,
             block_size=self.train_data.block_size, bfloat16=self.execution.dtype == torch.bfloat16,
-            compiled=self.execution.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
+            compiled=self.execution.compiled, doc_mask="doc_start" in self.names,
             reference=_n_numbers(self.objective) - _n_numbers(self.model),
             full_rows=not getattr(self.train_data, "trim", False), resumed=self.resumed,
         )  # fmt: skip
