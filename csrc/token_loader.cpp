@@ -1,6 +1,8 @@
 #include "token_loader.h"
 
 #include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -63,6 +65,48 @@ int64_t major_faults() {
 #else
   return 0;
 #endif
+}
+
+// Where SIGBUS takes this thread while it reads mapped memory; null while it does not.
+thread_local sigjmp_buf* volatile landing = nullptr;
+struct sigaction previous_action {};
+
+void on_sigbus(int signal, siginfo_t*, void*) {
+  if (landing != nullptr) siglongjmp(*landing, 1);
+  sigaction(SIGBUS, &previous_action, nullptr);  // not ours: to whom it would have gone
+  raise(signal);
+}
+
+bool install_handler() {
+  struct sigaction action {};
+  action.sa_sigaction = on_sigbus;
+  // NODEFER: the jump leaves the handler without restoring a signal mask, which takes a system call.
+  action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
+  return sigaction(SIGBUS, &action, &previous_action) == 0;
+}
+
+// Copies tokens source[0, x_count) to x and [skip, count) to y[-1 + i]; returns the largest of all.
+[[gnu::noinline]] uint16_t widen(const uint16_t* source, int64_t count, int64_t* x, int64_t x_count,
+                                 int64_t* y, int64_t skip) {
+  for (int64_t i = 0; i < x_count; ++i) x[i] = source[i];
+  for (int64_t i = skip; i < count; ++i) y[i - 1] = source[i];
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, source[i]);
+  return largest;
+}
+
+// As widen, but -1 where the file has no such bytes any more or they cannot be read. Nothing in here
+// has a destructor, which a jump would leave out.
+int32_t widen_guarded(const uint16_t* source, int64_t count, int64_t* x, int64_t x_count,
+                      int64_t* y, int64_t skip) {
+  sigjmp_buf here;
+  int32_t largest = -1;
+  if (sigsetjmp(here, 0) == 0) {
+    landing = &here;
+    largest = widen(source, count, x, x_count, y, skip);
+  }
+  landing = nullptr;
+  return largest;
 }
 
 bool same_time(const struct timespec& a, const struct timespec& b) {
@@ -153,6 +197,8 @@ TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_siz
                                 ", got " + number(block_size));
   }
   if (shards.empty()) throw std::invalid_argument("no shards given");
+  static const bool installed = install_handler();
+  static_cast<void>(installed);
   shards_.reserve(shards.size());
   starts_.push_back(0);
   for (const ShardSpec& spec : shards) {
@@ -187,8 +233,7 @@ size_t TokenLoader::shard_of(int64_t position) const {
 void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y,
                        int32_t* doc_start, int64_t eot) const {
   const int64_t faults = major_faults();
-  // Each file is looked at once a batch: a system call a row would cost as much as the copying.
-  std::vector<char> checked(shards_.size(), 0);
+  std::vector<char> touched(shards_.size(), 0);
   int64_t next = 0;  // where the next row begins
   for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
     if (samples[row] == SKIP) continue;
@@ -202,19 +247,25 @@ void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t
     for (int64_t done = 0; done <= block_size_;) {
       const size_t s = shard_of(position);
       const MappedShard& shard = shards_[s];
-      if (!checked[s]) {
-        shard.check_unchanged();
-        checked[s] = 1;
-      }
+      touched[s] = 1;
       const int64_t offset = position - starts_[s];
       const int64_t count = std::min(block_size_ + 1 - done, shard.n_tokens() - offset);
       const uint16_t* source = shard.tokens() + offset;
       const int64_t x_count =
           std::min(count, block_size_ - done);  // the last token is a target only
-      for (int64_t i = 0; i < x_count; ++i) x[done + i] = source[i];
       const int64_t skip = done == 0 ? 1 : 0;  // the first token is an input only
-      for (int64_t i = skip; i < count; ++i) y[done + i - 1] = source[i];
-      check_vocabulary(shard, offset, count);
+      const int32_t largest = widen_guarded(source, count, x + done, x_count, y + done, skip);
+      if (largest < 0 || largest >= vocab_size_) {
+        shard.check_unchanged();
+        if (largest < 0) throw FileError(EIO, "cannot be read: a fault of its disk", shard.path());
+        int64_t i = 0;
+        while (i < x_count && x[done + i] < vocab_size_) ++i;
+        throw std::invalid_argument(
+            "shard " + shard.path() + ": token " + number(offset + i) + " is " +
+            number(i < x_count ? x[done + i] : y[block_size_ - 1]) + ", but the vocabulary has " +
+            number(vocab_size_) +
+            " entries: the file is damaged or was made with another tokenizer");
+      }
       done += count;
       position += count;
     }
@@ -222,10 +273,15 @@ void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t
       int32_t* row_start = doc_start + row * block_size_;
       int32_t start = 0;
       for (int64_t i = 0; i < block_size_; ++i) {
+        if (x[i] == eot) start = static_cast<int32_t>(i);
         row_start[i] = start;
-        if (x[i] == eot) start = static_cast<int32_t>(i + 1);
       }
     }
+  }
+  // Once a batch, as a system call a row would cost as much as the copying; and after it, so that no
+  // change of a file before this moment goes unnoticed.
+  for (size_t s = 0; s < shards_.size(); ++s) {
+    if (touched[s]) shards_[s].check_unchanged();
   }
   if (major_faults() > faults) cold_batches_.store(COLD_BATCHES, std::memory_order_relaxed);
 }
@@ -237,19 +293,6 @@ void TokenLoader::fetch_lines(int64_t position) const {
   const int64_t count = std::min(block_size_ + 1, shards_[s].n_tokens() - offset);
   const uint16_t* tokens = shards_[s].tokens() + offset;
   for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(tokens + i);
-}
-
-void TokenLoader::check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const {
-  const uint16_t* source = shard.tokens() + offset;
-  uint16_t largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, source[i]);
-  if (largest < vocab_size_) return;
-  const int64_t at =
-      std::find_if(source, source + count, [&](uint16_t t) { return t >= vocab_size_; }) - source;
-  throw std::invalid_argument("shard " + shard.path() + ": token " + number(offset + at) + " is " +
-                              number(source[at]) + ", but the vocabulary has " +
-                              number(vocab_size_) +
-                              " entries: the file is damaged or was made with another tokenizer");
 }
 
 void TokenLoader::prefetch(const int64_t* samples, int64_t rows) const {

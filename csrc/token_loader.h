@@ -8,8 +8,7 @@
 // Which window is sample i of the run is computed, not stored: epoch = i / n_windows(), and within
 // an epoch a keyed permutation of [0, n_windows()) and a shift of all windows by less than
 // block_size, both functions of (seed, epoch). So memory is constant, and any position is reached
-// in constant time. gpt2/data/loader.py holds the same algorithm in numpy; tests hold the two
-// equal.
+// in constant time. gpt2/data/numpy_backend.py is the same in numpy; tests hold the two equal.
 //
 // All methods are const, and what they return depends on their arguments alone: any number of
 // threads may share one loader.
@@ -57,8 +56,7 @@ class MappedShard {
   int64_t n_tokens() const { return spec_.n_tokens; }
   const std::string& path() const { return spec_.path; }
 
-  // Throws if the file got shorter since it was mapped, since reading past its end would kill the
-  // process with SIGBUS, or was written to.
+  // Throws if the file got shorter since it was mapped, or was written to.
   void check_unchanged() const;
   // Asks the kernel to read tokens [first, first + count) ahead.
   void will_need(int64_t first, int64_t count) const;
@@ -88,7 +86,9 @@ class TokenLoader {
   // Writes sample samples[r] to row r: x[r, t] and y[r, t] = the token after x[r, t]; both (rows,
   // block_size). A row whose sample is SKIP stays as it is. doc_start (rows, block_size), if not
   // null: the index in its row of the first token of the document that x[r, t] belongs to; a
-  // document begins after each token `eot`.
+  // document begins with its token `eot`. What a row has before its first `eot` begins at 0.
+  // Throws FileError for a shard that was cut, written to or could not be read meanwhile; a read
+  // past the end of a mapped file, which ends a process with SIGBUS, is caught for this.
   void fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y, int32_t* doc_start,
             int64_t eot) const;
   // Starts reading samples into the page cache and returns at once. Does so
@@ -110,8 +110,6 @@ class TokenLoader {
   size_t shard_of(int64_t position) const;
   // Has the processor fetch a window from memory meanwhile; never waits for the disk.
   void fetch_lines(int64_t position) const;
-  // Throws if one of the shard's tokens [offset, offset + count) lies beyond the vocabulary.
-  void check_vocabulary(const MappedShard& shard, int64_t offset, int64_t count) const;
 };
 
 }  // namespace token_loader

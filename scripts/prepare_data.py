@@ -12,8 +12,8 @@ The same command again goes on where an interrupted one stopped, and does nothin
 
 from gpt2.cli import parse, run_script
 from gpt2.data.datasets import listing
+from gpt2.data.integrity import verify
 from gpt2.data.prepare import prepare
-from gpt2.data.verify import verify
 from gpt2.options import PrepareConfig
 
 

@@ -45,15 +45,8 @@ def main() -> int:
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         }
         arguments = sys.argv[1:] or ["-q", "-k", LEAVE_OUT, *(f"tests/{name}" for name in TESTS)]
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            "--capture=sys",
-            *arguments,
-        ]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--capture=sys"]
+        command += arguments
         return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

@@ -4,7 +4,6 @@ A few hundred cases by default; `pytest -m slow tests/test_fuzz.py` tries 12,000
 function of its number, so `broken(number, ...)` shows it again.
 """
 
-import hashlib
 import json
 import os
 import random
@@ -17,59 +16,30 @@ import numpy as np
 import pytest
 
 from gpt2.data import TokenLoader, find_shards, write_shard
-from gpt2.data.integrity import BLOCK_BYTES, BLOCK_KEY
 from gpt2.train.pretrain import find_tokenizer
 
+from .test_integrity import write_manifest
+
 BLOCK = 16
-FORMATS = ("native", "raw", "npy")
+FORMATS = {"train_000000.bin": write_shard, "train.bin": lambda path, tokens: tokens.tofile(path),
+           "train.npy": np.save}  # fmt: skip
 HOSTILE = [0, 1, -1, 2, 255, 256, 1023, 1024, 2**15, 2**16, 2**31 - 1, -(2**31), 2**30 + 512]
-VALUES = [
-    None,
-    True,
-    0,
-    -1,
-    2**63,
-    2**64,
-    1e308,
-    "",
-    "x",
-    "\u0000",
-    [],
-    {},
-    [[]],
-    "../../etc/passwd",
-]
+VALUES = [None, True, 0, -1, 2**63, 2**64, 1e308, "", "x", "\0", [], {}, [[]], "../../etc/passwd"]
 
 
-def write(folder: Path, kind: str, rng: random.Random) -> tuple[Path, np.ndarray]:
-    tokens = np.random.default_rng(rng.getrandbits(32)).integers(0, 50257, rng.randint(200, 3000))
-    tokens = tokens.astype("<u2")
-    path = folder / {"native": "train_000000.bin", "raw": "train.bin", "npy": "train.npy"}[kind]
-    if kind == "native":
-        write_shard(path, tokens)
-    elif kind == "raw":
-        tokens.tofile(path)
-    else:
-        np.save(path, tokens)
-    return path, tokens
-
-
-def header_size(path: Path, tokens: np.ndarray) -> int:
-    return path.stat().st_size - tokens.nbytes
-
-
-def break_file(path: Path, header: int, rng: random.Random, payload: bool) -> str:
-    """Damages a file; only its header and size, unless payload. Returns what it did."""
-    before = path.read_bytes()
-    data = bytearray(before)
-    hows = ["cut", "cut far", "longer", "empty", "folder", "gone", "link", "noise", "private"]
+def break_content(data: bytes, header: int, rng: random.Random, payload: bool) -> tuple[str, bytes]:
+    """What was done to the bytes of a file, and what came of them: only its header and size, unless
+    payload."""
+    hows = ["cut", "cut far", "longer", "empty", "noise"]
     hows += ["header byte", "header words", "header bytes", "hostile word"] * 3 if header else []
     hows += ["bit", "bytes", "swap"] * 5 if payload else []
-    how = rng.choice(hows)
+    how, data = rng.choice(hows), bytearray(data)
+    at = rng.randrange(len(data))
+    word = 4 * rng.randrange(min(header // 4, 5)) if header else 0
     if how == "cut":
-        del data[len(data) - rng.randint(1, 40) :]
+        del data[-rng.randint(1, 40) :]
     elif how == "cut far":
-        del data[rng.randint(0, len(data) - 1) :]
+        del data[at:]
     elif how == "longer":
         data += rng.randbytes(rng.randint(1, 5000))
     elif how == "empty":
@@ -82,46 +52,32 @@ def break_file(path: Path, header: int, rng: random.Random, payload: bool) -> st
         for _ in range(rng.randint(2, 30)):
             data[rng.randrange(header)] = rng.randrange(256)
     elif how == "header words":
-        word = 4 * rng.randrange(min(header // 4, 5))
         data[word : word + 4] = rng.randbytes(4)
     elif how == "hostile word":
-        word = 4 * rng.randrange(min(header // 4, 5))
         data[word : word + 4] = rng.choice(HOSTILE).to_bytes(4, "little", signed=True)
     elif how == "bit":
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        data[at] ^= 1 << rng.randrange(8)
     elif how == "bytes":
-        at = rng.randrange(len(data))
         data[at : at + 8] = rng.randbytes(len(data[at : at + 8]))
     elif how == "swap":
-        middle = rng.randrange(1, len(data))
-        data = data[middle:] + data[:middle]
-    if how in ("folder", "gone", "link"):
-        path.unlink()
-        if how == "folder":
-            path.mkdir()
-        elif how == "link":
-            path.symlink_to(path)
-    else:
+        data = data[at:] + data[:at]
+    return how, bytes(data)
+
+
+def break_file(path: Path, header: int, rng: random.Random, payload: bool) -> str:
+    """Damages or replaces a file. Returns what it did."""
+    how = rng.choice(["content"] * 4 + ["folder", "gone", "link"])
+    if how == "content":
+        before = path.read_bytes()
+        how, data = break_content(before, header, rng, payload)
         path.write_bytes(data)
-        if how == "private":
-            path.chmod(0)
-        elif data == before:
-            return "nothing"
+        return "nothing" if data == before else how
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how == "link":
+        path.symlink_to(path)
     return how
-
-
-def manifest_of(path: Path, tokens: np.ndarray, rng: random.Random) -> dict:
-    data = path.read_bytes()
-    record = {
-        "file": path.name, "tokens": len(tokens), "bytes": len(data),
-        "sha256": hashlib.sha256(data).hexdigest(),
-    }  # fmt: skip
-    if rng.random() < 0.5:
-        import xxhash
-
-        blocks = [data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES)]
-        record[BLOCK_KEY] = [xxhash.xxh3_64_hexdigest(block) for block in blocks]
-    return {"tokenizer": {"name": "gpt2"}, "splits": {"train": {"shards": [record]}}}
 
 
 def break_json(value, rng: random.Random):
@@ -159,25 +115,24 @@ def right_or_refused(folder: Path, tokens: np.ndarray, verify: str, backend: str
 
 def broken(number: int, folder: Path) -> str:
     rng = random.Random(number)
-    kind, backend = rng.choice(FORMATS), rng.choice(["cpp", "numpy"])
-    path, tokens = write(folder, kind, rng)
+    name, backend = rng.choice(list(FORMATS)), rng.choice(["cpp", "numpy"])
+    path, manifest = folder / name, folder / "manifest.json"
+    tokens = np.random.default_rng(number).integers(0, 50257, rng.randint(200, 3000)).astype("<u2")
+    FORMATS[name](path, tokens)
+    header = path.stat().st_size - tokens.nbytes
     what = rng.choice(["file", "hashed file", "manifest json", "manifest bytes", "while mapped"])
-    manifest = folder / "manifest.json"
-    verify = "off"
+    how, verify = "", "off"
     if what in ("hashed file", "manifest json", "manifest bytes"):
-        manifest.write_text(json.dumps(manifest_of(path, tokens, rng)))
+        write_manifest(folder, rng.random() < 0.5)
         verify = "open"
-    how = ""
-    if what.endswith("file"):
-        how = break_file(path, header_size(path, tokens), rng, payload=verify == "open")
-    elif what == "manifest json":
+    if what == "manifest json":
         manifest.write_text(json.dumps(break_json(json.loads(manifest.read_text()), rng)))
     elif what == "manifest bytes":
         how = break_file(manifest, 0, rng, payload=True)
-    if what == "while mapped":
+    elif what == "while mapped":
         data = TokenLoader(path, BLOCK, shuffle=False, backend=backend)
         how = break_file(path, 0, rng, payload=True)
-        if path.exists() and path.is_file():
+        if path.is_file():
             os.utime(path, ns=(1, rng.getrandbits(50)))  # file systems keep coarse times
         try:
             x, _ = data.batch(0, data.n_windows)
@@ -186,9 +141,11 @@ def broken(number: int, folder: Path) -> str:
         else:
             assert np.array_equal(x.flatten().numpy(), tokens[: x.numel()])
         return f"{what} {how}"
+    else:
+        how = break_file(path, header, rng, payload=verify == "open")
     refused = right_or_refused(folder, tokens, verify, backend)
-    if what == "hashed file" and how not in ("private", "nothing"):
-        assert refused, f"{how} of {kind} was not noticed"
+    if what == "hashed file" and how != "nothing":
+        assert refused, f"{how} of {name} was not noticed"
     return f"{what} {how}" if refused else "harmless"
 
 

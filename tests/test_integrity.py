@@ -1,6 +1,9 @@
+"""Content against the manifest's hashes, and what names the data of a run."""
+
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,26 +11,27 @@ import pytest
 import torch
 import xxhash
 
-from gpt2.data import Mixture, TokenLoader, find_shards, write_shard
-from gpt2.data.integrity import BLOCK_BYTES, BLOCK_KEY, manifest_records
+from gpt2.config import data_sources
+from gpt2.data import Mixture, TokenLoader, find_shards, open_shards, write_shard
+from gpt2.data.integrity import verify
+from gpt2.data.shards import BLOCK_BYTES, BLOCK_KEY, manifest_records
 from gpt2.train.pretrain import pretrain
 
 
-def write_manifest(folder, *, blocks=True) -> None:
-    """The part of prepare_data's manifest that integrity is about."""
-    records = []
-    for path in sorted(folder.glob("train_*.bin")):
+def write_manifest(folder, blocks=True, tokenizer=None) -> None:
+    """prepare_data's manifest, as far as it is about the shards that lie in the folder."""
+    splits = {"train": {"shards": []}, "val": {"shards": []}}
+    for path in [*sorted(folder.glob("*.bin")), *sorted(folder.glob("*.npy"))]:
         data = path.read_bytes()
-        records.append(
-            {
-                "file": path.name, "tokens": (len(data) - 1024) // 2, "documents": 1,
-                "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(),
-            }
-        )  # fmt: skip
+        (shard,) = open_shards(path)
+        record = {"file": path.name, "tokens": shard.n_tokens, "bytes": len(data)}
         if blocks:
             parts = [data[i : i + BLOCK_BYTES] for i in range(0, len(data), BLOCK_BYTES)]
-            records[-1][BLOCK_KEY] = [xxhash.xxh3_64_hexdigest(p) for p in parts]
-    manifest = {"tokenizer": {"name": "gpt2"}, "splits": {"train": {"shards": records}}}
+            record[BLOCK_KEY] = [xxhash.xxh3_64_hexdigest(part) for part in parts]
+        else:
+            record["sha256"] = hashlib.sha256(data).hexdigest()
+        splits[path.name.split("_")[0].split(".")[0]]["shards"].append(record)
+    manifest = {"tokenizer": tokenizer or {"name": "gpt2"}, "splits": splits}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -44,97 +48,77 @@ def flip(path, at: int) -> None:
 
 @pytest.fixture
 def folder(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
     for i in range(3):
-        write_shard(tmp_path / f"train_{i:06}.bin", np.arange(2_500_000) % 50000)
-    return tmp_path
+        write_shard(folder / f"train_{i:06}.bin", np.arange(2_500_000) % 50000)
+    return folder
 
 
 @pytest.mark.parametrize("blocks", [True, False])
-@pytest.mark.parametrize("verify", ["open", "background"])
-def test_a_flipped_bit_is_named(folder, verify, blocks):
-    write_manifest(folder, blocks=blocks)
+def test_a_flipped_bit_is_named(folder, blocks):
+    write_manifest(folder, blocks)
     paths = find_shards(folder, "train")
     expected = TokenLoader(paths, 64).batch(0, 4)[0]
     for mode in ("off", "background", "open"):
         data = TokenLoader(paths, 64, verify=mode)
-        assert data.verifier.n_known == (0 if mode == "off" else 3)
+        assert (data.verifiers[0].n_shards, data.verifiers[0].n_known) == (3, 3 * (mode != "off"))
         assert torch.equal(data.batch(0, 4)[0], expected)
-        data.verifier.join()
-        data.batch(1, 4)
+        data.finish()
+    assert verify(folder) == []
     flip(paths[1], BLOCK_BYTES + 500)
-    where = f"between bytes {BLOCK_BYTES} and 5001024" if blocks else "somewhere"
-    with pytest.raises(ValueError, match=f"train_000001.bin.* {where}") as error:
-        data = TokenLoader(paths, 64, verify=verify)
-        data.batch(0, 4)
-        data.verifier.join()
-        data.batch(1, 4)
-    assert str(paths[1]) in str(error.value)
-    if verify == "background":
-        with pytest.raises(ValueError, match="train_000001"):
-            data.batch(2, 4)
+    where = f"between offsets {BLOCK_BYTES} and 5001024" if blocks else "5001024 bytes"
+    message = f"{paths[1]}: damaged.* {where}"
+    (problem,) = verify(folder)
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(problem)
+    with pytest.raises(ValueError, match=message):
+        TokenLoader(paths, 64, verify="open")
+    data = TokenLoader(paths, 64, verify="background")
+    for _ in range(2):  # also after the last batch
+        with pytest.raises(ValueError, match=message):
+            data.finish()
+    with pytest.raises(ValueError, match=message):
+        data.batch(2, 4)
     TokenLoader(paths, 64).batch(0, 4)
 
 
-def test_ranks_share_the_checking(folder):
+def test_ranks_share_the_checking_and_a_mixture_raises_what_a_source_finds(folder):
     write_manifest(folder)
     paths = find_shards(folder, "train")
     flip(paths[1], 10_000)
-    for rank in range(2):
-        data = TokenLoader(paths, 64, verify="background", verify_share=(rank, 2))
-        data.batch(0, 4, rank, 2)
-        data.verifier.join()
-        if rank == 1:
-            with pytest.raises(ValueError, match="train_000001"):
-                data.batch(1, 4, rank, 2)
-        else:
-            data.batch(1, 4, rank, 2)
-
-
-def test_a_mixture_raises_what_a_source_finds(folder):
-    from gpt2.config import data_sources
-
-    write_manifest(folder)
-    paths = find_shards(folder, "train")
-    flip(paths[2], 10_000)
-    loaders = {"a": TokenLoader(paths, 64, verify="background")}
-    data = Mixture(data_sources("a:1,a:2@5"), loaders)
-    data.batch(0, 4)
-    loaders["a"].verifier.join()
-    with pytest.raises(ValueError, match="train_000002"):
-        data.batch(1, 4)
-
-
-def test_another_file_under_the_name(folder):
-    write_manifest(folder)
-    write_shard(folder / "train_000001.bin", np.arange(1000))
-    paths = find_shards(folder, "train")
-    for verify in ("open", "background"):
-        with pytest.raises(ValueError, match="has 1000 tokens, but manifest.json says 2500000"):
-            TokenLoader(paths, 64, verify=verify)
-    TokenLoader(paths, 64)
+    first, second = (
+        TokenLoader(paths, 64, verify="background", verify_share=(rank, 2)) for rank in range(2)
+    )
+    first.finish()
+    first.batch(1, 4, 0, 2)
+    data = Mixture(data_sources("a:1,b:2"), {"a": first, "b": second})
+    for read in (data.finish, lambda: data.batch(1, 4), lambda: second.batch(1, 4, 1, 2)):
+        with pytest.raises(ValueError, match="train_000001"):
+            read()
 
 
 def test_open_wants_hashes_and_background_does_without(folder):
     paths = find_shards(folder, "train")
     data = TokenLoader(paths, 64, verify="background")
-    assert data.verifier.n_known == 0 and data.batch(0, 4)[0].shape == (4, 64)
-    with pytest.raises(ValueError, match="no hash of it"):
-        TokenLoader(paths, 64, verify="open")
-    with pytest.raises(ValueError, match="unknown verify 'on'"):
-        TokenLoader(paths, 64, verify="on")
+    assert data.verifiers[0].n_known == 0 and data.batch(0, 4)[0].shape == (4, 64)
+    for word, message in (("open", "no hash of it"), ("on", "unknown verify 'on'")):
+        with pytest.raises(ValueError, match=message):
+            TokenLoader(paths, 64, verify=word)
+
+
+RECORD = {"file": "a", "tokens": 3, "bytes": 1, "sha256": "0" * 64}
 
 
 @pytest.mark.parametrize(
     "splits",
-    [
-        [], 3, {"train": 3}, {"train": {}}, {"train": {"shards": 3}}, {"train": {"shards": [3]}},
-        {"train": {"shards": [{}]}},
-        {"train": {"shards": [{"file": "a", "tokens": "3", "bytes": 1, "sha256": "0" * 64}]}},
-        {"train": {"shards": [{"file": "a", "tokens": 3, "bytes": 1, "sha256": "?"}]}},
-        {"train": {"shards": [{"file": "a", "tokens": 3, "bytes": 1, "sha256": "0" * 64,
-                               BLOCK_KEY: ["0" * 16] * 2}]}},
-        {"train": {"shards": [{"file": "a", "tokens": 3, "bytes": 1, "sha256": "0" * 64,
-                               BLOCK_KEY: [3]}]}},
+    [[], 3, {"train": 3}, {"train": {}}, {"train": {"shards": 3}}]
+    + [
+        {"train": {"shards": [record]}}
+        for record in (
+            3, {}, RECORD | {"tokens": "3"}, RECORD | {"sha256": "?"}, RECORD | {"file": "../a"},
+            RECORD | {BLOCK_KEY: ["0" * 16] * 2}, RECORD | {BLOCK_KEY: [3]},
+        )
     ],
 )  # fmt: skip
 def test_damaged_records_are_refused(tmp_path, splits):
@@ -144,15 +128,50 @@ def test_damaged_records_are_refused(tmp_path, splits):
         manifest_records(tmp_path)
 
 
-def test_a_run_stops_at_damaged_data(train_config, tmp_path, capsys):
+def identity(folder, **options):
+    return TokenLoader(find_shards(folder, "train"), 64, **options).identity()
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_identity_is_that_of_the_tokens(folder, manifest, monkeypatch):
+    if manifest:
+        write_manifest(folder)
+    (found,) = identity(folder)
+    assert found["path"] == str(folder) and found["tokens"] == 7_500_000
+    assert json.loads(json.dumps(found)) == found
+    assert (found["tokenizer"] or "none").split()[0] == ("gpt2" if manifest else "none")
+    # Another spelling, and a copy elsewhere.
+    monkeypatch.chdir(folder.parent)
+    shutil.copytree("data", "copy")
+    for other in ("data", "data/../copy"):
+        assert identity(other) == [found | {"path": other}]
+    # Other order, other tokens, a shard less.
+    paths = find_shards(folder, "train")
+    flip(paths[2], 5_000_000)
+    if manifest:
+        write_manifest(folder)
+    hashes = {found["hash"]}
+    for some in (paths, paths[::-1], paths[:2]):
+        (entry,) = TokenLoader(some, 64).identity()
+        hashes.add(entry["hash"])
+    assert len(hashes) == 4
+
+
+def test_identity_names_the_tokenizer(folder):
+    names = set()
+    for tokenizer in ({"name": "byte"}, *({"name": "char", "chars": c} for c in ("ab", "ac"))):
+        write_manifest(folder, tokenizer=tokenizer)
+        (entry,) = identity(folder)
+        names.add(entry["tokenizer"])
+    assert len(names) == 3
+
+
+def test_a_run_stops_at_damaged_data(train_config, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     for split in ("train", "val"):
         write_shard(folder / f"{split}_000000.bin", np.arange(5000) % 65)
     write_manifest(folder)
-    config = replace(train_config, data=str(folder), verify="open", eval_every=0)
-    pretrain(config)
-    assert "open, hashes are known of 1 of 1 shards" in capsys.readouterr().out
-    flip(folder / "train_000000.bin", 5000)
-    with pytest.raises(ValueError, match="train_000000.bin: its content changed"):
-        pretrain(replace(config, run_name="second"))
+    shutil.copy(folder / "train_000000.bin", folder / "train_000000 (copy).bin")
+    with pytest.raises(ValueError, match="train_000000 .copy..bin: not in the manifest"):
+        pretrain(replace(train_config, data=str(folder)))

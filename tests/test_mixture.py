@@ -29,33 +29,41 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("sources")
     for name, size in SIZES.items():
         (out / name).mkdir()
-        for split in ("train", "val"):
-            tokens = np.arange(FIRST[name], FIRST[name] + size)
-            write_shard(out / name / f"{split}_000000.bin", tokens)
+        tokens = np.arange(FIRST[name], FIRST[name] + size)
+        write_shard(out / name / "train_000000.bin", tokens)
     return out
 
 
-def mixture(folder, *sources, backend="auto", **options) -> Mixture:
+def mixture(folder, *sources, **options) -> Mixture:
     sources = tuple(DataSource(p, Fraction(w), *step) for p, w, *step in sources)
     loaders = {
-        name: TokenLoader(folder / name / "train_000000.bin", 8, backend=backend, **options)
+        name: TokenLoader(folder / name / "train_000000.bin", 8, **options)
         for name in dict.fromkeys(s.path for s in sources)
     }
     return Mixture(sources, loaders)
 
 
-def sources_of(x) -> np.ndarray:
-    return x[:, 0].numpy() // 10000
+class Alone:
+    """The sources of a mixture by themselves: what each is to give next."""
+
+    def __init__(self, folder):
+        self.loaders = {n: TokenLoader(folder / n / "train_000000.bin", 8) for n in "abc"}
+        self.seen = dict.fromkeys("abc", 0)
+
+    def check(self, x) -> None:
+        """That rows x are the next ones of their sources."""
+        for row in x:
+            name = "abc"[int(row[0]) // 10000]
+            assert torch.equal(row, self.loaders[name].batch(self.seen[name], 1)[0][0])
+            self.seen[name] += 1
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    weights=st.lists(st.fractions(0, 3, max_denominator=40), min_size=1, max_size=6),
+    weights=st.lists(st.fractions(0, 3, max_denominator=40), min_size=1, max_size=6).filter(any),
     start=st.integers(0, 10**15),
 )
 def test_counts_are_exact_and_each_sample_has_one_source(weights, start):
-    if not sum(weights):
-        return
     ratio = Ratio(weights)
     total = sum(ratio.weights)
     assert [Fraction(w, total) for w in ratio.weights] == [w / sum(weights) for w in weights]
@@ -68,9 +76,9 @@ def test_counts_are_exact_and_each_sample_has_one_source(weights, start):
         assert (counts.sum(0) == i).all()
         steps = np.diff(counts)
         assert ((steps == 0) | (steps == 1)).all() and (steps.sum(0) == 1).all()
-        left = np.array([[int(k * w % total) for k in i.tolist()] for w in ratio.weights])
-        whole = np.array([[int(k * w // total) for k in i.tolist()] for w in ratio.weights])
-        assert (np.abs(counts - whole - left / total) < len(weights) / 2 + 0.5).all()
+        for count, weight in zip(counts.tolist(), ratio.weights, strict=True):
+            for n, k in zip(count, i.tolist(), strict=True):
+                assert abs(n - Fraction(k * weight, total)) < len(weights) / 2 + 0.5
 
 
 def test_weights_too_fine_for_an_exact_schedule():
@@ -80,50 +88,93 @@ def test_weights_too_fine_for_an_exact_schedule():
 
 @pytest.mark.parametrize("backend", ["cpp", "numpy"])
 def test_proportions_ranks_and_order_within_a_source(folder, backend):
-    data = mixture(folder, ("a", "0.5"), ("b", "0.3"), ("c", "0.2"), backend=backend)
-    alone = {n: TokenLoader(folder / n / "train_000000.bin", 8) for n in "abc"}
-    seen, rows = dict.fromkeys("abc", 0), 0
+    data = mixture(folder, ("a", ".5"), ("b", ".3"), ("c", ".2"), backend=backend)
+    alone = Alone(folder)
     for step in range(30):
         x, y = data.batch(step, 8)
         assert torch.equal(y, x + 1)
         for world_size in (2, 4, 8):
             parts = [data.batch(step, 8, rank, world_size)[0] for rank in range(world_size)]
             assert torch.equal(torch.cat(parts), x)
-        for row, source in enumerate(sources_of(x)):
-            name = "abc"[source]
-            assert torch.equal(x[row], alone[name].batch(seen[name], 1)[0][0])
-            assert data.provenance(step, row, 8).shard == str(folder / name / "train_000000.bin")
-            seen[name] += 1
-        rows += 8
+        for row in range(8):
+            place = data.provenance(step, row, 8)
+            source = "abc"[int(x[row, 0]) // 10000]
+            assert place.shard == str(folder / source / "train_000000.bin")
+            assert place.offset + FIRST[source] == x[row, 0]
+        alone.check(x)
         assert data.epochs(step + 1, 8) == {
-            n: seen[n] / alone[n].n_windows for n in ("a", "b", "c")
+            n: alone.seen[n] / alone.loaders[n].n_windows for n in "abc"
         }
-    assert seen == {"a": 120, "b": 72, "c": 48}
-    assert data.batch(10**12, 8)[0].shape == (8, 8)
+    assert alone.seen == {"a": 120, "b": 72, "c": 48}
+    far = data.batch(10**12, 2000)[0][:, 0] // 10000
+    assert far.bincount().tolist() == [1000, 600, 400]
+
+
+PHASES = (("a", 1), ("b", 1), ("a", 1, 10), ("c", 3, 10), ("b", 1, 15))
 
 
 def test_weights_change_at_a_step_and_sources_go_on(folder):
-    whole = mixture(folder, ("a", 1), ("b", 1), ("a", 1, 10), ("c", 3, 10), ("b", 1, 15))
-    before = mixture(folder, ("a", 1), ("b", 1))
-    for step in range(10):
-        assert torch.equal(whole.batch(step, 8)[0], before.batch(step, 8)[0])
-    alone = {n: TokenLoader(folder / n / "train_000000.bin", 8) for n in "abc"}
-    seen = dict.fromkeys("abc", 0)
+    whole, before, alone = mixture(folder, *PHASES), mixture(folder, *PHASES[:2]), Alone(folder)
+    assert (whole.phases, before.phases) == (3, 1)
     for step in range(20):
         x = whole.batch(step, 8)[0]
-        for row, source in enumerate(sources_of(x)):
-            name = "abc"[source]
-            assert torch.equal(x[row], alone[name].batch(seen[name], 1)[0][0])
-            seen[name] += 1
-    assert seen == {"a": 40 + 10, "b": 40 + 40, "c": 30}
+        assert step >= 10 or torch.equal(x, before.batch(step, 8)[0])
+        alone.check(x)
+    assert alone.seen == {"a": 40 + 10, "b": 40 + 40, "c": 30}
+
+
+@pytest.mark.parametrize("offset", [-13, 3, 8, 50])
+def test_samples_keep_their_places_after_an_offset(folder, offset):
+    """Also where the rows of one step lie in two phases."""
+    data = mixture(folder, *PHASES)
+    samples = torch.cat([data.batch(step, 8)[0] for step in range(30)])
+    for step in range(2, 20):
+        first = step * 8 + offset
+        assert torch.equal(data.batch(step, 8, offset=offset)[0], samples[first : first + 8])
+        same = data.provenance((first + 3) // 8, (first + 3) % 8, 8)
+        assert data.provenance(step, 3, 8, offset=offset) == same
+
+
+def test_another_global_batch_size_gives_the_same_samples_where_weights_stay(folder):
+    data = mixture(folder, ("a", 1), ("c", "1e-5"))
+    samples = data.batch(0, 80)[0]
+    for step in range(5):
+        assert torch.equal(data.batch(step, 6, offset=32)[0], samples[step * 6 + 32 :][:6])
+    rows = torch.cat([data.batch(step, 100_000)[0][:, 0] for step in range(3)]) // 10000
+    assert rows.bincount().tolist() == [299_997, 0, 3]
 
 
 def test_one_epoch_ends_before_any_source_repeats(folder):
-    data = mixture(folder, ("a", 1), ("b", 1), shuffle=False)
-    assert data.n_windows == 2 * data.loaders[1].n_windows + 1  # b has 41 windows, a many more
+    data = mixture(folder, ("a", 1), ("b", 1))
+    assert data.n_windows == 2 * data.loaders[1].n_windows + 1  # b has 40 windows, a many more
     x = data.batch(0, data.n_windows)[0]
     assert len(set(x[:, 0].tolist())) == data.n_windows
     assert data.n_tokens == 1333
+
+
+def test_validation_reads_every_window_of_every_source_once(folder):
+    data = mixture(folder, *PHASES, shuffle=False)
+    alone = [TokenLoader(folder / n / "train_000000.bin", 8, shuffle=False) for n in "abc"]
+    windows = [loader.n_windows for loader in alone]
+    assert data.n_windows == sum(windows) == 124 + 41 + 11 and data.phases == 1
+    x = torch.cat([data.batch(step, 8)[0] for step in range(22)])
+    for source, loader in enumerate(alone):
+        assert torch.equal(x[x[:, 0] // 10000 == source], loader.batch(0, loader.n_windows)[0])
+    # So do the first ones alone, in proportion.
+    assert (x[:88, 0] // 10000).bincount().tolist() == pytest.approx([62, 20.5, 5.5], abs=1)
+
+
+def test_identity_has_the_weights(folder):
+    data = mixture(folder, *PHASES)
+    found = data.identity()
+    assert [entry["tokens"] for entry in found] == [1000, 333, 90]
+    assert [entry["weights"] for entry in found] == [
+        [[0, "1/2"], [10, "1/4"], [15, "0"]],
+        [[0, "1/2"], [10, "0"], [15, "1"]],
+        [[0, "0"], [10, "3/4"], [15, "0"]],
+    ]
+    doubled = mixture(folder, *((p, 2 * w, *step) for p, w, *step in PHASES))
+    assert doubled.identity() == found != mixture(folder, *PHASES[:2]).identity()
 
 
 def test_the_ways_to_write_a_mixture(tmp_path):
@@ -167,7 +218,6 @@ def test_mixtures_that_are_refused(line, message):
         ("[{path: a, weight: much}]", "such as 0.25"),
         ("[{path: a, weight: -1}]", "such as 0.25"),
         ("[{path: a, weight: yes}]", "such as 0.25"),
-        ("[{path: 'a,b', weight: 1}]", "without comma"),
         ("[{path: a, weight: 1, from_stp: 3}]", "did you mean 'from_step'"),
         ("[{path: a, weight: 1, from_step: -3}]", "whole number"),
     ],

@@ -14,11 +14,9 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
 
-from gpt2.data.loader import rank_rows
+from gpt2.data.loader import Batch, BatchSource, rank_rows
 
-Parts = tuple[Tensor, ...]
 SLOTS = 2  # one batch being copied, one being filled
 
 
@@ -30,7 +28,7 @@ class CudaCopies:
     def __init__(self, device: torch.device):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def send(self, parts: Parts) -> tuple[Parts, torch.cuda.Event]:
+    def send(self, parts: Batch) -> tuple[Batch, torch.cuda.Event]:
         """Queues the copies; returns what they will fill, and an event that comes after them."""
         with torch.cuda.stream(self.stream):
             sent = tuple(part.to(self.device, non_blocking=True) for part in parts)
@@ -38,7 +36,7 @@ class CudaCopies:
             done.record(self.stream)
         return sent, done
 
-    def receive(self, sent: Parts, done: torch.cuda.Event) -> None:
+    def receive(self, sent: Batch, done: torch.cuda.Event) -> None:
         """Makes the current stream wait for the copies, without the host waiting."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(done)
@@ -49,27 +47,28 @@ class CudaCopies:
 class Feed:
     """A source of batches, as tensors on a device.
 
-    source: batch(step, global_batch_size, rank, world_size) -> tensors, a pure function, as
-    TokenLoader and Mixture have; if it has buffers(rows, pin_memory=) as well, batch must take them
-    as out. A batch on a CPU is written over by the next but one.
-    copies: None copies nothing (CPU); default: CudaCopies where device is CUDA.
+    copies: None copies nothing (CPU); default: CudaCopies where device is CUDA. A batch on a CPU is
+    written over by the next but one.
     Attribute waited_s: how long the host waited in batch(), seconds; the caller may reset it.
     """
 
-    def __init__(self, source, device: torch.device, copies="auto"):
+    def __init__(self, source: BatchSource, device: torch.device, copies="auto"):
         if copies == "auto":
             copies = CudaCopies(device) if device.type == "cuda" else None
         self.source, self.copies, self.waited_s = source, copies, 0.0
-        self._buffers: list[Parts | None] = [None] * SLOTS
-        self._done: list = [None] * SLOTS  # what each buffer's last copy ends with
+        self._buffers: list[Batch | None] = [None] * SLOTS
+        self._sent: list = [None] * SLOTS  # each slot's last batch, alive until its copy is done
         self._slot = 0
         self._ahead: tuple[tuple, Future] | None = None
         self._thread = ThreadPoolExecutor(1, "feed") if copies is not None else None
 
-    def batch(self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1) -> Parts:
+    def batch(
+        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
+        *, offset: int = 0,
+    ) -> Batch:  # fmt: skip
         """As source.batch, on the device; then starts on the next step's. Raises as source does."""
         start = time.perf_counter()
-        key = (step, global_batch_size, rank, world_size)
+        key = (step, global_batch_size, rank, world_size, offset)
         if self.copies is None:
             parts = self._fill(key)
         else:
@@ -92,25 +91,22 @@ class Feed:
         return self._thread.submit(self._send, key)
 
     def _send(self, key: tuple):
-        if self._done[self._next_slot()] is not None:
-            self._done[self._next_slot()].synchronize()
-        parts, slot = self._fill(key), self._slot
-        if self.copies.pin_memory and not parts[0].is_pinned():
+        following = (self._slot + 1) % SLOTS
+        if self._sent[following] is not None:
+            self._sent[following][1].synchronize()
+        parts = self._fill(key)
+        if self.copies.pin_memory and self._buffers[self._slot] is None:
             parts = tuple(part.pin_memory() for part in parts)
-            self._buffers[slot] = parts  # alive until its copy is done
-        sent, self._done[slot] = self.copies.send(parts)
-        return sent, self._done[slot]
+        sent, done = self.copies.send(parts)
+        self._sent[self._slot] = parts, done
+        return sent, done
 
-    def _next_slot(self) -> int:
-        return (self._slot + 1) % SLOTS
-
-    def _fill(self, key: tuple) -> Parts:
+    def _fill(self, key: tuple) -> Batch:
         """The batch in the next slot's buffers, which become the current one's."""
-        self._slot = slot = self._next_slot()
-        if not hasattr(self.source, "buffers"):
-            return self.source.batch(*key)
-        rows, buffers = rank_rows(*key)[1], self._buffers[slot]
-        if buffers is None or len(buffers[0]) != rows:
+        self._slot = slot = (self._slot + 1) % SLOTS
+        *sizes, offset = key
+        rows, out = rank_rows(*key)[1], self._buffers[slot]
+        if out is None or len(out[0]) != rows:
             pin_memory = self.copies is not None and self.copies.pin_memory
-            buffers = self._buffers[slot] = self.source.buffers(rows, pin_memory=pin_memory)
-        return self.source.batch(*key, out=buffers)
+            out = self._buffers[slot] = self.source.buffers(rows, pin_memory=pin_memory)
+        return self.source.batch(*sizes, offset=offset, out=out)

@@ -1,60 +1,68 @@
-"""Whether shards still hold what the manifest beside them says: sizes, and hashes of the content.
+"""Whether shards still hold what the manifest beside them says, and what data they are.
 
-A manifest has, under splits / <split> / shards, for each file
-
-    {"file": ..., "tokens": ..., "bytes": ..., "sha256": ..., "xxh3_64_of_4MiB": [...]}
-
-The last, optional, is a hash of each block of 4 MiB: where it is there, it is used, because it
-takes a fraction of SHA-256's time and says where the damage is.
+gpt2.data.shards describes the manifest and compares names, sizes and token counts with it; here it
+is the content. A record's hashes of 4 MiB blocks are used where it has them, since they take a
+fraction of SHA-256's time and say where the damage is.
 """
 
-import errno
 import hashlib
-import re
+import json
+import os
 import threading
+from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import xxhash
 
-from gpt2.data.shards import Shard, read_manifest
+from gpt2.data.shards import (
+    BLOCK_BYTES,
+    BLOCK_KEY,
+    Shard,
+    find_shards,
+    folder_tokenizer,
+    listing_problems,
+    manifest_records,
+    open_recorded,
+    open_shards,
+    split_files,
+)  # fmt: skip
 
-BLOCK_BYTES = 1 << 22
-BLOCK_KEY = "xxh3_64_of_4MiB"
+SAMPLES, SAMPLE_BYTES = 64, 4096  # of a shard that no manifest knows
 
 
 class Verifier:
-    """Checks shards against their manifests: their sizes at once, their content as `verify` says.
+    """Compares the content of shards with their manifests, as `verify` says.
 
-    verify: "off", nothing. "open", all content at once. "background", all content in a thread that
-    check() starts and whose first finding it raises from then on.
-    share: (i, n) leaves the content of all shards but every n-th from the i-th on to others.
+    verify: "off", not at all. "open", at once. "background", in a thread that check() starts and
+    whose first finding it raises from then on.
+    share: (i, n) leaves all shards but every n-th from the i-th on to others.
     Attributes: n_shards, n_known (those whose hashes are known).
-    Raises ValueError (another file than the manifest's, damaged content or manifest, "open" without
-    hashes, unknown `verify`), OSError.
+    Raises ValueError (damaged content or manifest, "open" without hashes, unknown `verify`),
+    OSError.
     """
 
     def __init__(self, shards: list[Shard], verify: str, share: tuple[int, int] = (0, 1)):
         if verify not in ("off", "background", "open"):
             raise ValueError(f"unknown verify {verify!r}: use off, background or open")
+        known = list(_recorded(shards)) if verify != "off" else []
+        todo = [(shard.path, record) for shard, record in known if record is not None]
+        self.n_shards, self.n_known = len(shards), len(todo)
+        if verify == "open" and self.n_known < self.n_shards:
+            path = next(shard.path for shard, record in known if record is None)
+            raise ValueError(
+                f"{path}: verify is open, but the manifest beside it has no hash of it; prepare "
+                "the data again, or use verify: background"
+            )
+        self._todo = todo[share[0] :: share[1]]
         self._found: Exception | None = None
         self._thread: threading.Thread | None = None
-        self._todo: list[tuple[str, dict]] = []
         self._lock = threading.Lock()
-        known = _match(shards) if verify != "off" else {}
-        self.n_shards, self.n_known = len(shards), len(known)
         if verify == "open":
-            for shard in shards:
-                if shard.path not in known:
-                    raise ValueError(
-                        f"{shard.path}: verify is open, but the manifest beside it has no hash of "
-                        "it; prepare the data again, or use verify: background"
-                    )
-        mine = [s.path for s in shards if s.path in known][share[0] :: share[1]]
-        self._todo = [(path, known[path]) for path in mine]
-        if verify == "open":
-            for path, record in self._todo:
-                check_content(path, record)
+            self._run()
             self._todo = []
+            self.check()
 
     def check(self) -> None:
         """Starts the thread, once, where there is something for it to do; raises what it found."""
@@ -67,108 +75,120 @@ class Verifier:
         if self._found is not None:
             raise self._found
 
-    def join(self, timeout: float | None = None) -> None:
-        """Waits for the thread to have read everything."""
+    def finish(self, timeout_s: float | None = None) -> None:
+        """Waits until everything was read, or for timeout_s; then raises as check() does."""
+        self.check()
         if self._thread is not None:
-            self._thread.join(timeout)
+            self._thread.join(timeout_s)
+        self.check()
 
     def _run(self) -> None:
         try:
             for path, record in self._todo:
-                check_content(path, record)
+                for problem in content_problems(path, record):
+                    raise ValueError(problem)
         except (ValueError, OSError) as error:
             self._found = error
 
 
-def check_content(path: str | Path, record: dict) -> None:
-    """Compares a file with its manifest's record, block by block in constant memory.
-
-    Raises ValueError with file and offset where the content differs, OSError where it cannot be
-    read.
-    """
-    blocks, sha256 = record.get(BLOCK_KEY), hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        for start in range(0, record["bytes"], BLOCK_BYTES):
-            block = _read(file, min(BLOCK_BYTES, record["bytes"] - start), path)
+def content_problems(path: str | Path, record: dict) -> Iterator[str]:
+    """Where a file differs from its record, block by block in constant memory. Raises OSError."""
+    blocks, whole, size = record.get(BLOCK_KEY), hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        for number, block in enumerate(iter(partial(file.read, BLOCK_BYTES), b"")):
+            start, size = size, size + len(block)
             if blocks is None:
-                sha256.update(block)
-            elif xxhash.xxh3_64_hexdigest(block) != blocks[start // BLOCK_BYTES]:
-                raise _damaged(path, f"between bytes {start} and {start + len(block)}")
-    if blocks is None and sha256.hexdigest() != record["sha256"]:
-        raise _damaged(path, "somewhere")
+                whole.update(block)
+            elif blocks[number : number + 1] != [xxhash.xxh3_64_hexdigest(block)]:
+                yield _damaged(path, f" between offsets {start} and {size}")
+    if size != record["bytes"] or (blocks is None and whole.hexdigest() != record["sha256"]):
+        yield _damaged(path, f": {size} bytes of {record['bytes']}")
 
 
-def _damaged(path: str | Path, where: str) -> ValueError:
-    return ValueError(
-        f"{path}: its content changed {where} since it was prepared (another hash than in "
-        "manifest.json): prepare or copy it again"
+def _damaged(path: str | Path, where: str) -> str:
+    return (
+        f"{path}: damaged{where}, or its record is: its content is not what manifest.json says; "
+        "prepare or copy it again"
     )
 
 
-def _read(file, size: int, path: str | Path) -> bytes:
-    parts = []
-    while size:
-        part = file.read(size)
-        if not part:
-            raise OSError(errno.EIO, "the file became shorter while it was read", str(path))
-        parts.append(part)
-        size -= len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+def verify(folder: str | Path) -> list[str]:
+    """What is wrong with a prepared folder, each with file and offset; an empty list if nothing.
+
+    A folder of shards without a manifest (nanoGPT's, llm.c's) has its headers and sizes checked.
+    Raises OSError (no such folder, no shards) and ValueError (damaged manifest).
+    """
+    folder = Path(folder)
+    records, problems = manifest_records(folder), []
+    files = {split: split_files(folder, split) for split in ("train", "val")}
+    if not records and not any(files.values()):
+        find_shards(folder, "train")  # raises
+    for split, paths in files.items():
+        problems += listing_problems(folder, split, records)
+        for path in paths:
+            record = records.get(path.name)
+            try:
+                if record is not None:
+                    open_recorded(path, record)
+                    problems += content_problems(path, record)
+                elif not records:
+                    open_shards(path)
+            except (ValueError, OSError) as error:
+                text = str(error)
+                problems.append(text if str(path) in text else f"{path}: {text}")
+    return problems
 
 
-def _match(shards: list[Shard]) -> dict[str, dict]:
-    """The manifests' record of each shard that has one, by path; checks sizes and token counts."""
-    folders = {folder: manifest_records(folder) for folder in {Path(s.path).parent for s in shards}}
-    known = {}
+def identity(shards: list[Shard]) -> list[dict]:
+    """What tokens these are: for each folder {"path", "tokens", "tokenizer", "hash"}.
+
+    The hash covers the shards in order: by the manifest's hashes, or else by size and a sample of
+    SAMPLES blocks. tokenizer: its name and a hash of its description; None where nothing says.
+    Raises ValueError (damaged manifest), OSError.
+    """
+    found = []
+    for folder, group in groupby(_recorded(shards), lambda pair: Path(pair[0].path).parent):
+        digest, tokens = xxhash.xxh3_128(), 0
+        for shard, record in group:
+            if record is None:
+                content = _sample(shard.path)
+            else:
+                content = "".join(record.get(BLOCK_KEY) or record["sha256"])
+            digest.update(f"{shard.n_tokens} {content}\n".encode())
+            tokens += shard.n_tokens
+        found.append(
+            {
+                "path": str(folder), "tokens": tokens, "hash": digest.hexdigest(),
+                "tokenizer": _name_tokenizer(folder_tokenizer(folder)),
+            }
+        )  # fmt: skip
+    return found
+
+
+def _recorded(shards: list[Shard]) -> Iterator[tuple[Shard, dict | None]]:
+    """Each shard with its record in the manifest beside it, checked as open_recorded does."""
+    folders: dict[Path, dict[str, dict]] = {}
     for shard in shards:
         path = Path(shard.path)
+        if path.parent not in folders:
+            folders[path.parent] = manifest_records(path.parent)
         record = folders[path.parent].get(path.name)
-        if record is None:
-            continue
-        found = {"tokens": shard.n_tokens, "bytes": path.stat().st_size}
-        for key, value in found.items():
-            if record[key] != value:
-                raise ValueError(
-                    f"{path}: has {value} {key}, but manifest.json says {record[key]}: another "
-                    "file than the one that was prepared; prepare or copy it again"
-                )
-        known[shard.path] = record
-    return known
+        if record is not None:
+            open_recorded(path, record)
+        yield shard, record
 
 
-def manifest_records(folder: str | Path) -> dict[str, dict]:
-    """The record of each shard in a folder's manifest, by file name; none without a manifest.
-
-    Raises ValueError for a manifest that is damaged.
-    """
-    manifest, records = read_manifest(folder), {}
-    if manifest is None or "splits" not in manifest:
-        return records
-    try:
-        for split in manifest["splits"].values():
-            for record in split["shards"]:
-                _check_record(record)
-                records[record["file"]] = record
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{Path(folder) / 'manifest.json'}: damaged ({error!r}); prepare the data again"
-        ) from error
-    return records
+def _sample(path: str) -> str:
+    size, digest = os.path.getsize(path), xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        for i in range(SAMPLES):
+            file.seek(max(size - SAMPLE_BYTES, 0) * i // (SAMPLES - 1))
+            digest.update(file.read(SAMPLE_BYTES))
+    return f"{size} {digest.hexdigest()}"
 
 
-def _check_record(record: dict) -> None:
-    for key, kind in (("file", str), ("tokens", int), ("bytes", int), ("sha256", str)):
-        if type(record[key]) is not kind:
-            raise ValueError(f"{key} is {record[key]!r}")
-    if Path(record["file"]).name != record["file"]:
-        raise ValueError(f"file is {record['file']!r}, not a file's name")
-    if not re.fullmatch("[0-9a-f]{64}", record["sha256"]):
-        raise ValueError(f"sha256 is {record['sha256']!r}")
-    blocks = record.get(BLOCK_KEY)
-    if blocks is None:
-        return
-    if not isinstance(blocks, list) or len(blocks) != -(-record["bytes"] // BLOCK_BYTES):
-        raise ValueError(f"{BLOCK_KEY} of {record['file']} is not a list of a hash a block")
-    for block in blocks:
-        if not isinstance(block, str) or not re.fullmatch("[0-9a-f]{16}", block):
-            raise ValueError(f"{BLOCK_KEY} of {record['file']} holds {block!r}")
+def _name_tokenizer(description: dict | None) -> str | None:
+    if description is None:
+        return None
+    content = xxhash.xxh3_64_hexdigest(json.dumps(description, sort_keys=True).encode())
+    return f"{description['name']} {content}" if "name" in description else content

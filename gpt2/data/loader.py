@@ -6,20 +6,20 @@ for machines without a compiler, and the oracle of its tests. Both give identica
 
 import resource
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gpt2.data.integrity import Verifier
+from gpt2.data.integrity import Verifier, identity
 from gpt2.data.numpy_backend import NumpyBackend
 from gpt2.data.shards import open_shards
 
 SPARE_FILES = 256  # open files that are left to the rest of the process
 
 
-Batch = tuple[Tensor, ...]  # x, y and, with doc_mask, doc_start
+Batch = tuple[Tensor, ...]
 
 
 class Provenance(NamedTuple):
@@ -27,79 +27,106 @@ class Provenance(NamedTuple):
 
     shard: str  # path
     offset: int  # index of the token in the shard
-    document: int  # documents that begin before it in the shard; 0 where no end of text is known
+    document: int  # its number in the shard, from 1; 0 if it began in the shard before, or no eot
+
+
+class BatchSource(Protocol):
+    """What a run takes its batches from. All methods are functions of their arguments alone.
+
+    names: of the parts of a batch, in order.  block_size: positions of a row.  n_windows: rows in
+    an epoch.  n_tokens: positions that an epoch is made from.  backend: what does the work, in
+    words.  full_rows: every row has block_size positions; else a batch may be trimmed.
+    chat_template: the name of the template that conversations are written in.
+    """
+
+    names: tuple[str, ...]
+    block_size: int
+    n_windows: int
+    n_tokens: int
+    backend: str
+    full_rows: bool
+    chat_template: str | None
+
+    def batch(
+        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
+        *, offset: int = 0, out: Batch | None = None,
+    ) -> Batch:  # fmt: skip
+        """The rows of a step's global batch that belong to a rank.
+
+        Row i of the global batch is sample step * global_batch_size + offset + i of the run,
+        whatever the number of ranks; it belongs to rank i // (global_batch_size // world_size).
+        offset: samples that a rollback skipped, or that make up for another global_batch_size.
+        out: what buffers(rows) gave, to be written and returned; default: new tensors.
+        Raises ValueError for numbers out of range.
+        """
+
+    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch | None:
+        """Tensors for a batch of so many rows, not initialised; None: batch makes new ones."""
+
+    def provenance(
+        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
+    ) -> Provenance:
+        """Where token `token` of a row of the global batch came from. Raises as batch does."""
+
+    def identity(self) -> list[dict]:
+        """What the data is, for each folder or file {"path", "tokens", "hash", ...}, fit for JSON.
+
+        All but the path is equal where training reads the same tokens in the same order.
+        """
 
 
 class TokenLoader:
-    """Windows of block_size tokens, each exactly once an epoch, in a new order each epoch.
+    """A BatchSource: windows of block_size tokens, each exactly once an epoch, in an order of its
+    own each epoch.
 
     paths: shard files (gpt2.data.shards lists the formats); together they are one stream of tokens.
     shuffle: False reads the windows in order and without shifting them, for evaluation.
     vocab_size: a larger token is an error when it is read; None accepts any uint16.
-    eot: the token that ends a document, None where there is none.
+    eot: the token that begins a document, None where there is none.
     doc_mask: batches have a third part, doc_start, which keeps attention inside documents.
     verify: whether the shards' content is compared with the manifest beside them: "off"; "open",
     before the first batch; "background", in a thread from the first batch on, and what it finds is
-    raised by the next batch. verify_share: (i, n), this process checks every n-th shard from i on.
+    raised by the next batch, or by finish(). verify_share: (i, n), this process checks every n-th
+    shard from i on.
     backend: "cpp", "numpy", or "auto": C++ where it was built.
 
-    Attributes: n_tokens, n_windows (windows in an epoch), backend (the one in use),
-    verifiers (its one gpt2.data.integrity.Verifier).
+    Attribute beside BatchSource's: verifiers (its one gpt2.data.integrity.Verifier).
     Raises ValueError (damaged shard, too few tokens, unknown backend, doc_mask without eot),
     OSError, ImportError ("cpp" not built).
     """
 
-    chat_template: str | None = None
+    full_rows, chat_template = True, None
 
     def __init__(
-        self,
-        paths: str | Path | list[str | Path],
-        block_size: int,
-        seed: int = 1337,
-        shuffle: bool = True,
-        *,
-        vocab_size: int | None = None,
-        eot: int | None = None,
-        doc_mask: bool = False,
-        verify: str = "off",
-        verify_share: tuple[int, int] = (0, 1),
+        self, paths: str | Path | list[str | Path], block_size: int, seed: int = 1337,
+        shuffle: bool = True, *, vocab_size: int | None = None, eot: int | None = None,
+        doc_mask: bool = False, verify: str = "off", verify_share: tuple[int, int] = (0, 1),
         backend: str = "auto",
-    ):
+    ):  # fmt: skip
         if doc_mask and eot is None:
             raise ValueError("doc_mask needs an end-of-text token, which this tokenizer has not")
         self.shards = open_shards(paths)
-        self.verifier = Verifier(self.shards, verify, verify_share)
-        self.verifiers = [self.verifier]
-        self.block_size, self.eot, self.doc_mask = block_size, eot, doc_mask
+        self.verifiers = [Verifier(self.shards, verify, verify_share)]
+        self.block_size, self.shuffle, self.eot = block_size, shuffle, eot
+        self.names = ("idx", "targets", "doc_start") if doc_mask else ("idx", "targets")
         make, self.backend = _select_backend(backend)
         _allow_open_files(len(self.shards))
         specs = [(s.path, s.offset, s.n_tokens) for s in self.shards]
-        seed %= 1 << 64
         vocab_size = 1 << 16 if vocab_size is None else vocab_size
-        self._backend = make(specs, block_size, seed, shuffle, vocab_size)
+        self._backend = make(specs, block_size, seed % (1 << 64), shuffle, vocab_size)
         self.n_tokens: int = self._backend.n_tokens
         self.n_windows: int = self._backend.n_windows
 
     def batch(
-        self,
-        step: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        offset: int = 0,
-        out: Batch | None = None,
-    ) -> Batch:
-        """The rows of a step's global batch that belong to a rank.
+        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
+        *, offset: int = 0, out: Batch | None = None,
+    ) -> Batch:  # fmt: skip
+        """As BatchSource.batch: idx, targets (rows, block_size) int64, targets = idx shifted by one
+        token; and, with doc_mask, doc_start (rows, block_size) int32: the index in its row of the
+        first token of the document that each of idx belongs to.
 
-        Row i of the global batch is sample step * global_batch_size + i of the run, whatever the
-        number of ranks; it belongs to rank i // (global_batch_size // world_size).
-        out: what buffers(rows) gave, to be written and returned; default: new tensors.
-        Returns x, y (rows, block_size) int64, y = x shifted by one token; and, with doc_mask,
-        doc_start (rows, block_size) int32: the index in its row of the first token of the document
-        that each x belongs to. Raises ValueError for numbers out of range and for tokens beyond the
-        vocabulary or shards that `verify` found damaged; OSError for a file that shrank or was
-        written to.
+        Raises ValueError for numbers out of range and for tokens beyond the vocabulary or shards
+        that `verify` found damaged; OSError for a file that was cut or written to.
         """
         first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
         out = self.buffers(rows) if out is None else out
@@ -109,23 +136,21 @@ class TokenLoader:
         return out
 
     def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
-        """Tensors for a batch of so many rows, not initialised."""
-        dtypes = [torch.int64, torch.int64] + [torch.int32] * self.doc_mask
-        shape = (rows, self.block_size)
-        return tuple(torch.empty(shape, dtype=d, pin_memory=pin_memory) for d in dtypes)
+        """As BatchSource.buffers."""
+        shape, dtypes = (rows, self.block_size), (torch.int64, torch.int64, torch.int32)
+        return tuple(
+            torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
+            for dtype in dtypes[: len(self.names)]
+        )
 
     def fill(self, samples: np.ndarray, out: Batch) -> None:
         """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row.
 
         Raises ValueError where out has another number of rows, and as batch does.
         """
-        self.verifier.check()
-        if self.doc_mask:
-            x, y, doc_start = out
-            self._backend.fill(samples, x.numpy(), y.numpy(), doc_start.numpy(), self.eot)
-        else:
-            x, y = out
-            self._backend.fill(samples, x.numpy(), y.numpy())
+        self.verifiers[0].check()
+        parts = [part.numpy() for part in out]
+        self._backend.fill(samples, *parts, *([self.eot] if len(parts) == 3 else []))
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Starts reading samples from a cold disk, and returns at once."""
@@ -134,29 +159,33 @@ class TokenLoader:
     def provenance(
         self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
     ) -> Provenance:
-        """Where token `token` of a row of the global batch came from.
-
-        Counts the document by reading the shard up to there. Raises as batch does.
-        """
-        first, rows = rank_rows(step, global_batch_size, offset=offset)
-        if not 0 <= row < rows:
-            raise ValueError(f"row {row} is not one of the {rows} rows of a step")
-        return self.provenance_of(first + row, token)
+        """As BatchSource.provenance; counts the document by reading the shard up to there."""
+        return self.provenance_of(row_sample(step, row, global_batch_size, offset), token)
 
     def provenance_of(self, sample: int, token: int = 0) -> Provenance:
         """Where token `token` of a sample of the run came from."""
         if not 0 <= token <= self.block_size:
             raise ValueError(f"token {token} lies outside a window of {self.block_size} + 1 tokens")
-        offset = self._backend.window_start(sample) + token
+        at = self._backend.window_start(sample) + token
         for shard in self.shards:
-            if offset < shard.n_tokens:
+            if at < shard.n_tokens:
                 break
-            offset -= shard.n_tokens
-        document, tokens = 0, shard.tokens()
-        for start in range(0, offset if self.eot is not None else 0, 1 << 24):
-            part = tokens[start : min(start + (1 << 24), offset)]
+            at -= shard.n_tokens
+        document, chunk = 0, 1 << 24
+        for start in range(0, at + 1 if self.eot is not None else 0, chunk):
+            n = min(chunk, at + 1 - start)
+            part = np.fromfile(shard.path, "<u2", n, offset=shard.offset + 2 * start)
             document += int(np.count_nonzero(part == self.eot))
-        return Provenance(shard.path, offset, document)
+        return Provenance(shard.path, at, document)
+
+    def identity(self) -> list[dict]:
+        """As BatchSource.identity; gpt2.data.integrity says what it is made from."""
+        return identity(self.shards)
+
+    def finish(self, timeout_s: float = 10.0) -> None:
+        """Waits that long for the check in the background to end; raises what it found."""
+        for verifier in self.verifiers:
+            verifier.finish(timeout_s)
 
 
 def rank_rows(
@@ -172,13 +201,21 @@ def rank_rows(
         raise ValueError(
             f"global_batch_size {global_batch_size} does not divide among {world_size} ranks"
         )
-    if step * global_batch_size >= 1 << 60:
-        raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
-    rows = global_batch_size // world_size
-    first = step * global_batch_size + offset
-    if first < 0:
-        raise ValueError(f"step {step} with the offset {offset} lies before the first sample")
+    first, rows = step * global_batch_size + offset, global_batch_size // world_size
+    if not 0 <= first < 1 << 60:
+        raise ValueError(
+            f"step {step} x {global_batch_size} rows + offset {offset}: "
+            + ("before the first sample" if first < 0 else "beyond 2^60 samples")
+        )
     return first + rank * rows, rows
+
+
+def row_sample(step: int, row: int, global_batch_size: int, offset: int = 0) -> int:
+    """The sample that is a row of a step's global batch. Raises ValueError."""
+    first, rows = rank_rows(step, global_batch_size, offset=offset)
+    if not 0 <= row < rows:
+        raise ValueError(f"row {row} is not one of the {rows} rows of a step")
+    return first + row
 
 
 def _select_backend(name: str):

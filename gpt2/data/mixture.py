@@ -10,8 +10,12 @@ the remaining i - c0(i) samples are shared by the other sources in the same way,
 further sample raises exactly one of these counts: that source is its own. So the counts are exact
 at every multiple of W, and never more than about a sample off in between.
 
-Weights may change from a step on (from_step); a source goes on where it was. Each source counts its
-own epochs.
+Weights may change from a step on (from_step): a phase begins with the first sample of that step,
+and a source goes on where it was. Each source counts its own epochs.
+
+Loaders that do not shuffle are for validation. Their mixture has every window of every source
+exactly once, so that its mean loss is that of all their tokens: n_windows of each take the place of
+the weights, and sources alternate, so that the first windows alone stand for all sources too.
 """
 
 from fractions import Fraction
@@ -20,7 +24,7 @@ from math import lcm
 import numpy as np
 
 from gpt2.config import DataSource
-from gpt2.data.loader import Batch, Provenance, TokenLoader, rank_rows
+from gpt2.data.loader import Batch, Provenance, TokenLoader, rank_rows, row_sample
 from gpt2.data.numpy_backend import SKIP
 
 # Products of a weight and a count below the sum of weights stay within int64.
@@ -45,6 +49,10 @@ class Ratio:
             )
         self.weights: list[int] = [int(w) for w in whole]
 
+    def part(self, source: int) -> str:
+        """A source's part of the samples, such as 7/10."""
+        return str(Fraction(self.weights[source], sum(self.weights)))
+
     def counts(self, i: np.ndarray) -> np.ndarray:
         """How many of the first i samples each source has: i (n,) int64 -> (sources, n) int64."""
         total = sum(self.weights)
@@ -57,89 +65,114 @@ class Ratio:
 
 
 class Mixture:
-    """Several TokenLoaders as one; batch and the attributes are those of TokenLoader.
+    """Several TokenLoaders as one BatchSource.
 
     sources: what to mix, as the config lists it.
-    loaders: one for each path of sources; their block_size, eot and doc_mask are alike.
-    n_windows: samples until the first source would begin its second epoch, at the first weights.
+    loaders: one for each path of sources; their block_size, eot, doc_mask and shuffle are alike.
+    n_windows: samples until the first source would begin its second epoch, at the first weights;
+    without shuffling all windows of all sources.
+    phases: how many sets of weights follow each other. With more than one, the samples of a run
+    depend on global_batch_size, so that it must not change from one step to the next.
+    Raises ValueError for weights that Ratio refuses.
     """
 
-    chat_template: str | None = None
+    full_rows, chat_template = True, None
 
     def __init__(self, sources: tuple[DataSource, ...], loaders: dict[str, TokenLoader]):
-        self.paths = list(loaders)
-        self.loaders = list(loaders.values())
+        self.paths, self.loaders = list(loaders), list(loaders.values())
         one = self.loaders[0]
-        self.block_size, self.backend, self.doc_mask = one.block_size, one.backend, one.doc_mask
-        self.buffers = one.buffers
-        self.verifiers = [loader.verifier for loader in self.loaders]
-        self.from_steps = sorted({s.from_step for s in sources})
-        self.ratios = []
-        for from_step in self.from_steps:
-            weight = {s.path: s.weight for s in sources if s.from_step == from_step}
-            self.ratios.append(Ratio([weight.get(path, Fraction(0)) for path in self.paths]))
+        self.names, self.block_size, self.backend = one.names, one.block_size, one.backend
+        self.verifiers = [verifier for loader in self.loaders for verifier in loader.verifiers]
+        self.windows = [loader.n_windows for loader in self.loaders]
+        if one.shuffle:
+            self.from_steps = sorted({s.from_step for s in sources})
+            weights = {(s.path, s.from_step): s.weight for s in sources}
+            self.ratios = [
+                Ratio([weights.get((path, step), Fraction(0)) for path in self.paths])
+                for step in self.from_steps
+            ]
+        else:
+            self.from_steps, self.ratios = [0], [Ratio([Fraction(n) for n in self.windows])]
+        self.phases = len(self.ratios)
         self.n_tokens = sum(loader.n_tokens for loader in self.loaders)
         self.n_windows = self._one_epoch()
 
     def batch(
-        self,
-        step: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        out: Batch | None = None,
-    ) -> Batch:
-        """As TokenLoader.batch. Where weights change by step, global_batch_size must be the run's.
-
-        Raises ValueError, OSError.
-        """
-        first, rows = rank_rows(step, global_batch_size, rank, world_size)
+        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
+        *, offset: int = 0, out: Batch | None = None,
+    ) -> Batch:  # fmt: skip
+        """As TokenLoader.batch."""
+        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
         out = self.buffers(rows) if out is None else out
-        row = first - step * global_batch_size + np.arange(rows)
-        samples = self._samples(step, row, global_batch_size)
-        ahead = self._samples(step + 1, row, global_batch_size)
+        i = np.arange(first, first + rows)
+        samples = self._samples(i, global_batch_size)
+        ahead = self._samples(i + global_batch_size, global_batch_size)
         for loader, mine, next_step in zip(self.loaders, samples, ahead, strict=True):
             loader.fill(mine, out)
             loader.prefetch(next_step)
         return out
 
+    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
+        """As TokenLoader.buffers."""
+        return self.loaders[0].buffers(rows, pin_memory=pin_memory)
+
     def epochs(self, step: int, global_batch_size: int) -> dict[str, float]:
         """How often each source has been gone through before a step, by path."""
-        counts = self._before(step, global_batch_size).tolist()
-        windows = [loader.n_windows for loader in self.loaders]
-        return {p: c / n for p, c, n in zip(self.paths, counts, windows, strict=True)}
+        counts = self._before(step * global_batch_size, global_batch_size).tolist()
+        return {p: c / n for p, c, n in zip(self.paths, counts, self.windows, strict=True)}
 
-    def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
+    def provenance(
+        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
+    ) -> Provenance:
         """As TokenLoader.provenance."""
-        if not 0 <= row < rank_rows(step, global_batch_size)[1]:
-            raise ValueError(f"row {row} is not one of the {global_batch_size} rows of a step")
-        samples = self._samples(step, np.array([row]), global_batch_size)[:, 0]
+        i = row_sample(step, row, global_batch_size, offset)
+        samples = self._samples(np.array([i]), global_batch_size)[:, 0]
         source = int(np.argmax(samples != SKIP))
         return self.loaders[source].provenance_of(int(samples[source]), token)
 
-    def _samples(self, step: int, row: np.ndarray, global_batch_size: int) -> np.ndarray:
-        """Each source's own sample for rows of a step, SKIP where it has none: (sources, rows)."""
-        phase = sum(step >= from_step for from_step in self.from_steps) - 1
-        ratio, from_step = self.ratios[phase], self.from_steps[phase]
-        i = (step - from_step) * global_batch_size + row
-        before = ratio.counts(i)
-        has = ratio.counts(i + 1) > before
-        return np.where(has, before + self._before(from_step, global_batch_size)[:, None], SKIP)
+    def identity(self) -> list[dict]:
+        """As TokenLoader.identity, each with "weights": [[from_step, its part of the samples]]."""
+        return [
+            entry | {"weights": [[step, ratio.part(s)] for step, ratio in self._phases()]}
+            for s, loader in enumerate(self.loaders)
+            for entry in loader.identity()
+        ]
 
-    def _before(self, step: int, global_batch_size: int) -> np.ndarray:
-        """Samples that each source has given before a step: (sources,) int64."""
+    def finish(self, timeout_s: float = 10.0) -> None:
+        """As TokenLoader.finish, for each source."""
+        for loader in self.loaders:
+            loader.finish(timeout_s)
+
+    def _phases(self):
+        return zip(self.from_steps, self.ratios, strict=True)
+
+    def _starts(self, global_batch_size: int) -> list[int]:
+        """The first sample of each phase; those beyond all samples of a run are alike."""
+        return [min(step * global_batch_size, 1 << 62) for step in self.from_steps]
+
+    def _samples(self, i: np.ndarray, global_batch_size: int) -> np.ndarray:
+        """Each source's own sample for samples i (n,), SKIP where it has none: (sources, n)."""
+        starts = self._starts(global_batch_size)
+        phases = np.searchsorted(starts, i, side="right") - 1
+        samples = np.full((len(self.loaders), len(i)), SKIP)
+        for phase in np.unique(phases):
+            here, start, ratio = phases == phase, starts[phase], self.ratios[phase]
+            before = ratio.counts(i[here] - start)
+            has = ratio.counts(i[here] - start + 1) > before
+            before += self._before(start, global_batch_size)[:, None]
+            samples[:, here] = np.where(has, before, SKIP)
+        return samples
+
+    def _before(self, sample: int, global_batch_size: int) -> np.ndarray:
+        """How many of the samples before this one each source has given: (sources,) int64."""
+        starts = self._starts(global_batch_size)
         counts = np.zeros(len(self.paths), dtype=np.int64)
-        ends = [*self.from_steps[1:], step]
-        for ratio, start, end in zip(self.ratios, self.from_steps, ends, strict=True):
-            if start < step:
-                n = (min(end, step) - start) * global_batch_size
-                counts += ratio.counts(np.array([n]))[:, 0]
+        for ratio, start, end in zip(self.ratios, starts, [*starts[1:], sample], strict=True):
+            counts += ratio.counts(np.array([max(min(end, sample) - start, 0)]))[:, 0]
         return counts
 
     def _one_epoch(self) -> int:
-        windows = np.array([loader.n_windows for loader in self.loaders])
-        low, high = 1, int(windows.sum())
+        windows, low, high = np.array(self.windows), 1, sum(self.windows)
         while low < high:
             middle = (low + high + 1) // 2
             enough = bool((self.ratios[0].counts(np.array([middle]))[:, 0] <= windows).all())

@@ -3,22 +3,19 @@ tests. It takes several times as long.
 """
 
 import errno
-import mmap
 import os
 
 import numpy as np
 
+from gpt2.data.order import epoch_key, mix, permute
 from gpt2.data.shards import Shard
 
-ROUNDS = 8
-GOLDEN = 0x9E3779B97F4A7C15
-MASK = (1 << 64) - 1
 MAX_BLOCK = 1 << 30
 SKIP = -1  # the sample of a row that fill leaves as it is
 
 
 class NumpyBackend:
-    """The algorithm of csrc/token_loader.h in numpy; same arguments, same results, same errors."""
+    """Same arguments, same results, same errors as the C++ TokenLoader."""
 
     def __init__(self, shards, block_size: int, seed: int, shuffle: bool, vocab_size: int):
         if not 1 <= block_size <= MAX_BLOCK:
@@ -33,7 +30,6 @@ class NumpyBackend:
         self.modified = [os.fstat(file.fileno()).st_mtime_ns for file in self.files]
         for s in range(len(self.shards)):
             self._check_unchanged(s)
-        self.maps = [_map(file, shard) for file, shard in zip(self.files, self.shards, strict=True)]
         self.starts = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
         self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
         self.vocab_size = vocab_size
@@ -58,7 +54,7 @@ class NumpyBackend:
         if not self.shuffle:
             return index * self.block_size
         key = epoch_key(self.seed, epoch)
-        shift = _mix(key) % self.block_size
+        shift = mix(key) % self.block_size
         return permute(index, self.n_windows, key) * self.block_size + shift
 
     def fill(self, samples: np.ndarray, x, y, doc_start=None, eot: int = -1) -> None:
@@ -70,8 +66,8 @@ class NumpyBackend:
             tokens = self._read(self.window_start(sample), self.block_size + 1)
             x[row], y[row] = tokens[:-1], tokens[1:]
             if doc_start is not None:
-                start = np.where(x[row, :-1] == eot, np.arange(1, self.block_size), 0)
-                doc_start[row, 0], doc_start[row, 1:] = 0, np.maximum.accumulate(start)
+                begins = np.where(x[row] == eot, np.arange(self.block_size), 0)
+                doc_start[row] = np.maximum.accumulate(begins)
 
     def prefetch(self, samples: np.ndarray) -> None:
         """Nothing: reading ahead is left to the C++ backend."""
@@ -81,8 +77,11 @@ class NumpyBackend:
         while count > 0:
             s = int(np.searchsorted(self.starts, start, side="right")) - 1
             shard, offset = self.shards[s], start - int(self.starts[s])
+            n = min(count, shard.n_tokens - offset)
+            # Not a memory map: reading one past the end of a file that was cut kills the process.
+            data = os.pread(self.files[s].fileno(), 2 * n, shard.offset + 2 * offset)
             self._check_unchanged(s)
-            part = np.asarray(self.maps[s][offset : offset + count])
+            part = np.frombuffer(data, "<u2", n)
             if part.max() >= self.vocab_size:
                 at = int(np.argmax(part >= self.vocab_size))
                 raise ValueError(
@@ -91,7 +90,7 @@ class NumpyBackend:
                     "another tokenizer"
                 )
             parts.append(part)
-            start, count = start + len(part), count - len(part)
+            start, count = start + n, count - n
         return np.concatenate(parts)
 
     def _check_unchanged(self, s: int) -> None:
@@ -111,37 +110,3 @@ class NumpyBackend:
                 "this run any more; start again from the last checkpoint",
                 shard.path,
             )
-
-
-def _map(file, shard: Shard) -> np.ndarray:
-    tokens = mmap.mmap(file.fileno(), shard.offset + 2 * shard.n_tokens, access=mmap.ACCESS_READ)
-    # Windows are read in random order: reading ahead would only fetch what is not wanted.
-    tokens.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(tokens, "<u2", shard.n_tokens, shard.offset)
-
-
-# Python's integers, cut to 64 bits by hand: numpy's take ten times as long for a single value.
-def _mix(z: int) -> int:
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
-    return z ^ (z >> 31)
-
-
-def epoch_key(seed: int, epoch: int) -> int:
-    """The key of an epoch's permutation."""
-    return _mix(_mix(seed + GOLDEN & MASK) + GOLDEN * (epoch + 1) & MASK)
-
-
-def permute(index: int, n: int, key: int) -> int:
-    """Where a keyed permutation of [0, n) takes index."""
-    bits = max(2, (n - 1).bit_length())
-    low_bits = bits // 2
-    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
-    while True:
-        low, high = index & low_mask, index >> low_bits
-        for r in range(0, ROUNDS, 2):
-            low ^= _mix(high + key + GOLDEN * (r + 1) & MASK) & low_mask
-            high ^= _mix(low + key + GOLDEN * (r + 2) & MASK) & high_mask
-        index = high << low_bits | low
-        if index < n:
-            return index

@@ -236,10 +236,6 @@ class RowLoader(ABC):
         """None: batch makes new tensors."""
         return None
 
-    def check_resizable(self) -> None:
-        """Steps of another size may follow: rows are counted by sample."""
-        return None
-
     def provenance(
         self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
     ) -> Provenance:

@@ -6,18 +6,15 @@ from gpt2 import tokenizer
 from gpt2.config import data_sources
 from gpt2.data.loader import TokenLoader
 from gpt2.data.mixture import Mixture
-from gpt2.data.shards import find_shards, read_manifest
+from gpt2.data.shards import find_shards, folder_tokenizer
 
 
 def find_tokenizer(data: str) -> tokenizer.Tokenizer:
-    """The tokenizer of the data that a config names; GPT-2's where no manifest says.
+    """The tokenizer of the data that a config names; GPT-2's where nothing there says.
 
     Raises ValueError where the folders of a mixture differ in it, and for a damaged manifest.
     """
-    found = {}
-    for source in data_sources(data):
-        manifest = read_manifest(source.path)
-        found[source.path] = manifest["tokenizer"] if manifest else {"name": "gpt2"}
+    found = {s.path: folder_tokenizer(s.path) or {"name": "gpt2"} for s in data_sources(data)}
     first, description = next(iter(found.items()))
     for path, other in found.items():
         if other != description:
@@ -39,13 +36,11 @@ def open_split(
 ) -> TokenLoader | Mixture:  # fmt: skip
     """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
 
-    Validation keeps the first weights of a mixture, so that its losses can be compared.
+    Of a mixture validation reads every window of every source once, whatever the weights.
     share: (rank, world size), by which the checking of hashes is divided.
     Raises as TokenLoader does.
     """
     sources = data_sources(data)
-    if split == "val":
-        sources = tuple(s for s in sources if s.from_step == 0)
     data_tokenizer = find_tokenizer(data)
     loaders = {
         path: TokenLoader(

@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt2 import checkpoint
 from gpt2.cli import say
 from gpt2.config import TrainConfig
+from gpt2.data import Mixture
 from gpt2.data.feed import Feed
 from gpt2.data.loader import BatchSource
 from gpt2.device import execution
@@ -103,8 +104,12 @@ class Trainer:
         rows = before // (resumed.state.get("block_size") or block_size)
         self.offset += self.step * (rows - self.rows_per_step)
         self.offset += resumed.state.get("data_offset", 0) * rows  # format 1, in steps
-        if rows != self.rows_per_step:
-            self.train_data.check_resizable()
+        phases = self.train_data.phases if isinstance(self.train_data, Mixture) else 1
+        if rows != self.rows_per_step and phases > 1:
+            raise ValueError(
+                f"tokens_per_step was {before} and is {tokens}: a mixture whose weights change at a "
+                "step counts in steps of one size; keep it, or write weights without @step"
+            )
 
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
         """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
