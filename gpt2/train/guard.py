@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gpt2.checkpoint import host_memory
 from gpt2.data.loader import BatchSource
 from gpt2.dist import Distributed
 from gpt2.model import GPT
+from gpt2.state import host_memory
 
 WINDOW = 128  # accepted steps that the limit comes from
 SPIKE_Z = 8.0

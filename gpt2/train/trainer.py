@@ -107,8 +107,8 @@ class Trainer:
         phases = self.train_data.phases if isinstance(self.train_data, Mixture) else 1
         if rows != self.rows_per_step and phases > 1:
             raise ValueError(
-                f"tokens_per_step was {before} and is {tokens}: a mixture whose weights change at a "
-                "step counts in steps of one size; keep it, or write weights without @step"
+                f"tokens_per_step was {before} and is {tokens}, but a mixture whose weights change "
+                "at a step counts in steps of one size: keep it, or write weights without @step"
             )
 
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
