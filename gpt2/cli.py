@@ -163,10 +163,11 @@ def run_script(main) -> None:
     """
     rank = os.environ.get("RANK")
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason
-        stream.reconfigure(errors="backslashreplace")  # to stop
+        if isinstance(stream, io.TextIOWrapper):  # to stop; None where there is no stream
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except BrokenPipeError:  # of `script | head`: nobody reads on
         SafeOutput(sys.stdout).drop()
         sys.exit(141)
@@ -179,7 +180,7 @@ def run_script(main) -> None:
         complain(f"error{f' (rank {rank})' if rank else ''}: {text}")
         if rank:  # at once, without waiting for other ranks: torchrun then ends them
             with contextlib.suppress(OSError):
-                sys.stdout.flush()
+                print(end="", flush=True)
             os._exit(1)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -36,7 +36,7 @@ th, td { text-align: left; vertical-align: top; padding: .25em 1em .25em 0; font
          border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
 th, td:first-child { color: #666; min-width: 6em; }
 pre { background: #f4f4f2; padding: .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; }
+object { max-width: 100%; }
 """
 
 
@@ -101,9 +101,9 @@ def _to_html(title: str, markdown: str, picture: Path) -> str:
         body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     except Exception as error:
         raise ValueError(f"report.html cannot be drawn: {error!r}") from error
-    if (link := 'src="loss.png"') in body:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        body = body.replace(link, f'src="data:image/png;base64,{data}"', 1)
+    if (link := '<img src="loss.png" alt="loss curve" />') in body:
+        data = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
+        body = body.replace(link, f'<object type="image/png" data="{data}">loss curve</object>', 1)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><style>{STYLE}</style>'
         f"<title>{html.escape(printable(title))}</title></head>\n<body>\n{body}</body></html>\n"
