@@ -324,29 +324,40 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
 
 
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer that a model was trained with. Raises as load_model, and ValueError where a
-    Hugging Face folder has another one than GPT-2's."""
-    if str(path_or_name) in hf.HUB_NAMES and not is_model(Path(path_or_name)):
-        return tokenizer.GPT2Tokenizer()  # without a download
-    folder = find(path_or_name)
-    if is_ours(folder):
-        return _make_tokenizer(read_checkpoint(folder))
+    """The tokenizer that a model was trained with.
+
+    Raises OSError as load_model, ValueError for a Hugging Face folder with another than GPT-2's.
+    """
+    folder = _find_described(path_or_name)
+    if folder is None:
+        return tokenizer.GPT2Tokenizer()
     if is_hf(folder):
         return hf.read_tokenizer(folder)
-    return load_tokenizer(find_base(lora.base_name(folder), folder))
+    return _make_tokenizer(read_checkpoint(folder))
 
 
 def load_chat_template(path_or_name: str | Path) -> str | None:
     """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not.
 
-    Raises ValueError for a Hugging Face folder with one of its own.
+    Raises OSError as load_model, and ValueError for a Hugging Face folder with one of its own.
     """
-    folder = Path(path_or_name)
-    if is_ours(folder):
-        return read_checkpoint(folder).chat_template
+    folder = _find_described(path_or_name)
+    if folder is None:
+        return None
     if is_hf(folder):
-        hf.check_chat_template(folder)
-    return None
+        return hf.check_chat_template(folder)
+    return read_checkpoint(folder).chat_template
+
+
+def _find_described(name: str | Path) -> Path | None:
+    """The folder that says how text is written for a model: for adapters of peft that of the base.
+    None for the hub's own GPT-2, of which it is known without a download."""
+    if str(name) in hf.HUB_NAMES and not is_model(Path(name)):
+        return None
+    folder = find(name)
+    if is_ours(folder) or is_hf(folder):
+        return folder
+    return _find_described(find_base(lora.base_name(folder), folder))
 
 
 def describe_base(name: str | Path, model: GPT) -> dict:
@@ -355,11 +366,10 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     model: what load_model(name) gave, before it gets adapters. Where that came from adapters too,
     the hash is of hashes, since how the sums of merging are rounded differs between devices.
     """
-    if not is_ours(Path(name)):
-        return {"path": str(name), "xxh3_128": lora.weights_hash(model)}
-    found = read_checkpoint(name)
-    if found.base is None:
-        return {"path": str(found.path), "xxh3_128": lora.weights_hash(model)}
+    found = read_checkpoint(name) if is_ours(Path(name)) else None
+    if found is None or found.base is None:
+        path = name if found is None else found.path
+        return {"path": str(path), "xxh3_128": lora.weights_hash(model)}
     import xxhash
 
     parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]

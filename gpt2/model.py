@@ -23,9 +23,8 @@ from gpt2.ops import Ops, select_ops
 class KVCache:
     """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most.
 
-    fixed: attention always sees the whole capacity under a mask, and the place to write is a tensor
-    on the device, so that all steps are the same operations on the same memory, as a CUDA graph
-    needs. Else it sees only the part in use.
+    Attention sees the part in use. fixed: it sees all, under a mask, and the place to write is a
+    tensor on the device, so that all steps are the same operations on the same memory (CUDA graphs).
     """
 
     def __init__(
@@ -58,16 +57,15 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds k, v (B, H, T, D) of one layer; returns what attention is to see, (B, H, S, D)."""
-        kv = self.keys_values[layer]  # (2, B, H, capacity, D)
+        keys, values = self.keys_values[layer]  # (B, H, capacity, D) each
         if self.fixed:
-            kv[0].index_copy_(2, self.position, k.to(kv.dtype))
-            kv[1].index_copy_(2, self.position, v.to(kv.dtype))
-            return kv[0], kv[1]
+            keys.index_copy_(2, self.position, k.to(keys.dtype))
+            values.index_copy_(2, self.position, v.to(values.dtype))
+            return keys, values
         end = self.length + k.shape[2]
-        kv = kv[:, :, :, :end]
-        kv[0, :, :, self.length :] = k
-        kv[1, :, :, self.length :] = v
-        return kv[0], kv[1]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
 
     def advance(self, n_new: int) -> None:
         """The tokens that were begun are part of the cache now."""
@@ -263,12 +261,12 @@ class GPT(nn.Module):
         The attention term counts the whole T x T square. With adapters 4 N + 2 n: only the n
         trained weights have gradients. Source: PaLM (arXiv 2204.02311), appendix B.
         """
-        c = self.config
-        n = self.n_params() - self.transformer.wpe.weight.numel()
-        if not self.lm_head.weight.requires_grad:  # adapters
-            n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
-            return 4 * n + 2 * n_trained + 12 * c.n_layer * c.n_embd * c.block_size
-        return 6 * n + 12 * c.n_layer * c.n_embd * c.block_size
+        c, n = self.config, self.n_params() - self.transformer.wpe.weight.numel()
+        attention = 12 * c.n_layer * c.n_embd * c.block_size
+        if self.lm_head.weight.requires_grad:
+            return 6 * n + attention
+        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)  # adapters
+        return 4 * n + 2 * n_trained + attention
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

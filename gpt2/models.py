@@ -36,7 +36,7 @@ def find(path_or_name: str | Path) -> Path:
     if path.is_dir():
         words = f"no checkpoint, run or Hugging Face folder: it has no {META} and no {hf.CONFIG}"
     elif path.exists():
-        words = "a file; a model is a folder with a checkpoint of ours or of Hugging Face's files"
+        words = f"a file ({path.suffix}); a model is a folder, a checkpoint or Hugging Face's"
         if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
             words += "; pickles of PyTorch, such as nanoGPT's, are not read since they may run code"
     else:

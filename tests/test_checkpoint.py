@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from gpt2 import checkpoint
 from gpt2.checkpoint import (
     list_checkpoints,
+    load_chat_template,
     load_model,
     load_tokenizer,
     load_training_state,
@@ -342,9 +343,9 @@ def test_what_is_no_model(tiny, tmp_path, monkeypatch):
     for name, words in (
         ("runs/gpt", "no such folder"), ("./x", "no such folder"), ("/x/y/z", "no such folder"),
         (tmp_path / "x", "no such folder"), ("runs", "it has no checkpoint.json"),
-        ("ckpt.pt", "a file; .*pickles"),
+        ("ckpt.pt", "a file .*pickles"),
     ):  # fmt: skip
-        for load in (load_model, load_tokenizer):
+        for load in (load_model, load_tokenizer, load_chat_template):
             with pytest.raises(OSError, match=words):
                 load(name)
 
