@@ -2,11 +2,11 @@
 
 The GPT-2 vocabulary lies in gpt2/assets and is checked by hash, so nothing is ever downloaded. A
 tokenizer is written into data manifests and checkpoints as a small dict (to_dict, from_dict), so
-that a model is always sampled with the tokenizer
-that it was trained with.
+that a model is always sampled with the tokenizer that it was trained with.
 """
 
 import functools
+import re
 from abc import ABC, abstractmethod
 from importlib import resources
 
@@ -19,6 +19,29 @@ ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256db
 GPT2_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
+# The pattern's \s is Unicode's White_Space; Python's would hold \x1c to \x1f as well.
+BLANK = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
+LONG_BLANK = 1 << 19  # characters
+
+
+def split_long_blanks(text: str, longest: int = LONG_BLANK) -> list[str]:
+    r"""text in parts that GPT-2's encoding turns into the tokens of the whole, one after the other.
+
+    For each character of a run of white space, `\s+(?!\S)` notes a place to go back to, and at a
+    million of them tiktoken's regex engine panics, which no `except Exception` would catch. Of a
+    run before other text that pattern takes all but the last character as one piece. Nothing before
+    the run reaches into it, nothing after it looks back, and on its own such a piece is one as well
+    (`\s++$`, which notes nothing). So runs of `longest` or more are parted there, without changing
+    a token.
+    """
+    if len(text) <= longest:
+        return [text]
+    parts, at = [], 0
+    for run in re.finditer(f"(?<!{BLANK}){BLANK}{{{longest},}}", text):
+        if run.end() < len(text):
+            parts += [text[at : run.start()], text[run.start() : run.end() - 1]]
+            at = run.end() - 1
+    return [*parts, text[at:]]
 
 
 class Tokenizer(ABC):
@@ -73,7 +96,8 @@ class GPT2Tokenizer(Tokenizer):
         self.encoding = _gpt2_encoding()
 
     def _encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+        parts = [self.encoding.encode_ordinary(part) for part in split_long_blanks(text)]
+        return parts[0] if len(parts) == 1 else [token for part in parts for token in part]
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check(ids)
@@ -86,7 +110,10 @@ class ByteTokenizer(Tokenizer):
     name, vocab_size, eot = "byte", 257, 256
 
     def _encode(self, text: str) -> list[int]:
-        return list(text.encode("utf-8"))
+        try:
+            return list(text.encode("utf-8"))
+        except UnicodeEncodeError:  # JSON can hold lone surrogates; as tiktoken does, U+FFFD each
+            return list(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check(ids)

@@ -1,4 +1,8 @@
+import re
+import sys
+
 import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,6 +62,30 @@ def test_special_tokens_only_where_asked_for(tokenizer):
     assert tokenizer.eot not in plain
     assert special == tokenizer.encode("a") + [tokenizer.eot] + tokenizer.encode("b")
     assert tokenizer.decode(plain) == tokenizer.decode(special) == text
+
+
+@given(st.text("a'1! \n\t\x0b\x1c\x85\xa0\u2028\u3000", max_size=40))
+def test_parting_runs_of_white_space_changes_no_token(text):
+    for longest in (1, 2, 5):
+        parts = tok.split_long_blanks(text, longest)
+        assert "".join(parts) == text
+        assert [t for part in parts for t in GPT2.encode(part)] == GPT2.encode(text)
+
+
+def test_white_space_is_what_the_pattern_takes_for_it():
+    every = [chr(i) for i in range(sys.maxunicode + 1)]
+    blanks = {c for c in every if regex.match(r"\p{White_Space}", c)}
+    assert {c for c in every if re.match(tok.BLANK, c)} == blanks
+
+
+def test_a_million_white_spaces_before_a_word():
+    text = "x" + " " * 1_000_001 + "end\n"
+    assert GPT2.encode(text) == [87, *[220] * 1_000_000, *GPT2.encode(" end\n")]
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, BYTE], ids=["gpt2", "byte"])
+def test_lone_surrogates_become_replacement_characters(tokenizer):
+    assert tokenizer.encode("a\ud800b\ud83d\ude00") == tokenizer.encode("a\ufffdb\U0001f600")
 
 
 def test_bytes_that_are_no_utf8():
