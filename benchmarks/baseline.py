@@ -7,8 +7,8 @@ clipped gradients.
 
     trainer     gpt2.train.trainer.Trainer: its own train_step, its feed, its guard
     pytorch     plain PyTorch as nanoGPT's train.py does it, written anew: torch.compile of one
-                module, SDPA by the backend that is fastest here, F.cross_entropy on whole logits,
-                a random window of a memory map for each row
+                module, SDPA (cuDNN's where it runs), F.cross_entropy on whole logits, a random
+                window of a memory map for each row
     nanogpt     model.py of a nanoGPT checkout, in the loop of the second
 """
 
@@ -16,9 +16,9 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,10 @@ from gpt2.train.pretrain import find_tokenizer, open_data
 from gpt2.train.trainer import Trainer
 
 CONTESTANTS = ("trainer", "pytorch", "nanogpt")
+SDPA = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]  # fmt: skip
 LR, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
 
 
@@ -53,7 +57,7 @@ class Setup:
     kernels: str  # of the trainer
     data: str  # folder with train_000000.bin
     nanogpt: str  # a checkout, for the contestant of that name
-    options: tuple[str, ...] = ()  # further options of TrainConfig, as name=value
+    options: Sequence[str] = ()  # further options of TrainConfig, as name=value
 
     @property
     def shape(self) -> GPTConfig:
@@ -89,10 +93,9 @@ def make(name: str, setup: Setup):
     if torch.device(setup.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # as the trainer does
     if name == "pytorch":
-        model = PlainGPT(setup.shape).to(setup.device)
-        return PlainLoop(setup, model, fastest_sdpa(setup))
+        return PlainLoop(setup, PlainGPT(setup.shape))
     if name == "nanogpt":
-        return PlainLoop(setup, _nanogpt(setup).to(setup.device), None)
+        return PlainLoop(setup, _nanogpt(setup))
     raise ValueError(f"unknown contestant {name!r}: known are {', '.join(CONTESTANTS)}")
 
 
@@ -104,10 +107,14 @@ class OurTrainer:
             preset=setup.preset, data=setup.data, tokens_per_step=setup.tokens,
             micro_batch_size=setup.rows, max_steps=1_000_000, lr=LR, weight_decay=WEIGHT_DECAY,
             beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP, eval_every=0, save_every=0,
-            verify="off", device=setup.device, dtype=setup.dtype, kernels=setup.kernels,
+            device=setup.device, dtype=setup.dtype, kernels=setup.kernels,
             compile="on" if setup.compile else "off",
         )  # fmt: skip
-        config = replace(config, **_train_options(setup.options))
+        if setup.options:  # spelled as in YAML files
+            import yaml
+
+            options = yaml.safe_load("\n".join(o.replace("=", ": ", 1) for o in setup.options))
+            config = replace(config, **coerce(TrainConfig, options, "--option"))
         group = dist.start(config.device)
         model = GPT(config.model_config(), config.kernels, group.device)
         data = open_data(config, "train", model.config.block_size)
@@ -136,8 +143,8 @@ class OurTrainer:
 class PlainLoop:
     """nanoGPT's loop: model(idx, targets) -> (logits, loss), the next batch fetched meanwhile."""
 
-    def __init__(self, setup: Setup, model: nn.Module, backend: SDPBackend | None):
-        self.setup, self.model, self.backend = setup, model, backend
+    def __init__(self, setup: Setup, model: nn.Module):
+        self.setup, self.model = setup, model.to(setup.device)
         self.forward = torch.compile(model) if setup.compile else model
         decay = [p for p in model.parameters() if p.dim() >= 2]
         plain = [p for p in model.parameters() if p.dim() < 2]
@@ -145,33 +152,30 @@ class PlainLoop:
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, LR, BETAS, fused=True)
         self.path, self.waited_s = Path(setup.data) / "train_000000.bin", 0.0
-        self.details = {"sdpa": backend.name if backend else "chosen by torch"}
+        self.details = {}
         self.random = np.random.default_rng(1)
         self.batch = self._fetch()
 
-    def _fetch(self) -> tuple[Tensor, Tensor]:
+    def _fetch(self) -> list[Tensor]:
         T, device = self.setup.shape.block_size, torch.device(self.setup.device)
         data = np.memmap(self.path, np.uint16, "r", offset=1024)  # opened anew, as nanoGPT does
         starts = self.random.integers(0, len(data) - T, self.setup.rows)
-        x = torch.stack([torch.from_numpy(data[i : i + T].astype(np.int64)) for i in starts])
-        y = torch.stack(
-            [torch.from_numpy(data[i + 1 : i + 1 + T].astype(np.int64)) for i in starts]
-        )
+        rows = [torch.from_numpy(data[i : i + T + 1].astype(np.int64)) for i in starts]
+        pair = [torch.stack([row[k : T + k] for row in rows]) for k in (0, 1)]
         if device.type == "cuda":
-            return tuple(t.pin_memory().to(device, non_blocking=True) for t in (x, y))
-        return x, y
+            pair = [part.pin_memory().to(device, non_blocking=True) for part in pair]
+        return pair
 
     def step(self) -> None:
         setup = self.setup
         for _ in range(setup.accum):
-            with setup.autocast(), _only(self.backend):
+            with setup.autocast(), sdpa_kernel(SDPA, set_priority=True):
                 _, loss = self.forward(*self.batch)
                 loss = loss / setup.accum
             started = time.perf_counter()
             self.batch = self._fetch()  # while the device is at the forward pass
             self.waited_s += time.perf_counter() - started
-            with _only(self.backend):
-                loss.backward()
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -225,49 +229,6 @@ class PlainBlock(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
 
 
-def fastest_sdpa(setup: Setup) -> SDPBackend | None:
-    """The backend whose forward and backward are the fastest at this shape; None on a CPU."""
-    device = torch.device(setup.device)
-    if device.type != "cuda":
-        return None
-    from benchmarks.common import measure
-
-    c = setup.shape
-    shape = (setup.rows, c.n_head, c.block_size, c.n_embd // c.n_head)
-    dtype = getattr(torch, setup.dtype)
-    qkv = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3)]
-    upstream = torch.randn(shape, device=device, dtype=dtype)
-
-    def call(backend: SDPBackend) -> None:
-        with sdpa_kernel(backend):
-            out = F.scaled_dot_product_attention(*qkv, is_causal=True)
-            torch.autograd.grad(out, qkv, upstream)
-
-    times: dict[SDPBackend, float] = {}
-    for backend in (
-        SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
-    ):  # fmt: skip
-        try:
-            times[backend] = measure(lambda b=backend: call(b), warmup_ms=20, repeat_ms=50).median
-        except RuntimeError:  # not for this GPU, shape or build
-            continue
-    return min(times, key=times.__getitem__) if times else None
-
-
-def _train_options(options: tuple[str, ...]) -> dict:
-    """NAME=VALUE as values for TrainConfig, spelled as in its YAML files."""
-    if not options:
-        return {}
-    import yaml
-
-    values = yaml.safe_load("\n".join(option.replace("=", ": ", 1) for option in options))
-    return coerce(TrainConfig, values, "--option")
-
-
-def _only(backend: SDPBackend | None):
-    return nullcontext() if backend is None else sdpa_kernel(backend)
-
-
 def _nanogpt(setup: Setup) -> nn.Module:
     path = Path(setup.nanogpt) / "model.py"
     if not path.exists():
@@ -285,18 +246,17 @@ def _nanogpt(setup: Setup) -> nn.Module:
 
 
 def timed_steps(step: Callable[[], None], n: int, device: torch.device) -> list[float]:
-    """Milliseconds of n steps in a row; the device is waited for only at the end."""
-    if device.type != "cuda":
-        times = []
-        for _ in range(n):
-            started = time.perf_counter()
+    """Milliseconds of n steps in a row; a GPU is waited for only at the end."""
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
+        events[0].record()
+        for event in events[1:]:
             step()
-            times.append((time.perf_counter() - started) * 1e3)
-        return times
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-    events[0].record()
-    for event in events[1:]:
+            event.record()
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in pairwise(events)]
+    times = [time.perf_counter()]
+    for _ in range(n):
         step()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+        times.append(time.perf_counter())
+    return [(b - a) * 1e3 for a, b in pairwise(times)]

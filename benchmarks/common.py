@@ -1,20 +1,22 @@
-"""How everything here is timed and written down, in one place. See benchmarks/kernels.py for a use.
+"""How everything here is timed and written down, in one place.
 
-A time is the median of repeated calls, with the 20th and 80th percentile beside it. Each call
-starts with a cold L2 (a buffer larger than it is overwritten first) and is timed on the device by
-two events around the call alone. Rates are compared with ceilings that are measured in the same
-run: the bandwidth of a large copy and the rate of a large bf16 matmul.
-A result file holds the command, the commit, the hardware and the versions, and appears at once or
-not at all.
+First the results are compared, then the times. What is compared runs in turns within one run, so
+that whatever disturbs the machine disturbs all alike. A time is the median of repeated calls, with
+the 20th and 80th percentile beside it. On a GPU each call starts with a cold L2 (a buffer larger
+than it is overwritten first) and is timed by two events around the call alone; rates are compared
+with ceilings measured in the same run: a large copy, a large bf16 matmul.
+A result file holds the command, commit, hardware, load and versions, and appears whole or not at
+all. Beside it lie one Markdown table and one picture of bars.
 """
 
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -64,9 +66,14 @@ def measure(
     for _ in range(max(1, int(warmup_ms / estimate))):
         call(*prepare())
     n = min(max(10, int(repeat_ms / estimate)), 1000)
-    times = sorted(_timed(call, prepare, flush) for _ in range(n))
-    median, p20, p80 = (times[int(q * (n - 1))] for q in (0.5, 0.2, 0.8))
-    return Timing(median, p20, p80, n, peak_bytes)
+    return Timing(*spread([_timed(call, prepare, flush) for _ in range(n)]), n, peak_bytes)
+
+
+def spread(values: Collection[float]) -> tuple[float, float, float]:
+    """The median, and the 20th and 80th percentile."""
+    ordered = sorted(values)
+    p20, p80 = (ordered[int(q * (len(ordered) - 1))] for q in (0.2, 0.8))
+    return statistics.median(ordered), p20, p80
 
 
 def _timed(call: Callable[..., object], prepare: Callable[[], tuple], flush: torch.Tensor) -> float:
@@ -96,36 +103,41 @@ def measure_ceilings() -> dict[str, float]:
     }
 
 
+def cpu_name() -> str:
+    """The CPU's model and how many of its cores there are."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
 def provenance() -> dict[str, object]:
-    """Command, commit, hardware and versions."""
+    """Command, commit, hardware, load (processes that ran or waited, over 1, 5 and 15 minutes) and
+    versions.
+    """
 
     def git(*arguments: str) -> str:
         try:
-            result = subprocess.run(
-                ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
-            )
+            return subprocess.check_output(
+                ["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True
+            ).strip()
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
-        return result.stdout.strip()
 
     try:
-        import triton
-
-        triton_version = triton.__version__
+        from triton import __version__ as triton
     except ImportError:
-        triton_version = None
-    hardware = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    )
+        triton = None
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": git("rev-parse", "HEAD"),
         "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": hardware,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "load": os.getloadavg(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton_version,
+        "triton": triton,
     }
 
 
@@ -150,10 +162,29 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
 
     def line(cells: list[str]) -> str:
-        return (
-            "| "
-            + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-            + " |"
-        )
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return f"| {' | '.join(padded)} |"
 
     return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def draw_bars(
+    path: Path, panels: dict[str, dict[str, float]], xlabel: str, ours: Collection[str] = ()
+) -> None:
+    """A picture with a panel for each title, in it a bar for each name; those in ours stand out."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    height = sum(1 + 0.3 * len(values) for values in panels.values())
+    figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 1, squeeze=False).flat
+    for one, (title, values) in zip(axes, panels.items(), strict=True):
+        colors = ["#c33" if name in ours else "#9ab" for name in values]
+        bars = one.barh(list(values), list(values.values()), color=colors)
+        one.bar_label(bars, [f"{value:,.4g}" for value in values.values()], padding=2, fontsize=8)
+        one.set(title=title, xlabel=xlabel)
+        one.invert_yaxis()
+        one.margins(x=0.15)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,18 +1,15 @@
 """Tokens a second of generation: this project, transformers and nanoGPT, side by side in one run.
 
-    python benchmarks/generation.py --nanogpt PATH        # on this CPU
-    python benchmarks/generation.py --new 64 --rounds 2 --batches 1 --out /tmp
-    python benchmarks/generation.py --device cuda         # a GPU: tokens/s, share of its bandwidth
+    python benchmarks/generation.py --nanogpt PATH        # on a GPU if there is one, else this CPU
+    python benchmarks/generation.py --device cpu --new 64 --rounds 2 --batches 1 --out /tmp
 
 GPT-2 124M's shape with random weights, block_size 1024, greedy, a prompt of 32 random tokens a row.
 
-On a CPU: float32, the same weights and threads in all three. They generate at the same time but
-work in turns of a few tokens, so that what else the machine does slows all alike; each one's time
-is the sum of its turns, prompt included. transformers: generate with its default KV cache, under
-inference_mode. nanoGPT: generate without a cache, as it is, with top_k 1; it is called anew for
-each turn with all tokens so far, which for it is the same work; only in the first round, and only
-for batch 1: larger ones take hours. PATH is a checkout of https://github.com/karpathy/nanoGPT;
-without it nanoGPT is left out.
+On a CPU: float32, the same weights and threads in all three. They take turns, a whole generation
+each in every round, and ratios are of the same round. transformers: generate with its default KV
+cache, under inference_mode. nanoGPT: generate without a cache, as it is, with top_k 1; only in the
+first round, and only for batch 1: larger ones take hours. PATH is a checkout of
+https://github.com/karpathy/nanoGPT; without it nanoGPT is left out.
 Before any timing the logits of all are compared on the same tokens. nanoGPT has the exact GELU
 where GPT-2 has its approximation by tanh, so its logits may differ by a little more.
 
@@ -27,7 +24,7 @@ import importlib.util
 import os
 import statistics
 import sys
-import threading
+import tempfile
 import time
 from pathlib import Path
 
@@ -37,23 +34,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import markdown_table, measure_ceilings, provenance, write_json  # noqa: E402
 from gpt2 import GPT, PRESETS, generate  # noqa: E402
-from gpt2.hf import is_transposed  # noqa: E402
+from gpt2.hf import export_hf  # noqa: E402
 
-PROMPT, TOKENS_A_TURN = 32, 8
+PROMPT = 32
 OURS, HF, NANO = "gpt2-triton", "transformers", "nanoGPT"
 TOLERANCE = {HF: 1e-4, NANO: 1e-2}  # of logits with a spread of about 1
 
 
 def as_transformers(model: GPT):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel(GPT2Config()).eval()
-    ours = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            value = ours[name].T if is_transposed(name) else ours[name]
-            parameter.copy_(value[: len(parameter)])
-    return theirs
+    with tempfile.TemporaryDirectory() as folder:
+        export_hf(model, Path(folder) / "hf", None)
+        return GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval()
 
 
 def as_nanogpt(model: GPT, folder: Path):
@@ -82,88 +75,11 @@ def check(model: GPT, others: dict) -> dict[str, float]:
     return found
 
 
-class Turns:
-    """Jobs that take turns: each runs in a thread of its own, one at a time."""
-
-    def __init__(self, jobs: dict, tokens_a_turn: int):
-        self.jobs, self.tokens_a_turn = jobs, tokens_a_turn
-        self.seconds = dict.fromkeys(jobs, 0.0)
-        self.results, self.waiting = {}, list(jobs)  # the first of those waiting works
-        self.changed, self.n_threads = threading.Condition(), torch.get_num_threads()
-
-    def run(self) -> None:
-        threads = [threading.Thread(target=self._work, args=job) for job in self.jobs.items()]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _work(self, name: str, job) -> None:
-        torch.set_num_threads(self.n_threads)  # OpenMP keeps it for each thread
-        done = 0
-
-        def tick() -> bool:
-            """After every token."""
-            nonlocal done
-            done += 1
-            if done % self.tokens_a_turn == 0:
-                self._end_turn(name)
-                self._await_turn(name)
-            return False
-
-        self._await_turn(name)
-        self.results[name] = job(tick)
-        self._end_turn(name, for_good=True)
-
-    def _await_turn(self, name: str) -> None:
-        with self.changed:
-            self.changed.wait_for(lambda: self.waiting[0] == name)
-        self.began = time.perf_counter()
-
-    def _end_turn(self, name: str, for_good: bool = False) -> None:
-        self.seconds[name] += time.perf_counter() - self.began
-        with self.changed:
-            self.waiting.pop(0)
-            if not for_good:
-                self.waiting.append(name)
-            self.changed.notify_all()
-
-
-def cpu_round(
-    model: GPT, others: dict, prompt: torch.Tensor, new: int, with_nanogpt: bool
-) -> tuple[dict[str, float], bool]:
-    """Seconds of each for its tokens, and whether transformers' tokens are ours."""
-    rows = len(prompt)
-
-    def ours(tick) -> list[list[int]]:
-        stop = lambda row, tokens: row == rows - 1 and tick()  # noqa: E731
-        return generate(model, prompt.tolist(), max_new_tokens=new, temperature=0, stop=stop)
-
-    def transformers(tick) -> list[list[int]]:
-        def after_token(idx, scores, **kwargs):
-            tick()
-            return torch.zeros(rows, dtype=torch.bool)
-
-        with torch.inference_mode():
-            idx = others[HF].generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
-                min_new_tokens=new, do_sample=False, pad_token_id=0,
-                stopping_criteria=[after_token],
-            )  # fmt: skip
-        return idx[:, PROMPT:].tolist()
-
-    def nanogpt(tick) -> None:
-        idx = prompt
-        while idx.shape[1] < PROMPT + new:
-            n = min(TOKENS_A_TURN, PROMPT + new - idx.shape[1])
-            idx = others[NANO].generate(idx, n, top_k=1)
-            for _ in range(n):
-                tick()
-
-    jobs = {OURS: ours, HF: transformers} | ({NANO: nanogpt} if with_nanogpt else {})
-    turns = Turns(jobs, TOKENS_A_TURN)
-    turns.run()
-    return turns.seconds, turns.results[OURS] == turns.results[HF]
+def seconds(job) -> tuple[float, object]:
+    """Of one call, and what it returned."""
+    start = time.perf_counter()
+    found = job()
+    return time.perf_counter() - start, found
 
 
 def on_cpu(options: argparse.Namespace) -> dict[str, object]:
@@ -172,33 +88,52 @@ def on_cpu(options: argparse.Namespace) -> dict[str, object]:
     others = {HF: as_transformers(model)}
     if options.nanogpt:
         others[NANO] = as_nanogpt(model, options.nanogpt)
-    differences, results = check(model, others), []
+    differences, results, new = check(model, others), [], options.new
     for batch in options.batches:
         prompt = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
-        generate(model, prompt.tolist(), max_new_tokens=4, temperature=0)  # touches all weights
+
+        def ours(new=new, prompt=prompt) -> list[list[int]]:
+            return generate(model, prompt.tolist(), max_new_tokens=new, temperature=0)
+
+        @torch.inference_mode()
+        def transformers(new=new, prompt=prompt) -> list[list[int]]:
+            idx = others[HF].generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+                min_new_tokens=new, do_sample=False, pad_token_id=0,
+            )  # fmt: skip
+            return idx[:, PROMPT:].tolist()
+
+        def nanogpt(new=new, prompt=prompt) -> None:
+            others[NANO].generate(prompt, new, top_k=1)
+
+        ours(4)  # touches all weights
         times, equal = {}, True
         for n_round in range(options.rounds):
-            with_nanogpt = NANO in others and batch == 1 and n_round == 0
-            seconds, same = cpu_round(model, others, prompt, options.new, with_nanogpt)
-            equal = equal and same
-            for name, value in seconds.items():
+            jobs = {OURS: ours, HF: transformers}
+            if NANO in others and batch == 1 and n_round == 0:
+                jobs[NANO] = nanogpt
+            found = {name: seconds(job) for name, job in jobs.items()}
+            equal = equal and found[OURS][1] == found[HF][1]
+            for name, (value, _) in found.items():
                 times.setdefault(name, []).append(value)
-            print(batch, {name: f"{value:.1f} s" for name, value in seconds.items()}, flush=True)
+            print(batch, {name: f"{value:.1f} s" for name, (value, _) in found.items()}, flush=True)
         for name, values in times.items():
-            whole = statistics.median(values)
-            # Ratios are of the same round, in which all met the same machine.
             over = [v / o for v, o in zip(values, times[OURS], strict=False)]
             results.append(
-                {
-                    "generator": name, "batch": batch, "new_tokens": options.new,
-                    "seconds": whole, "tokens_per_s": batch * options.new / whole,
-                    "over": statistics.median(over), "rounds": values,
-                    "tokens_equal_ours": equal if name == HF else None,
-                }
-            )  # fmt: skip
+                row(name, batch, new, values)
+                | {"over": statistics.median(over), "tokens_equal_ours": equal or name != HF}
+            )
     return {
-        "threads": options.threads, "dtype": "float32", "cpu": cpu_name(),
-        "load_average": os.getloadavg(), "logits_differ_by": differences, "results": results,
+        "threads": options.threads, "dtype": "float32", "load_average": os.getloadavg(),
+        "logits_differ_by": differences, "results": results,
+    }  # fmt: skip
+
+
+def row(name: str, batch: int, new: int, values: list[float]) -> dict[str, object]:
+    whole = statistics.median(values)
+    return {
+        "generator": name, "batch": batch, "new_tokens": new, "seconds": whole,
+        "tokens_per_s": batch * new / whole, "rounds": values,
     }  # fmt: skip
 
 
@@ -211,52 +146,19 @@ def on_gpu(options: argparse.Namespace) -> dict[str, object]:
     for batch in options.batches:
         prompts = torch.randint(0, c.vocab_size, (batch, PROMPT)).tolist()
         cache = 2 * 2 * c.n_layer * c.n_embd * (PROMPT + options.new) * batch
+
+        def ours(prompts=prompts) -> None:
+            generate(model, prompts, max_new_tokens=options.new, temperature=0)
+            torch.cuda.synchronize()
+
         for name, graph in (("one graph a step", True), ("eager", False)):
-            module.captures = lambda device, graph=graph: graph
-            seconds = []
-            for n_round in range(options.rounds + 1):
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                generate(model, prompts, max_new_tokens=options.new, temperature=0)
-                torch.cuda.synchronize()
-                if n_round:  # the first one loads kernels
-                    seconds.append(time.perf_counter() - start)
-            step = statistics.median(seconds) / options.new
-            results.append(
-                {
-                    "generator": name, "batch": batch, "new_tokens": options.new,
-                    "seconds": step * options.new, "tokens_per_s": batch / step,
-                    "share_of_bandwidth": (weights + cache) / step / ceiling, "rounds": seconds,
-                }
-            )  # fmt: skip
+            pace = module.Pace(fixed=True, captured=graph, poll=module.POLL)
+            module.pace = lambda device, pace=pace: pace
+            values = [seconds(ours)[0] for _ in range(options.rounds + 1)][1:]  # the first compiles
+            found = row(name, batch, options.new, values)
+            step = found["seconds"] / options.new
+            results.append(found | {"share_of_bandwidth": (weights + cache) / step / ceiling})
     return {"dtype": "bfloat16", "copy_bytes_per_s": ceiling, "results": results}
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown'}, {os.cpu_count()} cores"
-
-
-def draw(results: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    batches = sorted({r["batch"] for r in results})
-    figure = Figure(figsize=(8, 1 + 1.5 * len(batches)), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, batch in zip(figure.subplots(len(batches), 1, squeeze=False).flat, batches,
-                           strict=True):  # fmt: skip
-        at = [r for r in results if r["batch"] == batch][::-1]
-        colors = ["#c33" if r["generator"] in (OURS, "one graph a step") else "#9ab" for r in at]
-        names, rates = [r["generator"] for r in at], [r["tokens_per_s"] for r in at]
-        shown = axes.barh(names, rates, color=colors)
-        axes.bar_label(shown, [f"{rate:,.4g}" for rate in rates], padding=2, fontsize=8)
-        title = f"GPT-2 124M, batch {batch}, {at[0]['new_tokens']} new tokens"
-        axes.set(title=title, xlabel="tokens a second")
-        axes.margins(x=0.12)
-    figure.savefig(path)
 
 
 def main() -> None:
@@ -264,7 +166,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 8, on a GPU 1 64")
@@ -272,8 +175,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     options.batches = options.batches or ([1, 8] if options.device == "cpu" else [1, 64])
-    if not 0 < options.rounds <= options.new <= 1024 - PROMPT:
-        parser.error(f"--new must lie in [--rounds, {1024 - PROMPT}], and --rounds be above 0")
+    if not (0 < options.rounds and 0 < options.new <= 1024 - PROMPT):
+        parser.error(f"--new must lie in [1, {1024 - PROMPT}], and --rounds be above 0")
     torch.manual_seed(0)
     measured = on_cpu(options) if options.device == "cpu" else on_gpu(options)
     keys = ["generator", "batch", "new_tokens", "seconds", "tokens_per_s"]
@@ -286,8 +189,7 @@ def main() -> None:
     name = "generation" if options.device == "cpu" else "generation_gpu"
     write_json(options.out / f"{name}.json", {**provenance(), **measured})
     (options.out / f"{name}.md").write_text(f"{table}\n")
-    draw(measured["results"], options.out / f"{name}.png")
-    print(f"written: {options.out / name}.json, .md and .png")
+    print(f"written: {options.out / name}.json and .md")
 
 
 if __name__ == "__main__":

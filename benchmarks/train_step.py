@@ -14,19 +14,33 @@ no waiting inside a round. The last round's processes also profile some steps.
     MFU = tokens/s x (6 N + 12 L C T) / peak, N without position embeddings (PaLM, appendix B)
 
 Data wait is the host's time in fetching a batch over a step's: a GPU that has work queued does not
-notice it. Contestants: benchmarks/baseline.py. Kinds and floors: benchmarks/step_profile.py.
+notice it. Contestants: benchmarks/baseline.py.
+
+Where a step's time goes is told by kind of kernel: GEMM, attention, norm, loss, optimizer, other,
+and idle, when no kernel ran. A kernel's kind comes from its name. Beside it stand floors, for M
+tokens a step at the ceilings that were measured in the same run:
+
+    GEMM       6 FLOPs a token and matrix element, the padded head included
+    attention  3.5 x 2 B H T^2 D FLOPs a layer: causal, forward and backward, as papers count
+    norm       (2 L + 1) x 8 M C values: each reads and writes two tensors forward, and backward
+    loss       the logits written over once: 2 M V values
+    optimizer  32 bytes a parameter: p, g, m, v read, p, m, v written, g read for the norm
+
 Writes train_step.json, train_step.md and train_step.png under --out.
 """
 
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -36,9 +50,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import common  # noqa: E402
 from benchmarks.baseline import Setup, make, timed_steps, write_data  # noqa: E402
-from benchmarks.step_profile import KINDS, draw, floors_ms, profile_steps  # noqa: E402
-from gpt2.config import PRESETS  # noqa: E402
-from gpt2.dist import peak_flops  # noqa: E402
+from gpt2.config import PRESETS, GPTConfig  # noqa: E402
+from gpt2.device import Execution  # noqa: E402
 from gpt2.model import GPT  # noqa: E402
 
 ROWS = {"gpt2": 64, "gpt2-medium": 32, "gpt2-large": 16, "gpt2-xl": 16}
@@ -46,6 +59,19 @@ N_TOKENS = 20_000_000
 PROFILED = 3  # steps
 # Of an H200 in bf16 at T = 1024: tokens/s, and times the faster of the others. What to reach.
 BARS = {"gpt2": (600e3, 1.25), "gpt2-medium": (230e3, 1.15), "gpt2-xl": (55e3, None)}
+KINDS = ("GEMM", "attention", "norm", "loss", "optimizer", "other", "idle")
+# The first that matches counts: attention kernels are made of matmuls, too.
+PATTERNS = tuple(
+    (kind, re.compile(pattern, re.IGNORECASE))
+    for kind, pattern in (
+        ("attention", r"attention|attn|flash|fmha|sdpa|mha_"),
+        ("loss", r"cross_entropy|log_?softmax|nll|logsumexp"),
+        ("optimizer", r"adam|multi_tensor|foreach|lp_?norm|linalg_vector_norm|clip_?grad"),
+        ("norm", r"layer_?norm|batch_norm"),
+        ("GEMM", r"gemm|cublas|cutlass|nvjet|xmma|wgmma|splitk|^aten::(mm|addmm|bmm|_addmm)"),
+    )
+)
+ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
 def measure(name: str, setup: Setup, steps: int, profile: bool, launched: float) -> dict:
@@ -75,6 +101,60 @@ def measure(name: str, setup: Setup, steps: int, profile: bool, launched: float)
         record["profile"] = profile_steps(contestant.step, min(PROFILED, steps), device)
     record["last_loss"] = contestant.close()
     return record
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel, by its name."""
+    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), "other")
+
+
+def profile_steps(step: Callable[[], None], n: int, device: torch.device) -> dict:
+    """Runs n steps under torch.profiler: summarize() of their kernels, on a CPU of operators."""
+    on_gpu = device.type == "cuda"
+    with torch.profiler.profile() as profile:
+        timed_steps(step, n, device)
+    if not on_gpu:
+        times = [(e.key, e.self_cpu_time_total) for e in profile.key_averages()]
+        return summarize([{"name": name, "ts": 0.0, "dur": us} for name, us in times], n)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return summarize([e for e in events if e.get("cat") in ON_DEVICE], n)
+
+
+def summarize(events: list[dict], steps: int) -> dict:
+    """From a trace's events (name, ts, dur in microseconds) to ms a step by kind, and the largest
+    of kind other.
+    """
+    by_kind, other = dict.fromkeys(KINDS, 0.0), Counter()
+    end = min((e["ts"] for e in events), default=0.0)
+    for event in sorted(events, key=lambda e: e["ts"]):
+        name, ms = event["name"], event["dur"] / steps / 1e3
+        by_kind[kind_of(name)] += ms
+        if kind_of(name) == "other":
+            other[name[:100]] += ms
+        # Streams overlap, so idle is what none of them covers.
+        by_kind["idle"] += max(event["ts"] - end, 0.0) / steps / 1e3
+        end = max(end, event["ts"] + event["dur"])
+    return {"ms": by_kind, "largest_other": dict(other.most_common(8))}
+
+
+def floors_ms(
+    config: GPTConfig, rows: int, accum: int, n_params: int, ceilings: dict[str, float]
+) -> dict[str, float]:
+    """The least ms a step of each kind; see the head of this file. bf16 activations."""
+    flops, per_s = ceilings["bf16_flops_per_s"], ceilings["copy_bytes_per_s"]
+    C, L, V, T = config.n_embd, config.n_layer, config.padded_vocab_size, config.block_size
+    tokens, value = rows * accum * T, 2
+    matrices = 12 * L * C * C + V * C
+    return dict.fromkeys(KINDS, 0.0) | {
+        "GEMM": 1e3 * 6 * tokens * matrices / flops,
+        "attention": 1e3 * 3.5 * 2 * tokens * T * C * L / flops,
+        "norm": 1e3 * (2 * L + 1) * 8 * tokens * C * value / per_s,
+        "loss": 1e3 * 2 * tokens * V * value / per_s,
+        "optimizer": 1e3 * 32 * n_params / per_s,
+    }
 
 
 def in_own_process(name: str, setup: Setup, args, caches: Path, profile: bool) -> dict:
@@ -139,13 +219,12 @@ def conclude(setup: Setup, contestants: dict[str, dict], ceilings: dict) -> dict
     """Medians, tokens/s, MFU and floors, beside the raw records."""
     with torch.device("meta"):
         model = GPT(setup.shape, "torch", "meta")
-    peak = peak_flops(torch.device(setup.device), getattr(torch, setup.dtype))
+    peak = Execution(torch.device(setup.device), getattr(torch, setup.dtype)).peak_flops
     for record in contestants.values():
-        times = sorted(t for times in record.get("rounds_ms", []) for t in times)
+        times = [ms for times in record.get("rounds_ms", []) for ms in times]
         if not times:
             continue
-        record["median_ms"] = statistics.median(times)
-        record["p20_ms"], record["p80_ms"] = (times[int(q * (len(times) - 1))] for q in (0.2, 0.8))
+        record["median_ms"], record["p20_ms"], record["p80_ms"] = common.spread(times)
         record["tokens_per_s"] = setup.tokens / record["median_ms"] * 1e3
         flops = record["tokens_per_s"] * model.flops_per_token()
         record["mfu"] = flops / peak if peak else None
@@ -167,72 +246,60 @@ def report(results: list[dict]) -> str:
         "model", "contestant", "ms a step", "p20..p80", "tokens/s", "MFU", "peak GB", "data wait",
         "first step cold s", "warm s",
     ]  # fmt: skip
-    rows, notes = [], []
+    rows = []
     for result in results:
         for name, r in result["contestants"].items():
             if "median_ms" not in r:
                 rows.append([result["model"], name, r.get("error", "not run")[:40], *[""] * 7])
                 continue
-            warm = r.get("warm_launch_to_first_step_s", [])
+            first = [r.get(f"{kind}_launch_to_first_step_s") for kind in ("cold", "warm")]
             rows.append([
                 result["model"], name, f"{r['median_ms']:.1f}",
                 f"{r['p20_ms']:.1f}..{r['p80_ms']:.1f}", f"{r['tokens_per_s']:,.0f}",
                 f"{r['mfu']:.1%}" if r["mfu"] else "n/a",
                 f"{r['peak_bytes'] / 1e9:.1f}" if "peak_bytes" in r else "n/a",
                 f"{statistics.median(r['data_wait_share']):.2%}",
-                f"{r['cold_launch_to_first_step_s'][0]:.1f}"
-                if "cold_launch_to_first_step_s" in r else "n/a",
-                f"{statistics.median(warm):.1f}" if warm else "n/a",
+                *(f"{statistics.median(seconds):.1f}" if seconds else "n/a" for seconds in first),
             ])  # fmt: skip
-        notes += bars(result)
-    text = [common.markdown_table(header, rows), ""]
-    text += [kinds_table(result) for result in results]
-    if notes:
-        text += ["", *notes]
-    return "\n".join(text)
+    tables = [common.markdown_table(header, rows), *map(kinds_table, results)]
+    return "\n\n".join([*tables, "\n".join(line for r in results for line in bars(r))]).strip()
 
 
 def kinds_table(result: dict) -> str:
     """Milliseconds a step by kind, beside the floors."""
-    profiled = {n: r["profile"] for n, r in result["contestants"].items() if r.get("profile")}
-    floors = result.get("floors_ms")
-    header = [f"{result['model']}: ms a step", *profiled, *(["floor"] if floors else [])]
-    rows = []
-    for kind in (*KINDS, "all"):
-        parts = KINDS if kind == "all" else (kind,)
-        values = [sum(p["ms"][k] for k in parts) for p in profiled.values()]
-        row = [kind, *(f"{value:.2f}" for value in values)]
-        rows.append(row + ([f"{sum(floors[k] for k in parts):.2f}"] if floors else []))
-    return "\n" + common.markdown_table(header, rows)
+    columns = {n: r["profile"]["ms"] for n, r in result["contestants"].items() if "profile" in r}
+    if "floors_ms" in result:
+        columns["floor"] = result["floors_ms"]
+    rows = [[kind, *(f"{ms[kind]:.2f}" for ms in columns.values())] for kind in KINDS]
+    rows.append(["all", *(f"{sum(ms.values()):.2f}" for ms in columns.values())])
+    return common.markdown_table([f"{result['model']}: ms a step", *columns], rows)
 
 
 def bars(result: dict) -> list[str]:
     """Each of the bars with what was measured; they are for one H200 in bf16."""
-    ours = result["contestants"].get("trainer", {})
-    others = {n: r for n, r in result["contestants"].items() if n != "trainer" and "median_ms" in r}
-    setup = result["setup"]
-    if result["model"] not in BARS or "median_ms" not in ours or setup["dtype"] != "bfloat16":
+    model, setup, ours = result["model"], result["setup"], result["contestants"].get("trainer", {})
+    on_gpu = torch.device(setup["device"]).type == "cuda"
+    if not (model in BARS and "median_ms" in ours and on_gpu and setup["dtype"] == "bfloat16"):
         return []
-    if torch.device(setup["device"]).type != "cuda":
-        return []
-    tokens_per_s, ratio = BARS[result["model"]]
-    checks = [("tokens/s", ours["tokens_per_s"], tokens_per_s, True, ",.0f")]
+    others = [r for n, r in result["contestants"].items() if n != "trainer" and "median_ms" in r]
+    tokens_per_s, ratio = BARS[model]
+    found = [("tokens/s", ours["tokens_per_s"], ">=", tokens_per_s, ",.0f")]
     if others and ratio is not None:
-        best = max(r["tokens_per_s"] for r in others.values())
-        checks.append(("times the fastest other", ours["tokens_per_s"] / best, ratio, True, ".2f"))
-    if others and result["model"] == "gpt2":
-        least = min(r["peak_bytes"] for r in others.values())
-        checks.append(("of the least other peak", ours["peak_bytes"] / least, 0.6, False, ".2f"))
-    wait = statistics.median(ours["data_wait_share"])
-    checks.append(("data wait", wait, 0.01, False, ".2%"))
+        times = ours["tokens_per_s"] / max(r["tokens_per_s"] for r in others)
+        found.append(("times the fastest other", times, ">=", ratio, ".2f"))
+    if others and model == "gpt2":
+        part = ours["peak_bytes"] / min(r["peak_bytes"] for r in others)
+        found.append(("of the least other peak", part, "<=", 0.6, ".2f"))
+    found.append(("data wait", statistics.median(ours["data_wait_share"]), "<=", 0.01, ".2%"))
     for kind, bar in (("cold", 60.0), ("warm", 15.0)):
         if seconds := ours.get(f"{kind}_launch_to_first_step_s"):
-            checks.append((f"first step {kind}, s", statistics.median(seconds), bar, False, ".1f"))
-    return [
-        f"{result['model']}: {what} {value:{form}}, bar {'>=' if up else '<='} {bar:{form}}: "
-        f"{'met' if (value >= bar) == up or value == bar else 'NOT met'}"
-        for what, value, bar, up, form in checks
-    ]
+            found.append((f"first step {kind}, s", statistics.median(seconds), "<=", bar, ".1f"))
+    lines = []
+    for what, value, sign, bar, form in found:
+        met = value >= bar if sign == ">=" else value <= bar
+        verdict = "met" if met else "NOT met"
+        lines.append(f"{model}: {what} {value:{form}}, bar {sign} {bar:{form}}: {verdict}")
+    return lines
 
 
 def parse() -> argparse.Namespace:
@@ -263,10 +330,7 @@ def main() -> None:
     args = parse()
     if args.job:
         job = json.loads(args.job)
-        setup = Setup(**job["setup"])
-        setup = replace(setup, options=tuple(setup.options))
-        record = measure(job["name"], setup, job["steps"], job["profile"], job["launched"])
-        common.write_json(Path(args.out), record)
+        common.write_json(Path(args.out), measure(**job | {"setup": Setup(**job["setup"])}))
         return
     on_gpu = torch.device(args.device).type == "cuda"
     ceilings = common.measure_ceilings() if on_gpu else {}
@@ -286,7 +350,13 @@ def main() -> None:
         out / "train_step.json", common.provenance() | {"ceilings": ceilings, "results": results}
     )
     (out / "train_step.md").write_text(text + "\n")
-    draw(results, out / "train_step.png")
+    panels = {}
+    for result in results:
+        timed = {n: r for n, r in result["contestants"].items() if "median_ms" in r}
+        panels[result["model"]] = {name: record["median_ms"] for name, record in timed.items()}
+        if floors := result.get("floors_ms"):
+            panels[result["model"]]["floor"] = sum(floors.values())
+    common.draw_bars(out / "train_step.png", panels, "ms a step", ours=("trainer",))
     print(f"results: {out / 'train_step.json'}, .md and .png")
 
 

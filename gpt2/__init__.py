@@ -4,10 +4,30 @@ model = gpt2.load_model("gpt2")
 tokens = gpt2.generate(model, [[15496, 11]], max_new_tokens=20)
 """
 
-from gpt2.checkpoint import load_model
-from gpt2.config import PRESETS, GPTConfig
-from gpt2.generate import generate
-from gpt2.model import GPT
+import importlib
+import sys
+import types
 
 __version__ = "0.1.0"
 __all__ = ["GPT", "PRESETS", "GPTConfig", "generate", "load_model"]
+_HOMES = {"GPT": "model", "GPTConfig": "config", "PRESETS": "config", "load_model": "checkpoint"}
+
+
+class _Face(types.ModuleType):
+    """Imports what it offers when that is first used, since importing torch takes seconds."""
+
+    def __getattr__(self, name: str):
+        if name not in _HOMES:
+            raise AttributeError(f"module 'gpt2' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"gpt2.{_HOMES[name]}"), name)
+
+    @property
+    def generate(self):
+        return importlib.import_module("gpt2.generate").generate
+
+    @generate.setter
+    def generate(self, module):
+        """Nothing: importing the module of this name is not to hide the function."""
+
+
+sys.modules[__name__].__class__ = _Face

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
 from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
 from gpt2.device import select_device
+from gpt2.generate import Completion, complete
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
@@ -25,8 +26,17 @@ class Assistant:
         return self.model.config.block_size
 
     @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        return () if self.tokenizer.eot is None else (self.tokenizer.eot,)
+    def markers(self) -> tuple[str, ...]:
+        """What no question and no answer may hold; whoever writes one has ended the turn."""
+        return () if self.template is None else find_template(self.template).markers
+
+    def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
+        """gpt2.generate.complete, up to an end of text, with tokens that the tokenizer knows."""
+        eot = self.tokenizer.eot
+        return complete(
+            self.model, prompts, stop_tokens=() if eot is None else (eot,),
+            vocab_size=self.tokenizer.vocab_size, **options,
+        )  # fmt: skip
 
     def encode(self, prompt: str, system: str = "") -> list[int]:
         """A prompt as the template has a question, or as it is.
@@ -36,10 +46,8 @@ class Assistant:
         if self.template is None:
             tokens = self.tokenizer.encode(prompt, allow_special=True)
         else:
-            tokens = encode_prompt(
-                [*_system(system), {"role": "user", "content": prompt}],
-                self.tokenizer, self.template,
-            )  # fmt: skip
+            messages = [*_system(system), {"role": "user", "content": prompt}]
+            tokens = encode_prompt(messages, self.tokenizer, self.template)
         if len(tokens) >= self.block_size:
             raise ValueError(
                 f"{self.name}: a prompt of {len(tokens)} tokens leaves no room in the model's "
@@ -78,29 +86,25 @@ class Conversation:
         ValueError, and leaves the conversation as it was, for a question that is empty, holds a
         marker of the template, or leaves no room even alone.
         """
-        messages = [*self.messages, {"role": "user", "content": question}]
+        answered = self.messages[: len(self.messages) // 2 * 2]  # without a question left open
+        messages = [*answered, {"role": "user", "content": question}]
         block_size = self.assistant.block_size
         wanted = min(max_new_tokens, block_size // 2)
-        dropped = 0
-        while True:
-            tokens = self._encode(messages)
-            if len(tokens) + wanted <= block_size:
-                break
-            if len(messages) == 1:
-                if len(tokens) < block_size:
-                    break
-                raise ValueError(
-                    f"the question has {len(tokens)} tokens with its template"
-                    f"{' and the system text' if self.system else ''}, which leaves no room in "
-                    f"the model's context (block_size) of {block_size}: shorten it"
-                )
+        while len(tokens := self._encode(messages)) + wanted > block_size and len(messages) > 1:
             messages = messages[2:]
-            dropped += 1
+        if len(tokens) >= block_size:
+            raise ValueError(
+                f"the question has {len(tokens)} tokens with its template"
+                f"{' and the system text' if self.system else ''}, which leaves no room in "
+                f"the model's context (block_size) of {block_size}: shorten it"
+            )
         self.messages = messages
-        return tokens, dropped
+        return tokens, (len(answered) + 1 - len(messages)) // 2
 
     def answer(self, text: str) -> None:
-        """Adds the answer; without one its question is forgotten."""
+        """Adds the answer up to a marker, if there is one; an empty one removes its question."""
+        for marker in self.assistant.markers:
+            text = text.partition(marker)[0]
         if text.strip():
             self.messages.append({"role": "assistant", "content": text})
         else:
@@ -113,8 +117,8 @@ class Conversation:
         self.system = text
 
     def _encode(self, messages: list[Message]) -> list[int]:
-        template = self.assistant.template
-        return encode_prompt([*_system(self.system), *messages], self.assistant.tokenizer, template)
+        messages = [*_system(self.system), *messages]
+        return encode_prompt(messages, self.assistant.tokenizer, self.assistant.template)
 
 
 def _system(text: str) -> list[Message]:

@@ -4,9 +4,11 @@ Order: defaults < preset < YAML file < command line. A YAML file is flat: one `k
 the fields of a dataclass of gpt2.config; an unknown key is an error.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import sys
 import types
 import typing
@@ -157,27 +159,63 @@ def run_script(main) -> None:
     `python -X dev script.py` shows where such an error came from.
     """
     rank = os.environ.get("RANK")
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason
+        stream.reconfigure(errors="backslashreplace")  # to stop
     try:
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # of `script | head`: nobody reads on
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_stdout()
         sys.exit(141)
-    except (ValueError, OSError, ImportError) as error:
-        if _dev_mode():
+    except (ValueError, OSError, ImportError, RecursionError) as error:
+        if sys.flags.dev_mode:
             raise
         text = str(error)
         if isinstance(error, OSError) and error.strerror:
             text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-        print(f"error{f' (rank {rank})' if rank else ''}: {text}", file=sys.stderr, flush=True)
+        complain(f"error{f' (rank {rank})' if rank else ''}: {text}")
         if rank:  # at once, without waiting for other ranks: torchrun then ends them
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
             os._exit(1)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         sys.exit(130)
 
 
-def _dev_mode() -> bool:
-    return sys.flags.dev_mode
+@contextlib.contextmanager
+def starting():
+    """While modules are imported: Ctrl-C ends the program at once, with one line. Raised as an
+    exception there it would be a traceback, or be swallowed by whoever runs at that moment."""
+
+    def leave(_number, _frame):
+        complain("interrupted")
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def say(text: str) -> None:
+    """A line on stdout of a program that goes on, also where nobody reads it any more."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        discard_stdout()
+
+
+def complain(text: str) -> None:
+    """A line on stderr, whatever has become of that."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def discard_stdout() -> None:
+    """From now on what is printed goes nowhere: its reader is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from gpt2.device import select_device
 
-PERIOD_S = 1.0
+T = TypeVar("T")
+PERIOD_S = 1.0  # between two heartbeats
 PATIENCE_S = 10.0  # with a store that does not answer, since its host is frozen or cut off
 
 
@@ -78,6 +80,38 @@ class Distributed:
         dist.broadcast_object_list(values, group=self.control)
         return values[0]
 
+    def on_main(self, work: Callable[[], T]) -> T:
+        """What work() gives on the main process, which alone runs it, or its error, on all."""
+        found = error = None
+        if self.is_main:
+            try:
+                found = work()
+            except (ValueError, OSError, ImportError) as raised:
+                error = raised
+        found, error = self.broadcast((found, error))
+        if error is not None:
+            raise error
+        return found
+
+    def agree(self, facts: dict, error: Exception | None = None) -> None:
+        """Returns where every process has the same facts (by name) and none of them an error.
+
+        Raises this process's error, or ValueError that names the process that differs, and in what.
+        """
+        every = self.gather((facts, None if error is None else str(error)))
+        if error is not None:
+            raise error
+        for rank, (theirs, problem) in enumerate(every):
+            if problem is not None:
+                raise ValueError(f"rank {rank} cannot start: {problem}")
+            for name, value in every[0][0].items():
+                if theirs.get(name) != value:
+                    raise ValueError(
+                        f"rank {rank} differs from rank 0: {name} is {theirs.get(name)!r:.200} "
+                        f"there and {value!r:.200} on rank 0; start all ranks with the same "
+                        "options, data and versions"
+                    )
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier(group=self.control)
@@ -86,8 +120,8 @@ class Distributed:
 def start(device: str = "auto", timeout_s: float = 600.0) -> Distributed:
     """Joins torchrun's other processes, if there are any, and picks this one's device.
 
-    timeout_s: how long a collective waits for a rank before it fails.
-    Raises ValueError for a device that is not there.
+    timeout_s: how long a collective, and the start, wait for a rank before they fail.
+    Raises ValueError for a device that is not there, ConnectionError where the ranks do not meet.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     chosen = select_device(device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -96,8 +130,7 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Distributed:
     # Gloo's connections are made when first used; without that some runs abort when they end.
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     timeout = timedelta(seconds=timeout_s)
-    store, *_ = next(rendezvous("env://", timeout=timeout))
-    store = dist.PrefixStore(_agree_on_attempt(store, rank, world_size, timeout_s), store)
+    store = _meet(rank, world_size, timeout_s)
     backend = dict(backend="gloo")
     if chosen.type == "cuda":
         backend = dict(backend="nccl", device_id=chosen)
@@ -106,6 +139,31 @@ def start(device: str = "auto", timeout_s: float = 600.0) -> Distributed:
     )
     control = dist.new_group(backend="gloo", timeout=timeout)
     return Distributed(rank, world_size, chosen, control, store)
+
+
+def _meet(rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """The store of all ranks, in a thread: a port that somebody else holds may never answer."""
+    found: list = []
+
+    def meet() -> None:
+        try:
+            store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+            prefix = _agree_on_attempt(store, rank, world_size, timeout_s)
+            found.append(dist.PrefixStore(prefix, store))
+        except (RuntimeError, OSError, ValueError) as error:  # DistError is a RuntimeError
+            found.append(error)
+
+    thread = threading.Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join(timeout_s + PATIENCE_S)
+    if found and isinstance(found[0], dist.Store):
+        return found[0]
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = str(found[0]).split("\n")[0] if found else "no answer"
+    raise ConnectionError(
+        f"rank {rank} did not meet the {world_size - 1} others at {address} in {timeout_s:.0f} s "
+        f"({reason:.200}): is another program on that port, or a rank missing?"
+    )
 
 
 def _agree_on_attempt(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:

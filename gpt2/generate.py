@@ -24,6 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gpt2.device import execution
 from gpt2.model import GPT, KVCache
 from gpt2.options import Sampling
 
@@ -55,29 +56,23 @@ def generate(
     top_p: float | None = None,
     min_p: float | None = None,
     repetition_penalty: float = 1.0,
-    num_samples: int = 1,
-    stop_tokens: Collection[int] = (),
-    stop: Callable[[int, list[int]], bool] | None = None,
-    window: bool = False,
-    seed: int | Sequence[int] | None = None,
-    stream: Callable[[int, int], None] | None = None,
+    **options,
 ) -> list[list[int]]:
     """Continues each prompt with up to max_new_tokens tokens.
 
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
-    All else: see complete, which gives log probabilities besides.
+    options: num_samples, stop_tokens, stop, window, vocab_size, seed and stream, as of complete,
+    which gives log probabilities besides.
     Returns the new tokens of each row, without the prompt and without the stop token.
     """
+    sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     completions = complete(
-        model, prompts, max_new_tokens=max_new_tokens,
-        sampling=Sampling(repetition_penalty, temperature, top_k, top_p, min_p),
-        num_samples=num_samples, stop_tokens=stop_tokens, stop=stop, window=window, seed=seed,
-        stream=stream,
-    )  # fmt: skip
+        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
+    )
     return [completion.tokens for completion in completions]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def complete(
     model: GPT,
     prompts: list[list[int]],
@@ -88,6 +83,7 @@ def complete(
     stop_tokens: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None,
     window: bool = False,
+    vocab_size: int | None = None,
     seed: int | Sequence[int] | None = None,
     stream: Callable[[int, int], None] | None = None,
     log_probabilities: bool = False,
@@ -100,46 +96,47 @@ def complete(
     stop: called with (row, the row's tokens so far) after every token; True ends the row, which
     keeps the token. For stop strings see gpt2.text.RowTexts.
     window: where a row's context is full, go on from its later half instead of refusing beforehand.
+    vocab_size: only ids below it are drawn, where the model knows more than its tokenizer does.
     seed: makes the result repeatable. A list has the seed of each row; one number is the seed of
     the first row, the others have those that follow it; None takes them from torch's global
     generator.
     stream: called with (row, token) for every token of the result as soon as it is known, before
     stop.
     Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
-    options out of range, and where a prompt, or without window a prompt and max_new_tokens, do not
-    fit block_size.
+    options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
+    block_size, and where the model's logits are not finite numbers.
     """
-    _check(model, prompts, max_new_tokens, num_samples, window)
+    _check(model, prompts, max_new_tokens, num_samples, window, vocab_size)
     rows = [
         _Row(number, prompt, Completion(log_probabilities=[] if log_probabilities else None))
         for number, prompt in enumerate(p for p in prompts for _ in range(num_samples))
     ]
     block_size, device = model.config.block_size, model.lm_head.weight.device
-    poll = poll_every(device)
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
-    picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
+    picker = _Picker(model, rows, sampling, vocab_size, _row_seeds(seed, len(rows)), max_new_tokens)
     with _evaluating(model) as dtype:
-        decoder = _Decoder(model, capacity, dtype)
+        decoder = _Decoder(model, capacity, dtype, pace(device))
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
-        unread: list[tuple[Tensor, ...]] = []
+        tokens, log_ps = [], []  # drawn and not yet read, (B,) a step
         for n in range(1, max_new_tokens + 1):
             token = picker.pick(logits, n - 1)  # (B,)
-            drawn = (token,)
+            tokens.append(token)
             if log_probabilities:
-                drawn += (logits.log_softmax(-1).gather(1, token[:, None])[:, 0],)
-            unread.append(drawn)
+                log_ps.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
             full = decoder.cache.length == block_size
-            if n < max_new_tokens and n % poll and not full:
+            if n < max_new_tokens and n % decoder.pace.poll and not full:
                 logits = decoder.step(token)
                 continue
             # Reading waits for the device; stopping, streaming and a full context need it.
-            for values in zip(*(torch.stack(part).tolist() for part in zip(*unread, strict=True)),
-                              strict=True):  # fmt: skip
-                for row, *value in zip(running, *values, strict=True):
-                    row.take(*value, stop_tokens, stop, stream)
-            unread.clear()
+            picker.check()
+            none = [[None] * len(running)] * len(tokens)
+            values = torch.stack(log_ps).tolist() if log_ps else none
+            for step in zip(torch.stack(tokens).tolist(), values, strict=True):
+                for row, *drawn in zip(running, *step, strict=True):
+                    row.take(*drawn, stop_tokens, stop, stream)
+            tokens, log_ps = [], []
             going = [place for place, row in enumerate(running) if not row.ended]
             if not going or n == max_new_tokens:
                 break
@@ -165,22 +162,21 @@ class _Row:
     start: int = 0  # where the context begins in prompt + tokens
     ended: bool = False
 
-    def take(self, token: int, *rest) -> None:
-        """A token that was drawn: (token, [log probability], stop_tokens, stop, stream)."""
-        *log_p, stop_tokens, stop, stream = rest
+    def take(self, token: int, log_p: float | None, stop_tokens, stop, stream) -> None:
+        """A token that was drawn, perhaps after the row's end."""
         if self.ended:
             return
         made = self.completion
-        if token in stop_tokens:
-            self.ended, made.reason = True, "stop"
-            return
-        made.tokens.append(token)
-        if made.log_probabilities is not None:
-            made.log_probabilities += log_p
-        if stream is not None:
-            stream(self.number, token)
-        if stop is not None and stop(self.number, made.tokens):
-            self.ended, made.reason = True, "stop"
+        self.ended = token in stop_tokens
+        if not self.ended:
+            made.tokens.append(token)
+            if log_p is not None:
+                made.log_probabilities.append(log_p)
+            if stream is not None:
+                stream(self.number, token)
+            self.ended = stop is not None and stop(self.number, made.tokens)
+        if self.ended:
+            made.reason = "stop"
 
     def context(self, block_size: int, keep: int) -> list[int]:
         """What the model sees next: all since start; where that fills block_size, its end."""
@@ -193,16 +189,15 @@ class _Row:
 class _Decoder:
     """The model on a batch: prefill, then one step a token. Logits are (B, V) float32."""
 
-    def __init__(self, model: GPT, capacity: int, dtype: torch.dtype):
-        self.model, self.capacity, self.dtype = model, capacity, dtype
+    def __init__(self, model: GPT, capacity: int, dtype: torch.dtype, pace: "Pace"):
+        self.model, self.capacity, self.dtype, self.pace = model, capacity, dtype, pace
         self.device = model.lm_head.weight.device
-        self.fixed = has_fixed_shapes(self.device)
 
     def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
         """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
         idx, padding, doc_start = _left_pad(rows, self.device)
         self.cache = KVCache(
-            self.model.config, len(rows), self.capacity, self.device, self.dtype, self.fixed
+            self.model.config, len(rows), self.capacity, self.device, self.dtype, self.pace.fixed
         )
         # (B, 1) each, and they stay where they are: a captured step reads and writes them.
         self.token, self.doc_start = idx[:, -1:].clone(), padding
@@ -225,7 +220,7 @@ class _Decoder:
     def step(self, token: Tensor) -> Tensor:
         """Appends token (B,) to the rows."""
         self.token.copy_(token[:, None])
-        if not captures(self.device):
+        if not self.pace.captured:
             return self._run()
         if self.captured is None:
             self.captured = self._capture()
@@ -249,47 +244,51 @@ class _Decoder:
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):  # writes the same place again and again
                 self._run()
-                self._rewind(length)
+                self.cache.length = length
+                self.cache.end.fill_(length)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
             logits = self._run()
         self.cache.length = length  # capturing ran nothing on the device
         return graph, logits
 
-    def _rewind(self, length: int) -> None:
-        self.cache.length = length
-        self.cache.end.fill_(length)
+
+@dataclass(frozen=True)
+class Pace:
+    """How decode steps run.
+
+    fixed: they see the whole cache under a mask.  captured: in a CUDA graph, which needs that.
+    poll: steps from one look at the tokens to the next; on a CPU looking costs nothing.
+    """
+
+    fixed: bool
+    captured: bool
+    poll: int
 
 
-def has_fixed_shapes(device: torch.device) -> bool:
-    """Whether decode steps see the whole cache under a mask."""
-    return device.type == "cuda"
-
-
-def captures(device: torch.device) -> bool:
-    """Whether decode steps are captured in a CUDA graph; they must have fixed shapes then."""
-    return device.type == "cuda"
-
-
-def poll_every(device: torch.device) -> int:
-    """After how many steps the tokens are read; on a CPU that costs nothing."""
-    return POLL if device.type == "cuda" else 1
+def pace(device: torch.device) -> Pace:
+    on_gpu = device.type == "cuda"
+    return Pace(fixed=on_gpu, captured=on_gpu, poll=POLL if on_gpu else 1)
 
 
 class _Picker:
     """Chooses the tokens of a batch: one uniform random number a row and step, drawn beforehand."""
 
     def __init__(
-        self, model: GPT, rows: list[_Row], sampling: Sampling, seeds: list[int], n_steps: int
-    ):
+        self, model: GPT, rows: list[_Row], sampling: Sampling, vocab_size: int | None,
+        seeds: list[int], n_steps: int,
+    ):  # fmt: skip
         device = model.lm_head.weight.device
-        self.sampling, self.seen, self.uniform = sampling, None, None
+        self.sampling, self.vocab_size = sampling, vocab_size
+        self.seen = self.uniform = None
+        self.is_finite = torch.ones((), dtype=torch.bool, device=device)
         if sampling.repetition_penalty != 1.0:
             n = model.config.vocab_size
-            self.seen = torch.zeros(len(rows), n, dtype=torch.bool, device=device)
+            seen = torch.zeros(len(rows), n, dtype=torch.bool, device=device)
             for row in rows:
-                self.seen[row.number, row.prompt] = True
-        if sampling.temperature > 0:
+                seen[row.number, row.prompt] = True
+            self.seen = seen[:, :vocab_size]
+        if not sampling.greedy:
             drawn = [
                 torch.rand(n_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
                 for s in seeds
@@ -298,7 +297,8 @@ class _Picker:
 
     def pick(self, logits: Tensor, step: int) -> Tensor:
         """(B,) int64 from logits (B, V) float32."""
-        logits = filter_logits(logits, self.seen, self.sampling)
+        self.is_finite &= logits.isfinite().all()
+        logits = filter_logits(logits[:, : self.vocab_size], self.seen, self.sampling)
         if self.uniform is None:
             token = logits.argmax(-1)
         else:
@@ -306,6 +306,14 @@ class _Picker:
         if self.seen is not None:
             self.seen.scatter_(1, token[:, None], True)
         return token
+
+    def check(self) -> None:
+        """Raises ValueError where tokens were picked from logits that are NaN or infinite."""
+        if not self.is_finite:
+            raise ValueError(
+                "the model's logits are not finite numbers, so nothing can be generated: its "
+                "weights are damaged, or its training has diverged"
+            )
 
     def select(self, index: Tensor) -> None:
         self.seen = None if self.seen is None else self.seen[index]
@@ -330,7 +338,7 @@ def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Te
             logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
         )
         logits = torch.where(seen, penalised, logits)
-    if s.temperature == 0:
+    if s.greedy:
         return logits
     if s.temperature != 1.0:
         logits = logits / s.temperature
@@ -341,7 +349,8 @@ def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Te
         ordered, order = logits.sort(descending=True)
         probabilities = ordered.softmax(-1)
         before = probabilities.cumsum(-1) - probabilities  # of the tokens that are more likely
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= s.top_p)
+        least = max(s.top_p, torch.finfo(torch.float32).tiny)  # 0 would drop the likeliest too
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= least)
         logits = logits.masked_fill(drop, float("-inf"))
     if s.min_p is not None:
         probabilities = logits.softmax(-1)
@@ -353,12 +362,14 @@ def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Te
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """One token a row, (B,) int64: the first whose cumulated probability exceeds uniform.
 
-    probabilities (B, V) float32, sums need not be exactly 1; uniform (B,) float64 in [0, 1).
+    probabilities (B, V) float32, sums need not be exactly 1; uniform (B,) float64 in [0, 1). Of NaN
+    it is the last token.
     """
     cumulated = probabilities.double().cumsum(-1)
     # The factor keeps the product below the sum where rounding would not.
     target = cumulated[:, -1] * uniform * (1 - 2**-50)
-    return torch.searchsorted(cumulated, target[:, None], right=True)[:, 0]
+    token = torch.searchsorted(cumulated, target[:, None], right=True)[:, 0]
+    return token.clamp_(max=probabilities.shape[1] - 1)
 
 
 def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
@@ -373,15 +384,21 @@ def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
 
 @contextmanager
 def _evaluating(model: GPT):
-    """The model without dropout, under autocast to bfloat16 on a GPU; gives the cache's dtype."""
+    """The model without dropout, in the device's precision; gives the dtype of keys and values."""
     weight, was_training = model.lm_head.weight, model.training
-    use_bf16 = weight.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    model.eval()
+    dtype = execution(weight.device).dtype
+    low = dtype != torch.float32
+    # Autocast casts a weight once, and not for each token, where it requires gradients.
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    model.eval().requires_grad_()
     try:
-        with torch.autocast(weight.device.type, torch.bfloat16, enabled=use_bf16):
-            yield torch.bfloat16 if use_bf16 else weight.dtype
+        with torch.autocast(weight.device.type, dtype, enabled=low):
+            yield dtype if low else weight.dtype
     finally:
+        torch.clear_autocast_cache()
         model.train(was_training)
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -401,14 +418,16 @@ def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Ten
     return idx, padding, torch.minimum(position, padding)
 
 
-def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool) -> None:
+def _check(
+    model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool, vocab_size: int | None
+) -> None:
     config = model.config
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    numbers = dict(max_new_tokens=max_new_tokens, num_samples=num_samples, vocab_size=vocab_size)
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     for row, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < config.vocab_size]
         if bad:

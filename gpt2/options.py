@@ -6,111 +6,114 @@ from typing import Literal, get_args
 from gpt2.config import Kernels
 
 
+def _at_least(least: int, config, *names: str) -> None:
+    """Raises ValueError for a field of config that is below least; None is left alone."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """Options of gpt2.generate, applied in the order in which they stand below, as transformers
-    does; temperature 0 needs none after it.
+    """Options of gpt2.generate, applied in the order in which they stand, as transformers does;
+    temperature 0 needs none after it.
     """
 
-    repetition_penalty: float = 1.0  # divides positive, multiplies negative logits of seen tokens
+    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
     temperature: float = 1.0  # divides the logits; 0 takes the most likely token always
-    top_k: int | None = None  # keeps only this many of the most likely tokens, and their equals
-    top_p: float | None = None  # keeps the most likely tokens that together reach this probability
-    min_p: float | None = None  # keeps tokens at least so many times as likely as the likeliest
+    top_k: int | None = None  # keep only this many of the most likely tokens, and their equals
+    top_p: float | None = None  # keep the most likely tokens that together reach this probability
+    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
 
     def __post_init__(self):
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        # Logits times or divided by these stay far inside float32.
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise ValueError(
+                f"repetition_penalty must lie in [0.001, 1000], got {self.repetition_penalty}"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k must be at least 1, got {self.top_k}")
+        _at_least(1, self, "top_k")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {value}")
 
-
-class _Sampled:
-    """For configs with fields of Sampling's names."""
-
-    def sampling(self) -> Sampling:
-        return Sampling(
-            self.repetition_penalty, self.temperature, self.top_k, self.top_p, self.min_p
-        )
-
-    def __post_init__(self):
-        self.sampling()  # checks the values
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+    @property
+    def greedy(self) -> bool:
+        """Below 1e-5, as in vLLM, a temperature counts as its limit: the rest would overflow."""
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True)
-class SampleConfig(_Sampled):
-    """Options of scripts/sample.py."""
+class _Generation(Sampling):
+    """What the scripts that generate have in common; each has defaults of its own."""
 
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
-    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
-    # Instead of prompt: a UTF-8 file, one prompt a line, or with blank lines between prompts.
-    prompt_file: str = ""
-    template: str = "auto"  # chat template of a prompt; auto: the model's, if it has one; or none
-    num_samples: int = 1  # of each prompt
     max_new_tokens: int = 200
-    temperature: float = 0.8  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
-    stop: tuple[str, ...] = ()  # end before any of these texts
-    # Print each row's log probability to stderr: the model's own, before the options above.
-    log_probabilities: bool = False
     seed: int | None = None  # the same seed gives the same text
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
-
-
-@dataclass(frozen=True)
-class ChatConfig(_Sampled):
-    """Options of scripts/chat.py."""
-
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name
-    system: str = ""  # what stands before the conversation
-    template: str = "auto"  # auto: the one saved with the model; or the name of one
-    max_new_tokens: int = 256  # of an answer
-    temperature: float = 0.7  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = 0.95  # keep the most likely tokens that together reach this probability
-    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
-    seed: int | None = None  # the same seed and questions give the same answers
-    device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
-
-
-@dataclass(frozen=True)
-class CompareConfig(_Sampled):
-    """Options of scripts/compare.py."""
-
-    models: tuple[str, ...]  # run folders, checkpoints, Hugging Face folders or names
-    prompts: str = "prompts.txt"  # UTF-8: one prompt a line, or with blank lines between prompts
-    out: str = "compare"  # writes OUT.md and OUT.html
-    system: str = ""  # what stands before a prompt, for models with a chat template
-    max_new_tokens: int = 128
-    batch_size: int = 8  # prompts that are generated together
-    temperature: float = 0.0  # 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
-    seed: int = 0  # prompt number i has the seed SEED + i with every model
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
 
     def __post_init__(self):
         super().__post_init__()
+        _at_least(1, self, "max_new_tokens")
+
+
+@dataclass(frozen=True)
+class _OfModel:
+    """The first option of a class is that of its last base."""
+
+    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+
+
+@dataclass(frozen=True)
+class _OfModels:
+    models: tuple[str, ...]  # run folders, checkpoints, Hugging Face folders or names
+
+
+@dataclass(frozen=True)
+class SampleConfig(_Generation, _OfModel):
+    """Options of scripts/sample.py."""
+
+    temperature: float = 0.8  # 0 takes the most likely token always
+    prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
+    # Instead of prompt: a UTF-8 file, one prompt a line, or with blank lines between prompts.
+    prompt_file: str = ""
+    template: str = "auto"  # chat template of a prompt; auto: the model's, if it has one; or none
+    num_samples: int = 1  # of each prompt
+    stop: tuple[str, ...] = ()  # end before any of these texts
+    # Print each row's log probability to stderr: the model's own, before the options above.
+    log_probabilities: bool = False
+
+
+@dataclass(frozen=True)
+class ChatConfig(_Generation, _OfModel):
+    """Options of scripts/chat.py."""
+
+    temperature: float = 0.7  # 0 takes the most likely token always
+    top_p: float | None = 0.95  # keep the most likely tokens that together reach this probability
+    max_new_tokens: int = 256  # of an answer
+    system: str = ""  # what stands before the conversation
+    template: str = "auto"  # auto: the one saved with the model; or the name of one
+
+
+@dataclass(frozen=True)
+class CompareConfig(_Generation, _OfModels):
+    """Options of scripts/compare.py."""
+
+    temperature: float = 0.0  # 0 takes the most likely token always
+    max_new_tokens: int = 128
+    seed: int = 0  # prompt number i has the seed SEED + i with every model
+    prompts: str = "prompts.txt"  # UTF-8: one prompt a line, or with blank lines between prompts
+    out: str = "compare"  # writes OUT.md and OUT.html
+    system: str = ""  # what stands before a prompt, for models with a chat template
+    batch_size: int = 8  # prompts that are generated together
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(1, self, "batch_size")
         if not self.models:
             raise ValueError("models: give at least one")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 Task = Literal["hellaswag", "wikitext2", "wikitext103", "lambada", "val"]
@@ -169,10 +172,9 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(_OfModel):
     """Options of scripts/evaluate.py."""
 
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
     tasks: tuple[Task, ...] = ("hellaswag", "wikitext2", "wikitext103", "lambada")  # which ones
     data_dir: str = "data/eval"  # where the tasks' files are looked for, and downloaded to
     data: str = ""  # of val: a folder with val shards; default: that of the run
@@ -191,19 +193,15 @@ class EvaluateConfig:
     def __post_init__(self):
         if not self.tasks:
             raise ValueError(f"tasks: name at least one of {', '.join(get_args(Task))}")
-        for name in ("limit", "stride", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        _at_least(1, self, "limit", "stride", "tokens_per_batch")
         if self.data and "val" not in self.tasks:
             raise ValueError("data goes with the task val")
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(_OfModel):
     """Options of scripts/export.py."""
 
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name
     out: str  # folder to write; must not exist
 
 
@@ -226,8 +224,7 @@ class ReportConfig:
     gpu_hour_price: float = 0.0  # what an hour of one GPU costs; 0: not known
 
     def __post_init__(self):
-        if self.gpu_hour_price < 0:
-            raise ValueError(f"gpu_hour_price must not be negative, got {self.gpu_hour_price}")
+        _at_least(0, self, "gpu_hour_price")
 
 
 @dataclass(frozen=True)
@@ -243,7 +240,4 @@ class VerifyConfig:
     device: str = ""  # default: the run's option
 
     def __post_init__(self):
-        if self.steps < 0:
-            raise ValueError(f"steps must not be negative, got {self.steps}")
-        if self.tolerance is not None and self.tolerance < 0:
-            raise ValueError(f"tolerance must not be negative, got {self.tolerance}")
+        _at_least(0, self, "steps", "tolerance")

@@ -1,8 +1,9 @@
-"""Text as it is generated: whole characters as soon as they are known, up to a stop string.
+"""Text as it is generated, read and shown.
 
-gpt2.generate knows only token ids. A token may hold part of a character, or part of a stop string
-and text before or after it, so the text is kept as bytes and cut there. UTF-8 bytes of a stop
-string occur in a text exactly where its characters do.
+It comes as whole characters as soon as they are known, up to a stop string. gpt2.generate knows
+only token ids. A token may hold part of a character, or part of a stop string and text before or
+after it, so the text is kept as bytes and cut there. UTF-8 bytes of a stop string occur in a text
+exactly where its characters do.
 """
 
 import codecs
@@ -101,9 +102,18 @@ class RowTexts:
             self._show(row, text)
 
 
+# Control characters but tab and newline, and what reverses the direction of a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """text for a terminal or a page: what would steer it stands there escaped, as in \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 def read_prompts(path: str | Path) -> list[str]:
     """The prompts in a UTF-8 text file: one a line; or, where a blank line stands between two
-    texts, each block of lines between blank lines is one.
+    texts, each block of lines between blank lines is one. Lines end at LF or CR LF only.
 
     Raises OSError (missing), ValueError (not UTF-8, or no prompt in it).
     """
@@ -114,7 +124,7 @@ def read_prompts(path: str | Path) -> list[str]:
             f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}: save "
             "it as UTF-8"
         ) from None
-    text = "\n".join(text.splitlines())
+    text = text.replace("\r\n", "\n")
     blocks = [block for block in re.split(r"\n(?:[ \t]*\n)+", text) if block.strip()]
     prompts = blocks if len(blocks) > 1 else [line for line in text.split("\n") if line.strip()]
     if not prompts:

@@ -14,11 +14,8 @@ import sys
 
 from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.data.chat import find_template
-from gpt2.generate import complete
 from gpt2.options import ChatConfig
-from gpt2.text import RowTexts
-from gpt2.tokenizer import END_OF_TEXT
+from gpt2.text import RowTexts, printable
 
 HELP = """\
 /reset         forget the conversation
@@ -47,9 +44,6 @@ class Chat:
                 "which ends an answer: take a model with the gpt2 or the byte tokenizer"
             )
         self.assistant = assistant
-        # A model that writes the next question has ended its answer.
-        markers = find_template(assistant.template).markers
-        self.stops = [marker for marker in markers if marker != END_OF_TEXT]
         self.conversation = Conversation(assistant)
         self.conversation.set_system(config.system)
         self.turns = 0  # asked so far; each has a seed of its own
@@ -85,16 +79,15 @@ class Chat:
             turns = "turn does" if dropped == 1 else f"{dropped} turns do"
             note(f"the oldest {turns} not fit the context any more and went")
         room = self.assistant.block_size - len(prompt)
-        show = lambda row, text: print(text, end="", flush=True)  # noqa: E731
-        texts = RowTexts(self.assistant.tokenizer, self.stops, show)
+        show = lambda row, text: print(printable(text), end="", flush=True)  # noqa: E731
+        texts = RowTexts(self.assistant.tokenizer, self.assistant.markers, show)
         seed = None if config.seed is None else config.seed + self.turns
         self.turns += 1
         end = "stop"
         try:
-            [row] = complete(
-                self.assistant.model, [prompt], max_new_tokens=min(config.max_new_tokens, room),
-                sampling=config.sampling(), stop_tokens=self.assistant.stop_tokens, stop=texts,
-                seed=seed,
+            [row] = self.assistant.complete(
+                [prompt], max_new_tokens=min(config.max_new_tokens, room), sampling=config,
+                stop=texts, seed=seed,
             )  # fmt: skip
             end = row.reason
         except KeyboardInterrupt:

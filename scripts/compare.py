@@ -9,44 +9,60 @@ prompt as a question in its template, another one as text to continue. Decoding 
 """
 
 import html
+import re
 from pathlib import Path
 
 from gpt2.assistant import Assistant, load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.generate import complete
 from gpt2.options import CompareConfig
-from gpt2.text import RowTexts, read_prompts
+from gpt2.text import RowTexts, printable, read_prompts
+
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top; }
+th { background: #f0f2f4; position: sticky; top: 0; }
+th, td { white-space: pre-wrap; overflow-wrap: anywhere; }
+"""
 
 
 def main() -> None:
     config = parse(CompareConfig, __doc__)
     prompts = read_prompts(config.prompts)
-    paths = [Path(f"{config.out}.{kind}") for kind in ("md", "html")]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    columns, about = [], []
+    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    # Every model is loaded and gets its prompts before any generates, so that what is wrong is
+    # known at once; then again, since together they may not fit the memory.
     for name in config.models:
-        assistant = load_assistant(name, device=config.device, kernels=config.kernels)
-        columns.append(answers(assistant, prompts, config))
-        about.append(f"template {assistant.template}" if assistant.template else "no template")
-        print(f"{name}: {len(prompts)} prompts, {about[-1]}", flush=True)
-    rows = list(zip(prompts, *columns, strict=True))
-    paths[0].write_text(as_markdown(config, about, rows), encoding="utf-8")
-    paths[1].write_text(as_html(config, about, rows), encoding="utf-8")
-    print(f"written: {paths[0]} and {paths[1]}")
+        load(name, prompts, config)
+    heads, columns = ["prompt"], [prompts]
+    for name in config.models:
+        assistant, tokens = load(name, prompts, config)
+        template = f"template {assistant.template}" if assistant.template else "no template"
+        heads.append(f"{name} ({template})")
+        columns.append(answers(assistant, tokens, config))
+        print(f"{printable(name)}: {len(prompts)} prompts, {template}", flush=True)
+    how = "greedy" if config.greedy else f"temperature {config.temperature}, seed {config.seed}"
+    title = f"{config.prompts}: {how}, at most {config.max_new_tokens} tokens"
+    markdown = as_markdown(title, heads, list(zip(*columns, strict=True)))
+    for ending, text in (("md", markdown), ("html", as_html(title, markdown))):
+        Path(f"{config.out}.{ending}").write_text(text, "utf-8", errors="backslashreplace")
+    print(f"written: {config.out}.md and {config.out}.html")
 
 
-def answers(assistant: Assistant, prompts: list[str], config: CompareConfig) -> list[str]:
-    # All are encoded first, so that one that does not fit is found before any work.
-    encoded = [assistant.encode(prompt, config.system) for prompt in prompts]
+def load(name: str, prompts: list[str], config: CompareConfig) -> tuple[Assistant, list[list[int]]]:
+    """A model, and the prompts as its tokens."""
+    assistant = load_assistant(name, device=config.device, kernels=config.kernels)
+    return assistant, [assistant.encode(prompt, config.system) for prompt in prompts]
+
+
+def answers(assistant: Assistant, prompts: list[list[int]], config: CompareConfig) -> list[str]:
     found = []
     for first in range(0, len(prompts), config.batch_size):
-        batch = encoded[first : first + config.batch_size]
+        batch = prompts[first : first + config.batch_size]
         texts = RowTexts(assistant.tokenizer)
-        seeds = [config.seed + first + i for i in range(len(batch))]
-        rows = complete(
-            assistant.model, batch, max_new_tokens=config.max_new_tokens,
-            sampling=config.sampling(), stop_tokens=assistant.stop_tokens, stop=texts,
-            window=True, seed=seeds,
+        rows = assistant.complete(
+            batch, max_new_tokens=config.max_new_tokens, sampling=config, stop=texts, window=True,
+            seed=config.seed + first,
         )  # fmt: skip
         texts.finish()
         for row, text in zip(rows, texts.texts(len(rows)), strict=True):
@@ -55,55 +71,28 @@ def answers(assistant: Assistant, prompts: list[str], config: CompareConfig) -> 
     return found
 
 
-def settings(config: CompareConfig) -> str:
-    if config.temperature == 0:
-        return f"greedy, at most {config.max_new_tokens} tokens"
-    return (
-        f"temperature {config.temperature}, seed {config.seed}, at most {config.max_new_tokens} "
-        "tokens"
-    )
-
-
-def as_markdown(config: CompareConfig, about: list[str], rows: list[tuple[str, ...]]) -> str:
+def as_markdown(title: str, heads: list[str], rows: list[tuple[str, ...]]) -> str:
     def cell(text: str) -> str:
-        # Escaped as HTML, which Markdown lets through, and for the signs that Markdown reads.
-        text = html.escape(text, quote=False)
-        for sign in "\\`*_|[]~":
-            text = text.replace(sign, f"&#{ord(sign)};")
-        return "<br>".join(text.splitlines()) or " "
+        """text as it is: escaped for HTML, which Markdown lets through, and for Markdown."""
+        text = re.sub(r"[\\`*_|[\]~]", lambda sign: f"&#{ord(sign[0])};",
+                      html.escape(printable(text), quote=False))  # fmt: skip
+        return text.replace("\n", "<br>") or " "
 
-    names = [f"{n} ({a})" for n, a in zip(config.models, about, strict=True)]
-    lines = [["prompt", *names], ["---"] * (len(names) + 1), *rows]
-    table = [
-        f"| {' | '.join(cell(c) if i != 1 else c for c in line)} |" for i, line in enumerate(lines)
-    ]
-    return "\n".join([f"{config.prompts}: {settings(config)}", "", *table, ""])
+    lines = [[*map(cell, heads)], ["---"] * len(heads), *([*map(cell, row)] for row in rows)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{cell(title)}\n\n{table}\n"
 
 
-STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; }
-th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top; }
-th { background: #f0f2f4; position: sticky; top: 0; overflow-wrap: anywhere; }
-td { white-space: pre-wrap; overflow-wrap: anywhere; }
-td:first-child { background: #f8f9fa; font-weight: 600; }
-small { font-weight: normal; color: #666; display: block; }
-"""
+def as_html(title: str, markdown: str) -> str:
+    from markdown_it import MarkdownIt
 
-
-def as_html(config: CompareConfig, about: list[str], rows: list[tuple[str, ...]]) -> str:
-    heads = "".join(
-        f"<th>{html.escape(name)}<small>{html.escape(what)}</small></th>"
-        for name, what in zip(config.models, about, strict=True)
-    )
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows
-    )
-    title = html.escape(f"{config.prompts}: {settings(config)}")
+    # Only the line breaks are tags there; as characters they need no HTML to be let through.
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(
+        markdown.replace("<br>", "&#10;")
+    )  # fmt: skip
     return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n'
-        f"<style>{STYLE}</style>\n<p>{title}</p>\n<table>\n<tr><th>prompt</th>{heads}</tr>\n"
-        f"{body}\n</table>\n</html>\n"
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f"<title>{html.escape(printable(title))}</title>\n<style>{STYLE}</style>\n{body}</html>\n"
     )
 
 

@@ -13,13 +13,15 @@ model with its adapters off. The first loss is ln 2 = 0.6931. reward_margin is h
 chosen answer has gained than the rejected one, reward_accuracy for how many pairs it has.
 """
 
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, run_script, starting
 from gpt2.config import DPOConfig
-from gpt2.train.dpo import dpo
 
 
 def main() -> None:
-    dpo(parse(DPOConfig, __doc__))
+    with starting():
+        config = parse(DPOConfig, __doc__)
+        from gpt2.train.finetune import dpo
+    dpo(config)
 
 
 if __name__ == "__main__":

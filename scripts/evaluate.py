@@ -17,7 +17,7 @@ from gpt2.options import EvaluateConfig
 def main() -> None:
     config = parse(EvaluateConfig, __doc__)
     group = dist.start(config.device)
-    evaluate(config, group, group.barrier)
+    evaluate(config, group)
     dist.stop(group)
 
 

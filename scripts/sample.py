@@ -15,9 +15,8 @@ import time
 
 from gpt2.assistant import load_assistant
 from gpt2.cli import parse, run_script
-from gpt2.generate import complete
 from gpt2.options import SampleConfig
-from gpt2.text import RowTexts, read_prompts
+from gpt2.text import RowTexts, printable, read_prompts
 
 
 def main() -> None:
@@ -31,23 +30,22 @@ def main() -> None:
 
     def show(row: int, text: str) -> None:
         if row == 0:
-            print(text, end="", flush=True)
+            print(printable(text), end="", flush=True)
 
-    stops = [stop.replace("\\n", "\n") for stop in config.stop]
-    texts = RowTexts(assistant.tokenizer, stops, show)
-    print(prompts[0], end=gap, flush=True)
+    texts = RowTexts(assistant.tokenizer, [s.replace("\\n", "\n") for s in config.stop], show)
+    print(printable(prompts[0]), end=gap, flush=True)
     start = time.perf_counter()
-    rows = complete(
-        assistant.model, encoded, max_new_tokens=config.max_new_tokens, sampling=config.sampling(),
-        num_samples=config.num_samples, stop_tokens=assistant.stop_tokens, stop=texts, window=True,
-        seed=config.seed, log_probabilities=config.log_probabilities,
+    rows = assistant.complete(
+        encoded, max_new_tokens=config.max_new_tokens, sampling=config, seed=config.seed,
+        num_samples=config.num_samples, stop=texts, window=True,
+        log_probabilities=config.log_probabilities,
     )  # fmt: skip
     seconds = time.perf_counter() - start
     texts.finish()
     print()
-    for number, text in enumerate(texts.texts(len(rows))):
-        if number:
-            print(f"{'-' * 40}\n{prompts[number // config.num_samples]}{gap}{text}")
+    for number, text in enumerate(texts.texts(len(rows))[1:], 1):
+        prompt = prompts[number // config.num_samples]
+        print(f"{'-' * 40}\n{printable(prompt)}{gap}{printable(text)}")
     for number, row in enumerate(rows):
         if config.log_probabilities and row.tokens:
             total, n = sum(row.log_probabilities), len(row.tokens)

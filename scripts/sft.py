@@ -11,14 +11,17 @@ assistant's tokens count for the loss. Rows that cannot be used end the run, or 
 are left out and counted.
 """
 
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, run_script, starting
 from gpt2.config import SFTConfig
-from gpt2.data.conversations import listing
-from gpt2.train.sft import sft
 
 
 def main() -> None:
-    sft(parse(SFTConfig, f"{__doc__}\nData sets:\n{listing()}"))
+    with starting():
+        from gpt2.data.conversations import listing
+        from gpt2.train.finetune import sft
+
+        config = parse(SFTConfig, f"{__doc__}\nData sets:\n{listing()}")
+    sft(config)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,26 @@
     python scripts/show_batch.py runs/sft_alpaca               # conversations of a fine-tuning run
     python scripts/show_batch.py runs/dpo_hh                   # pairs: chosen, then rejected
 
-The options of the run come from its YAML file, so the batch is the one that training read; `row` is
-the row of the global batch, and a document is counted from the start of its shard. Of a
-conversation, what is learnt stands in [[ ]]; of a pair, what is compared.
+The options of the run come from its YAML file, and what a rollback skipped from its checkpoints, so
+the batch is the one that training read; `row` is the row of the global batch, and a document is
+counted from the start of its shard. Of a conversation, what is learnt stands in [[ ]]; of a pair,
+what is compared. Characters that a terminal would obey are written as escapes.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2.checkpoint import load_model, load_tokenizer
+from torch import Tensor
+
+from gpt2.checkpoint import list_checkpoints, load_model, load_tokenizer, read_checkpoint
 from gpt2.cli import parse, read_config, run_script
 from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import rank_rows
 from gpt2.options import ShowBatchConfig
-from gpt2.train.dpo import open_pairs, with_template
+from gpt2.text import printable
+from gpt2.tokenizer import Tokenizer
+from gpt2.train.finetune import open_conversations, open_pairs, with_template
 from gpt2.train.pretrain import find_tokenizer, open_data
-from gpt2.train.sft import open_conversations
 
 
 def main() -> None:
@@ -27,64 +32,81 @@ def main() -> None:
     run = Path(show.run)
     path = run / "config.yaml" if run.is_dir() else run
     config = read_config(path, TrainConfig, SFTConfig, DPOConfig)
-    block_size = config.block_size
-    if block_size is None:
-        shape = load_model(config.init_from).config if config.init_from else config.model_config()
-        block_size = shape.block_size
-    if isinstance(config, DPOConfig):
-        _show_pairs(show, config, block_size)
-        return
-    global_rows = config.tokens_per_step // block_size
-    first, rows = rank_rows(show.step, global_rows, show.rank, show.world_size)
-    first -= show.step * global_rows
-    if isinstance(config, SFTConfig):
-        tokenizer = load_tokenizer(config.init_from)
-        data, _, _ = open_conversations(config, tokenizer, block_size)
-    else:
-        tokenizer = find_tokenizer(config.data)
-        data = open_data(config, "train", block_size)
-    x, y, *_ = data.batch(show.step, global_rows, show.rank, show.world_size)
-    for row in range(rows)[: show.rows]:
-        tokens, at = x[row].tolist(), first + row
-        if isinstance(config, SFTConfig):
-            spans = [(s, e) for s, e, _ in data.spans(show.step * global_rows + at)]
-        else:
-            ends = [t + 1 for t, token in enumerate(tokens) if token == tokenizer.eot]
-            starts = sorted({0, *ends} - {block_size})
-            spans = zip(starts, [*starts[1:], block_size], strict=True)
-        for start, end in spans:
-            shard, offset, document = data.provenance(show.step, at, global_rows, start)
-            print(
-                f"== step {show.step} row {at} tokens {start}-{end - 1}: "
-                f"{shard}, token {offset}, document {document}"
+    data, tokenizer = _open(config)
+    offset = _offset(run, show.step)
+    step_rows = config.tokens_per_step // data.block_size
+    first, rows = rank_rows(show.step, step_rows, show.rank, show.world_size, offset)
+    parts = data.batch(show.step, step_rows, show.rank, show.world_size, offset=offset)
+    for r in range(rows)[: show.rows]:
+        row = first + r - show.step * step_rows - offset
+        for start, end, text in _texts(data, tokenizer, first + r, parts[0][r], parts[1][r]):
+            place = data.provenance(show.step, row, step_rows, start, offset=offset)
+            header = (
+                f"== step {show.step} row {row} tokens {start}-{end - 1}: {place.shard}, token "
+                f"{place.offset}, document {place.document}"
             )
-            if isinstance(config, SFTConfig):
-                print(_with_marks(tokenizer, tokens[start:end], y[row, start:end].tolist()))
-            else:
-                print(tokenizer.decode(tokens[start:end]))
+            print(printable(f"{header}\n{text}"))
     if rows > show.rows:
         print(f"== {rows - show.rows} more rows of rank {show.rank}: --rows {rows}")
 
 
-def _show_pairs(show: ShowBatchConfig, config: DPOConfig, length: int) -> None:
-    tokenizer = load_tokenizer(config.init_from)
-    data, _, _ = open_pairs(with_template(config), tokenizer, length)
-    global_rows = config.tokens_per_step // data.block_size
-    first, rows = rank_rows(show.step, global_rows, show.rank, show.world_size)
-    first -= show.step * global_rows
-    idx, targets = data.batch(show.step, global_rows, show.rank, show.world_size)
-    for row in range(rows)[: show.rows]:
-        for half in (0, 1):
-            at = data.provenance(show.step, first + row, global_rows, half * (length + 1))
-            end = int((targets[row, half] != IGNORE_INDEX).nonzero().max()) + 1
-            print(f"== step {show.step} row {first + row}: {at.shard}")
-            halves = (part[row, half, :end].tolist() for part in (idx, targets))
-            print(_with_marks(tokenizer, *halves))
-    if rows > show.rows:
-        print(f"== {rows - show.rows} more pairs of rank {show.rank}: --rows {rows}")
+def _open(config: TrainConfig):
+    """The data that a run trains on, and its tokenizer."""
+    block_size = config.block_size
+    if block_size is None:
+        shape = load_model(config.init_from).config if config.init_from else config.model_config()
+        block_size = shape.block_size
+    if isinstance(config, SFTConfig | DPOConfig):
+        tokenizer = load_tokenizer(config.init_from)
+        if isinstance(config, SFTConfig):
+            return open_conversations(config, tokenizer, block_size)[0], tokenizer
+        return open_pairs(with_template(config), tokenizer, block_size)[0], tokenizer
+    return open_data(config, "train", block_size), find_tokenizer(config.data)
 
 
-def _with_marks(tokenizer, tokens: list[int], targets: list[int]) -> str:
+def _offset(run: Path, step: int) -> int:
+    """How many samples after its own a step's data lie, by the run's checkpoints; says so."""
+    saved = [read_checkpoint(path) for path in list_checkpoints(run)]
+    known = [(0, 0), *((c.step, c.state.get("offset", 0)) for c in saved)]
+    # What training left at a checkpoint has held since the last change before it.
+    before, after = known[0], known[-1]
+    for at in known:
+        if at[0] > step:
+            after = at
+            break
+        before = at
+    offset = after[1]
+    if before[1] != offset:
+        print(
+            f"== data offset {offset} samples, from a step between {before[0]} and {after[0]} on; "
+            f"before that, {before[1]}"
+        )
+    elif offset:
+        until = f"to {after[0] - 1}" if after[0] > step else "on"
+        print(f"== data offset {offset} samples, for steps from {before[0]} {until}")
+    return offset
+
+
+def _texts(
+    data, tokenizer: Tokenizer, sample: int, idx: Tensor, targets: Tensor
+) -> Iterator[tuple[int, int, str]]:
+    """(first token, token after the last, text) of what stands in a row."""
+    if data.chat_template is None:
+        tokens = idx.tolist()
+        starts = sorted({0, *(t for t, token in enumerate(tokens) if token == tokenizer.eot)})
+        for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            yield start, end, tokenizer.decode(tokens[start:end])
+        return
+    # A pair lies in two rows, of which a trimmed batch has the beginning.
+    idx, targets = idx.view(-1, idx.shape[-1]), targets.view(-1, idx.shape[-1])
+    for n, (start, end, _) in enumerate(data.spans(data.index(sample))):
+        line, at = (n, 0) if len(idx) > 1 else (0, start)
+        seen = slice(at, at + end - start)
+        text = _with_marks(tokenizer, idx[line, seen].tolist(), targets[line, seen].tolist())
+        yield start, end, text
+
+
+def _with_marks(tokenizer: Tokenizer, tokens: list[int], targets: list[int]) -> str:
     """A conversation's text, what is learnt in [[ ]]."""
     text, part, learning = "", tokens[:1], False
     for target, following in zip(targets, [*tokens[1:], None], strict=True):

@@ -6,13 +6,15 @@
     python scripts/train_gpt2.py configs/gpt2_124m.yaml --resume auto         # goes on with a run
 """
 
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, run_script, starting
 from gpt2.config import TrainConfig
-from gpt2.train.pretrain import pretrain
 
 
 def main() -> None:
-    pretrain(parse(TrainConfig, __doc__))
+    with starting():
+        config = parse(TrainConfig, __doc__)
+        from gpt2.train.pretrain import pretrain
+    pretrain(config)
 
 
 if __name__ == "__main__":

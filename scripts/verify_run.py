@@ -11,13 +11,15 @@ where everything agrees, and 1 where it does not.
 
 import sys
 
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, run_script, starting
 from gpt2.options import VerifyConfig
-from gpt2.train.verify import verify_run
 
 
 def main() -> None:
-    if not verify_run(parse(VerifyConfig, __doc__)):
+    with starting():
+        options = parse(VerifyConfig, __doc__)
+        from gpt2.train.verify import verify_run
+    if not verify_run(options):
         sys.exit(1)
 
 

@@ -1,7 +1,8 @@
-"""What torchrun starts for tests/test_parallel.py: several runs, one after the other.
+"""What torchrun starts for tests/test_layouts.py: several runs, one after the other.
 
-Its argument is a JSON file: a list of options of TrainConfig, each with "poisoned": rows (lists of
-tokens) that make the loss NaN. One start of the processes serves all runs.
+Its argument is a JSON file: a list of options of TrainConfig, each perhaps with "poisoned": rows
+(lists of tokens) that make the loss NaN, and "eval_data": the folder of HellaSwag's questions. One
+start of the processes serves all runs.
 """
 
 import json
@@ -51,6 +52,7 @@ def main() -> None:
         runs = json.load(file)
     for options in runs:
         Poisoned.rows = [torch.tensor(row) for row in options.pop("poisoned", [])]
+        pretrain.EVAL_DATA = options.pop("eval_data", pretrain.EVAL_DATA)
         pretrain.pretrain(TrainConfig(**options))
     dist.start, dist.stop = start, stop
     dist.stop(group)

@@ -1,6 +1,5 @@
 """chat, compare and sample as a user runs them, on a byte model that was taught a few answers."""
 
-import importlib.util
 import io
 import re
 import sys
@@ -11,16 +10,20 @@ import pytest
 import torch
 
 from gpt2.assistant import Assistant, Conversation
-from gpt2.checkpoint import save_checkpoint
-from gpt2.cli import run_script
+from gpt2.checkpoint import load_model, save_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.data.chat import encode_chat, encode_prompt
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+from . import test_scripts
+from .test_scripts import one_line_error
+
+script = test_scripts.script  # the fixture
 TEMPLATE = "user_assistant"
-LESSONS = {"hi": "Hello!", "who?": "A <b>small</b> | model.", "long": "z" * 200}
+LESSONS = {
+    "hi": "Hello!", "who?": "A <b>small</b> | model.", "long": "z" * 200, "red": "\x1b[31mred",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,7 @@ def taught(tmp_path_factory) -> Path:
         )
         for q, a in LESSONS.items()
     ]  # fmt: skip
-    idx, targets = torch.full((3, 129), tokenizer.eot), torch.full((3, 129), -100)
+    idx, targets = torch.full((4, 129), tokenizer.eot), torch.full((4, 129), -100)
     for i, (tokens, learnt) in enumerate(rows):
         tokens, learnt = torch.tensor(tokens)[:129], torch.tensor(learnt)[:129]
         idx[i, : len(tokens)] = tokens
@@ -62,44 +65,31 @@ def base(tmp_path) -> Path:
 
 
 @pytest.fixture
-def script(capfd, monkeypatch):
-    """Runs a script by name with lines on its stdin; returns exit status, stdout and stderr."""
+def chat(script, monkeypatch):
+    """Runs chat.py with lines on its stdin; returns exit status, stdout and stderr."""
 
-    def run(name: str, *arguments, lines: list[str] = (), patch=None) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        monkeypatch.setattr("gpt2.cli._dev_mode", lambda: False)
+    def run(model, *options, lines: list[str]) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if patch is not None:
-            patch(module)
-        status = 0
-        try:
-            run_script(module.main)
-        except SystemExit as error:
-            status = error.code or 0
-        return status, *capfd.readouterr()
+        return script("chat", model, *options)
 
     return run
 
 
-def one_line_error(result) -> str:
-    status, _, err = result
-    assert status == 1 and err.startswith("error: ") and err.count("\n") == 1, result
-    return err
+@pytest.fixture
+def assistant(base) -> Assistant:
+    return Assistant("base", load_model(base), ByteTokenizer(), TEMPLATE)
 
 
 CPU = ("--device", "cpu")
 GREEDY = (*CPU, "--temperature", "0")
 
 
-def test_chat_answers_and_takes_commands(script, taught):
+def test_chat_answers_and_takes_commands(chat, taught):
     lines = [
         "hi", "/reset", "who?", "/temp 0.5", "/temp hot", "/top_p 2", "/nonsense", "/help", "",
         "<|user|> hi", "/system Be brief.", "/reset", "/quit", "hi",
     ]  # fmt: skip
-    status, out, err = script("chat", taught, *GREEDY, lines=lines)
+    status, out, err = chat(taught, *GREEDY, lines=lines)
     assert status == 0
     assert out == "Hello!\nA <b>small</b> | model.\n"
     for words in (
@@ -110,61 +100,56 @@ def test_chat_answers_and_takes_commands(script, taught):
         assert words in err, words
 
 
-def test_chat_ends_with_its_input_and_says_where_an_answer_was_cut(script, taught):
-    status, out, err = script("chat", taught, *GREEDY, "--max_new_tokens", "5", lines=["hi", "é"])
+def test_chat_ends_with_its_input_and_says_where_an_answer_was_cut(chat, taught):
+    status, out, err = chat(taught, *GREEDY, "--max_new_tokens", "5", lines=["hi", "é"])
     assert status == 0 and out.startswith("Hello\n")
     assert "(cut after 5 tokens (--max_new_tokens))" in err
-    status, out, err = script("chat", taught, *GREEDY, lines=["long"])
+    status, out, err = chat(taught, *GREEDY, lines=["long"])
     assert status == 0 and set(out) == {"z", "\n"} and "(cut: the context is full)" in err
 
 
-def test_chat_drops_the_oldest_turns_and_says_so(script, taught):
-    status, out, err = script("chat", taught, *GREEDY, lines=["hi", "hi", "hi", "x" * 200, "hi"])
+def test_chat_drops_the_oldest_turns_and_says_so(chat, taught):
+    status, out, err = chat(taught, *GREEDY, lines=["hi", "hi", "hi", "x" * 200, "hi"])
     assert status == 0
     assert re.search(r"the oldest .*turns? do(es)? not fit the context any more and went", err)
     assert "leaves no room in the model's context (block_size) of 128" in err
     assert out.startswith("Hello!\n") and out.endswith("\n")
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(script, taught):
-    def patch(module):
-        complete, asked = module.complete, []
+def test_ctrl_c_stops_the_answer_and_not_the_program(chat, taught, monkeypatch):
+    real, asked = Assistant.complete, []
 
-        def interrupted(model, prompts, *, stop, **options):
-            asked.append(prompts)
+    def interrupted(self, prompts, *, stop, **options):
+        asked.append(prompts)
 
-            def press(row, tokens):
-                found = stop(row, tokens)
-                if len(asked) == 1 and len(tokens) == 3:
-                    raise KeyboardInterrupt
-                return found
+        def press(row, tokens):
+            found = stop(row, tokens)
+            if len(asked) == 1 and len(tokens) == 3:
+                raise KeyboardInterrupt
+            return found
 
-            return complete(model, prompts, stop=press, **options)
+        return real(self, prompts, stop=press, **options)
 
-        module.complete = interrupted
-
-    status, out, err = script("chat", taught, *GREEDY, lines=["hi", "/reset", "hi"], patch=patch)
+    monkeypatch.setattr(Assistant, "complete", interrupted)
+    status, out, err = chat(taught, *GREEDY, lines=["hi", "/reset", "hi"])
     assert status == 0 and out == "Hel\nHello!\n" and "(stopped)" in err
 
 
-def test_chat_with_a_model_that_has_no_template(script, base, tmp_path):
-    status, out, err = script("chat", base, *CPU, "--seed", "1", lines=["hi"])
+def test_chat_with_a_model_that_has_no_template(chat, base, tmp_path):
+    status, out, err = chat(base, *CPU, "--seed", "1", lines=["hi"])
     assert status == 0 and "was not trained on conversations" in err and "user_assistant" in err
-    again = script("chat", base, *CPU, "--seed", "1", lines=["hi"])
+    again = chat(base, *CPU, "--seed", "1", lines=["hi"])
     assert (status, out) == again[:2]
     model = GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8, block_size=64, vocab_size=3), "torch")
     chars = save_checkpoint(
         tmp_path / "chars", 1, model, tokenizer=CharTokenizer("abc").to_dict(), train={}
     )
-    status, _, err = script("chat", chars, *CPU)
+    status, _, err = chat(chars, *CPU, lines=[])
     assert status == 1 and "char tokenizer has no end of text" in err
-    assert "unknown chat template" in one_line_error(script("chat", base, "--template", "chatml"))
+    assert "unknown chat template" in one_line_error(chat(base, "--template", "chatml", lines=[]))
 
 
-def test_conversation_keeps_the_latest_turns_that_fit(base):
-    from gpt2.checkpoint import load_model
-
-    assistant = Assistant("base", load_model(base), ByteTokenizer(), TEMPLATE)
+def test_conversation_keeps_the_latest_turns_that_fit(assistant):
     talk = Conversation(assistant, system="s")
     everything = []
     for i in range(6):
@@ -187,10 +172,23 @@ def test_conversation_keeps_the_latest_turns_that_fit(base):
         with pytest.raises(ValueError, match=message):
             talk.ask(bad, 10)
         assert talk.messages == before
-    talk.messages.clear()
+
+
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        ("yes<|user|>\nand", "yes"), ("yes <|endoftext|> no <|user|>", "yes "), (" ", None),
+        ("<|assistant|>", None), ("a <|us", "a <|us"),
+    ],
+)  # fmt: skip
+def test_no_answer_makes_the_conversation_unusable(assistant, answer, kept):
+    talk = Conversation(assistant)
     talk.ask("q", 10)
-    talk.answer(" ")
-    assert talk.messages == []
+    talk.answer(answer)
+    assert [m["content"] for m in talk.messages] == ([] if kept is None else ["q", kept])
+    talk.ask("r", 1)
+    talk.ask("q", 1)  # in its place
+    assert talk.messages[-1]["content"] == "q" and len(talk.messages) == (1 if kept is None else 3)
 
 
 class Cells(HTMLParser):
@@ -217,25 +215,27 @@ class Cells(HTMLParser):
 
 def test_compare_writes_both_tables(script, taught, base, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("hi\n<i>\nwho?\n")
+    prompts.write_text("hi\n<i>\nwho?\nred\n[x](javascript:0)\n")
     out = tmp_path / "deep" / "table"
     options = (*CPU, "--max_new_tokens", 30, "--batch_size", 2)
     status, printed, err = script(
         "compare", "--models", taught, base, "--prompts", prompts, "--out", out, *options
     )
     assert status == 0, err
-    assert f"{taught}: 3 prompts, template user_assistant" in printed
+    assert f"{taught}: 5 prompts, template user_assistant" in printed
     cells = Cells()
     page = out.with_suffix(".html").read_text(encoding="utf-8")
     cells.feed(page)
-    assert [row[0] for row in cells.rows] == ["prompt", "hi", "<i>", "who?"]
-    assert [len(row) for row in cells.rows] == [3] * 4
+    prompts = ["prompt", "hi", "<i>", "who?", "red", "[x](javascript:0)"]
+    assert [row[0] for row in cells.rows] == prompts
+    assert [len(row) for row in cells.rows] == [3] * 6
     assert cells.rows[1][1] == "Hello!" and cells.rows[3][1] == LESSONS["who?"]
+    assert cells.rows[4][1] == r"\x1b[31mred" and "\x1b" not in page
     assert cells.rows[1][2].endswith("[cut after 30 tokens]")
-    assert not {"i", "b", "script"} & cells.tags
+    assert not {"i", "b", "a", "script"} & cells.tags
     lines = out.with_suffix(".md").read_text(encoding="utf-8").split("\n")
     table = [line for line in lines if line.startswith("|")]
-    assert len(table) == 5 and all(line.count("|") == 4 for line in table)
+    assert len(table) == 7 and all(line.count("|") == 4 for line in table)
     assert "A &lt;b&gt;small&lt;/b&gt; &#124; model." in table[4] and "greedy" in lines[0]
 
 
@@ -251,7 +251,9 @@ def test_compare_with_seeds_does_not_depend_on_the_batch(script, base, tmp_path)
     assert pages[0] == pages[1] and "seed 7" in pages[0]
 
 
-def test_compare_errors(script, base, tmp_path):
+def test_compare_says_what_is_wrong_before_it_generates(
+    script, taught, base, tmp_path, monkeypatch
+):
     prompts = tmp_path / "prompts.txt"
     run = lambda *more: script("compare", "--models", base, "--prompts", prompts, *more)  # noqa: E731
     assert "prompts.txt: No such file" in one_line_error(run())
@@ -260,14 +262,18 @@ def test_compare_errors(script, base, tmp_path):
     prompts.write_text("\n")
     assert "holds no prompt" in one_line_error(run())
     prompts.write_text(f"short\n{'long ' * 20}\n")
+    monkeypatch.setattr(Assistant, "complete", lambda *_, **__: pytest.fail("generates"))
+    run = lambda *more: script(  # noqa: E731
+        "compare", "--models", taught, base, "--prompts", prompts, *more
+    )
     error = one_line_error(run(*CPU))
     assert "a prompt of 100 tokens leaves no room" in error and "'long long" in error
 
 
 def test_sample_uses_the_template_stops_and_reports(script, taught, base, tmp_path):
-    status, out, err = script("sample", taught, "--prompt", "hi", "who?", *GREEDY)
+    status, out, err = script("sample", taught, "--prompt", "hi", "red", "\x1b]0;", *GREEDY)
     assert status == 0, err
-    assert out == f"hi\nHello!\n{'-' * 40}\nwho?\n{LESSONS['who?']}\n"
+    assert out.startswith(f"hi\nHello!\n{'-' * 40}\nred\n\\x1b[31mred\n{'-' * 40}\n\\x1b]0;\n")
     assert re.fullmatch(r"\d+ tokens, [\d,.]+ tokens/s\n", err)
     status, out, err = script(
         "sample", taught, "--prompt", "hi", "--num_samples", 2, "--stop", "o!", "ll",

@@ -1,6 +1,5 @@
 """Runs of DPO and of adapters: they learn, resume, are the same on two ranks, and load anywhere."""
 
-import json
 import math
 import runpy
 import shutil
@@ -17,30 +16,23 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import DPOConfig, GPTConfig, LoRAConfig, SFTConfig
+from gpt2.config import DPOConfig, LoRAConfig, SFTConfig
 from gpt2.hf import export_hf
 from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
-from gpt2.model import GPT
 from gpt2.options import VerifyConfig
-from gpt2.tokenizer import ByteTokenizer
-from gpt2.train.dpo import dpo
-from gpt2.train.sft import sft
+from gpt2.train.finetune import dpo, sft
 from gpt2.train.verify import verify_run
 
 from .conftest import command_line, losses
+from .test_sft import ROOT, run_of, save_base
+from .test_sft_data import write
 from .test_trainer import interrupted_at
 
-ROOT = Path(__file__).parent.parent
 LORA = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1)
 
 
-def save_base(run: Path, seed=0, template="user_assistant", **shape) -> str:
-    torch.manual_seed(seed)
-    shape = dict(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=257) | shape
-    model = GPT(GPTConfig(**shape), "torch")
-    tokenizer = ByteTokenizer().to_dict()
-    save_checkpoint(run, 0, model, tokenizer=tokenizer, train={}, chat_template=template)
-    return str(run)
+def save_start(run: Path, template="user_assistant", **shape) -> str:
+    return save_base(run, template=template, **dict(block_size=64) | shape)
 
 
 @pytest.fixture
@@ -48,17 +40,12 @@ def config(tmp_path) -> DPOConfig:
     """A run of a second: the answer that repeats the question is preferred to its reverse."""
     words = [f"{i:03}" for i in range(60)]
     rows = [{"prompt": w, "chosen": f"yes {w}", "rejected": f"no {w[::-1]}"} for w in words]
-    data = tmp_path / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return DPOConfig(
-        init_from=save_base(tmp_path / "runs" / "base"), data=str(data), val_fraction=0.2,
+        init_from=save_start(tmp_path / "runs" / "base"), val_fraction=0.2,
+        data=write(tmp_path / "pairs.jsonl", rows),
         tokens_per_step=1024, micro_batch_size=2, max_steps=6, lr=3e-3, eval_every=3, save_every=3,
         log_every=1, run_name="run", out_dir=str(tmp_path / "runs"), device="cpu",
     )  # fmt: skip
-
-
-def run_of(config) -> Path:
-    return Path(config.out_dir) / config.run_name
 
 
 def weights(run: Path, step: int, file=TENSORS) -> dict[str, torch.Tensor]:
@@ -73,7 +60,7 @@ def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
     first = 25.0 if options.get("loss_type") == "ipo" else math.log(2)  # (0 - 1 / (2 beta))^2
     assert losses(run)[0] == pytest.approx(first, abs=1e-4)
     margins = losses(run, "train/reward_margin")
-    assert margins[0] == 0.0 and margins[-1] > margins[4] > 0.01
+    assert abs(margins[0]) < 1e-4 and margins[-1] > margins[4] > 0.01
     for split in ("train", "val"):
         gap, chosen, rejected = (
             losses(run, f"{split}/reward_{name}") for name in ("margin", "chosen", "rejected")
@@ -89,16 +76,7 @@ def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
     assert ("parameters are trained: rank 4, scale 2" in printed) == (options is LORA)
 
 
-@pytest.mark.parametrize("options", [{}, LORA], ids=["full", "lora"])
-def test_the_reference_computed_before_is_that_of_each_step(config, options):
-    dpo(replace(config, run_name="each", **options))
-    dpo(replace(config, run_name="before", precompute_reference=True, **options))
-    each, before = (Path(config.out_dir) / name for name in ("each", "before"))
-    for key in ("train/loss", "train/reward_chosen", "val/loss", "val/reward_margin"):
-        assert losses(before, key) == pytest.approx(losses(each, key), rel=1e-4, abs=1e-6)
-
-
-@pytest.mark.parametrize("options", [LORA, {"precompute_reference": True}], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [LORA, {}], ids=["lora", "full"])
 def test_resume_continues_bit_for_bit(config, options):
     """With the reference of the start, not of the checkpoint, and with the adapters' dropout."""
     whole, cut = (replace(config, run_name=name, **options) for name in ("whole", "cut"))
@@ -108,7 +86,7 @@ def test_resume_continues_bit_for_bit(config, options):
         with pytest.raises(KeyboardInterrupt):
             dpo(cut)
     dpo(replace(cut, resume="auto"))
-    file = TENSORS if options is LORA else "model.safetensors"
+    file = TENSORS if options else "model.safetensors"
     for name, value in weights(run_of(whole), 6, file).items():
         assert torch.equal(value, weights(run_of(cut), 6, file)[name]), name
     assert losses(run_of(cut)) == losses(run_of(whole))
@@ -209,13 +187,13 @@ def test_runs_that_move_together_with_their_working_folder(config, tmp_path, mon
 def test_adapters_for_another_model(config, tmp_path):
     dpo(replace(config, **LORA))
     shutil.rmtree(config.init_from)
-    save_base(Path(config.init_from), seed=1)
+    save_start(Path(config.init_from), seed=1)
     with pytest.raises(ValueError, match="adapters for another model.*runs/base.*hash.*has"):
         load_model(run_of(config))
     with pytest.raises(ValueError, match="adapters for another model"):
         dpo(replace(config, resume="auto", max_steps=8, **LORA))
     shutil.rmtree(config.init_from)
-    save_base(Path(config.init_from), n_layer=3)
+    save_start(Path(config.init_from), n_layer=3)
     with pytest.raises(ValueError, match="holds another model: n_layer 2 .here 3."):
         load_model(run_of(config))
     shutil.rmtree(config.init_from)
@@ -249,10 +227,9 @@ def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
 
 def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
     rows = [{"prompt": q, "response": a} for q, a in (("Hi", "Hello!"), ("Who?", "A model."))]
-    data = tmp_path / "chat.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows * 4))
     run = SFTConfig(
-        init_from=config.init_from, data=str(data), max_steps=40, eval_every=0, log_every=1,
+        init_from=config.init_from, data=write(tmp_path / "chat.jsonl", rows * 4),
+        max_steps=40, eval_every=0, log_every=1,
         tokens_per_step=128, micro_batch_size=1, lr=2e-2, run_name="sft", out_dir=config.out_dir,
         device="cpu", lora_rank=8,
     )  # fmt: skip
@@ -267,8 +244,6 @@ def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
     ("changes", "words"),
     [
         ({"beta": 0.0}, "beta must be above 0"),
-        ({"label_smoothing": 0.5}, "label_smoothing must lie in"),
-        ({"label_smoothing": 0.1, "loss_type": "ipo"}, "goes with loss_type sigmoid"),
         ({"dropout": 0.1}, "dropout 0.1: DPO compares"),
         ({"lora_rank": -1}, "lora_rank must not be negative"),
         ({"lora_rank": 2, "lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
@@ -276,8 +251,9 @@ def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
         ({"init_from": ""}, "fine-tuning starts from a model"),
         ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
         ({"block_size": 128}, "block_size 128 is longer than the context"),
-        ({"val_fraction": 0.0}, "none of the 60 pairs .* is val"),
-        ({"data": "nowhere.jsonl"}, "no such JSON file or folder"),
+        ({"val_fraction": 0.0}, "val_fraction 0 leaves none of .* for validation"),
+        ({"data": "nowhere.jsonl"}, "no such file or folder: 'nowhere.jsonl'"),
+        ({"data": "alpaca"}, "no such file or folder: 'alpaca'"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(config, changes, words):
@@ -287,22 +263,40 @@ def test_bad_input_ends_before_anything_is_written(config, changes, words):
 
 
 def test_the_template_of_the_start_is_used_unless_told_otherwise(config, tmp_path, capsys):
-    alpaca = save_base(tmp_path / "alpaca", template="alpaca", block_size=256)
+    alpaca = save_start(tmp_path / "alpaca", template="alpaca", block_size=256)
     config = replace(config, init_from=alpaca, tokens_per_step=2048, max_steps=1)
     dpo(config)
     assert read_checkpoint(run_of(config)).chat_template == "alpaca"
-    dpo(replace(config, run_name="told", template="user_assistant"))
-    assert "was trained with alpaca, not user_assistant" in capsys.readouterr().out
-    assert load_chat_template(Path(config.out_dir) / "told") == "user_assistant"
+    assert "was trained with" not in capsys.readouterr().out
+    told = replace(config, run_name="told", template="user_assistant")
+    dpo(told)
+    assert "template user_assistant; " in (out := capsys.readouterr().out)
+    assert "was trained with alpaca" in out
+    assert load_chat_template(run_of(told)) == "user_assistant"
 
 
-def test_show_batch_shows_pairs(config, monkeypatch, capsys):
-    dpo(replace(config, max_steps=1))
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["show_batch.py", str(run_of(config)), "--rows", "1"])
-    runpy.run_path(str(ROOT / "scripts" / "show_batch.py"), run_name="__main__")
-    shown = capsys.readouterr().out
-    word = shown.split("<|user|>\n")[1][:3]
-    assert f"<|user|>\n{word}\n<|assistant|>\n[[yes {word}<|endoftext|>]]" in shown
-    assert f"[[no {word[::-1]}<|endoftext|>]]" in shown
-    assert "chosen" in shown and "rejected" in shown and "7 more pairs" in shown
+def test_show_batch_shows_pairs_and_what_a_rollback_skipped(config, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": f"{i}\x1b[2J", "chosen": f"yes {i}", "rejected": f"no {i}"}
+            for i in range(40)]  # fmt: skip
+    config = replace(config, data=write(tmp_path / "40.jsonl", rows), max_steps=1)
+    dpo(config)
+    run = run_of(config)
+
+    def show(step: int) -> str:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["show_batch", str(run), "--step", str(step), "--rows=1"])
+        runpy.run_path(str(ROOT / "scripts" / "show_batch.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    shown = show(0)
+    number = shown.split("<|user|>\n")[1].split("\\x1b")[0]
+    assert "\x1b" not in shown and "7 more rows" in shown
+    for half, word in (("chosen", "yes"), ("rejected", "no")):
+        text = f"<|user|>\n{number}\\x1b[2J\n<|assistant|>\n[[{word} {number}<|endoftext|>]]"
+        assert f"line {int(number) + 1} {half}, token 0, document " in shown and text in shown
+    later = show(4).replace("step 4", "step 3")
+    model, tokenizer = load_model(run, kernels="torch"), read_checkpoint(run).tokenizer
+    save_checkpoint(run, 3, model, tokenizer=tokenizer, train={}, state={"offset": 8})
+    assert show(3) == f"== data offset 8 samples, for steps from 3 on\n{later}"
+    assert show(2).startswith("== data offset 8 samples, from a step between 1 and 3 on; before")
+    assert show(0) == shown

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from gpt2 import GPT
-from gpt2.config import GPTConfig, LoRAConfig
+from gpt2.config import IGNORE_INDEX, GPTConfig, LoRAConfig
 from gpt2.lora import adapter_parameters, add_lora
-from gpt2.train.objectives import DPO, IGNORE_INDEX, log_probs, preference_losses
+from gpt2.train.objectives import DPO, log_probs, preference_losses
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=53)
 
@@ -26,8 +26,6 @@ PAIRS = [
 TRL = {
     ("sigmoid", 0.1): [0.8520422298, 0.7009171249, 0.7562930249, 0.7210149911],
     ("sigmoid", 0.5): [1.6849695825, 0.7325957917, 1.0457062809, 0.8400138817],
-    ("sigmoid_norm", 0.5): [0.8818333617, 0.5242239349, 0.7562930249, 0.639193291],
-    ("sigmoid_norm", 2.0): [1.6119499224, 0.2033921747, 0.9679634226, 0.4956118179],
     ("ipo", 0.1): [32.4297982301, 18.1084287649, 27.5108646458, 22.8295581865],
     ("ipo", 0.5): [2.8720646745, 0.0652291363, 1.5502243107, 0.6053286464],
 }
@@ -37,14 +35,16 @@ TRL_REWARDS = {  # sigmoid, beta 0.1: means over the four pairs
 }  # fmt: skip
 
 
+LOG_P, REFERENCE, LENGTHS = (torch.tensor(part) for part in zip(*PAIRS, strict=True))
+
+
 def make_batch(B=3, T=20, prompt=6) -> dict[str, torch.Tensor]:
     """Random pairs with a common prompt and answers of different lengths, filled up."""
     idx = torch.randint(0, SHAPE.vocab_size, (B, 2, T + 1))
     idx[:, 1, :prompt] = idx[:, 0, :prompt]
-    targets = idx[..., 1:].clone()
-    targets[..., : prompt - 1] = IGNORE_INDEX
-    for i, end in enumerate(torch.randint(prompt + 1, T + 1, (2 * B,)).tolist()):
-        targets.view(2 * B, T)[i, end:] = IGNORE_INDEX
+    ends = torch.randint(prompt + 1, T + 1, (B, 2, 1))
+    at = torch.arange(T)
+    targets = idx[..., 1:].where((at >= prompt - 1) & (at < ends), IGNORE_INDEX)
     return {"idx": idx[..., :-1].contiguous(), "targets": targets}
 
 
@@ -59,20 +59,15 @@ def make_model(seed=0) -> GPT:
 def exact_log_probs(model: GPT, batch) -> torch.Tensor:
     """By the definition, in float64: (B, 2)."""
     targets = batch["targets"].flatten(0, 1)
-    log_p = copy.deepcopy(model).double() if model.lm_head.weight.dtype != torch.float64 else model
-    log_p = F.log_softmax(log_p(batch["idx"].flatten(0, 1)), -1)
+    log_p = F.log_softmax(model.double()(batch["idx"].flatten(0, 1)), -1)
     chosen = log_p.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
     return chosen.where(targets != IGNORE_INDEX, 0.0).sum(-1).view(-1, 2)
 
 
 @pytest.mark.parametrize(("loss_type", "beta"), TRL)
 def test_losses_equal_trls(loss_type, beta):
-    log_p, reference, lengths = (torch.tensor(part) for part in zip(*PAIRS, strict=True))
-    kind, normalised = loss_type.removesuffix("_norm"), loss_type.endswith("_norm")
-    losses = preference_losses(
-        log_p.double() - reference.double(), lengths, beta=beta, loss_type=kind,
-        length_normalised=normalised,
-    )  # fmt: skip
+    ratios = LOG_P.double() - REFERENCE.double()
+    losses = preference_losses(ratios, LENGTHS, beta=beta, loss_type=loss_type)
     expected = torch.tensor(TRL[loss_type, beta], dtype=torch.float64)
     assert_close(losses, expected, rtol=2e-5, atol=1e-6)
 
@@ -80,10 +75,9 @@ def test_losses_equal_trls(loss_type, beta):
 def test_rewards_equal_trls():
     class Known(DPO):  # the log probabilities above, instead of a model's
         def reference_log_probs(self, batch):
-            return log_probs(self.model, batch) - (log_p - reference)
+            return log_probs(self.model, batch) - (LOG_P - REFERENCE)
 
-    log_p, reference, lengths = (torch.tensor(part) for part in zip(*PAIRS, strict=True))
-    targets = torch.where(torch.arange(8) < lengths[..., None], 1, IGNORE_INDEX)
+    targets = torch.where(torch.arange(8) < LENGTHS[..., None], 1, IGNORE_INDEX)
     batch = {"idx": torch.zeros(4, 2, 8, dtype=torch.int64), "targets": targets}
     loss, sums = Known(make_model(), beta=0.1)(batch)
     assert_close(loss.item(), sum(TRL["sigmoid", 0.1]), rtol=1e-5, atol=0)
@@ -91,26 +85,17 @@ def test_rewards_equal_trls():
         assert_close(sums[name].item() / 4, mean, rtol=1e-4, atol=1e-6)
 
 
-def test_label_smoothing_is_the_expected_loss_of_labels_that_may_be_wrong():
-    ratios, lengths = torch.randn(50, 2, dtype=torch.float64), torch.ones(50, 2)
-    for normalised in (False, True):
-        options = dict(beta=0.7, length_normalised=normalised)
-        right = preference_losses(ratios, lengths, **options)
-        wrong = preference_losses(ratios.flip(1), lengths.flip(1), **options)
-        smoothed = preference_losses(ratios, lengths, label_smoothing=0.2, **options)
-        assert_close(smoothed, 0.8 * right + 0.2 * wrong)
-
-
 @pytest.mark.parametrize("with_adapters", [False, True])
 def test_starts_at_ln_2(with_adapters):
+    """Within rounding: one model's two passes may be rounded differently."""
     model = make_model()
     reference = None if with_adapters else copy.deepcopy(model)
     if with_adapters:
         add_lora(model, LoRAConfig(4, dropout=0.3))
     batch = make_batch()
     loss, sums = DPO(model, reference)(batch)
-    assert loss.item() == pytest.approx(3 * math.log(2), abs=1e-6)
-    assert all(value == 0.0 for value in sums.values())
+    assert loss.item() == pytest.approx(3 * math.log(2), abs=1e-5)
+    assert all(sums[f"reward_{name}"].abs() < 1e-4 for name in ("margin", "chosen", "rejected"))
     ipo, _ = DPO(model, reference, loss_type="ipo", beta=0.5)(batch)
     assert ipo.item() == pytest.approx(3.0, abs=1e-5)  # (0 - 1 / (2 beta))^2 each
 
@@ -119,19 +104,19 @@ def test_log_probs_and_gradient_equal_the_formula():
     """grad L = -beta sigmoid(-beta d) (grad log p(chosen) - grad log p(rejected)), all in float64,
     against what autograd makes of the fused float32 path."""
     model, reference, batch, beta = make_model(1), make_model(2), make_batch(), 0.3
-    assert_close(log_probs(model, batch).double(), exact_log_probs(model, batch), rtol=1e-5, atol=0)
+    exact = copy.deepcopy(model)
+    expected_log_p = exact_log_probs(exact, batch)
+    assert_close(log_probs(model, batch).double(), expected_log_p, rtol=1e-5, atol=0)
     loss, sums = DPO(model, reference, beta=beta)(batch)
     loss.backward()
 
-    exact = copy.deepcopy(model).double()
-    exact.zero_grad()
-    ratios = exact_log_probs(exact, batch) - exact_log_probs(reference, batch).detach()
+    ratios = expected_log_p - exact_log_probs(copy.deepcopy(reference), batch).detach()
     d = ratios[:, 0] - ratios[:, 1]
     weight = -beta * torch.sigmoid(-beta * d.detach())
     (weight * d).sum().backward()
     assert_close(loss.double(), -F.logsigmoid(beta * d).sum(), rtol=1e-5, atol=0)
     assert_close(sums["reward_margin"].double(), beta * d.sum().detach(), rtol=1e-4, atol=0)
-    assert sums["reward_accuracy"] == (d > 0).sum()
+    assert d.abs().min() > 0.01 and sums["reward_accuracy"] == (d > 0).sum()
     expected = dict(exact.named_parameters())
     largest = max(p.grad.abs().max().item() for p in expected.values())
     for name, p in model.named_parameters():
@@ -145,18 +130,14 @@ def test_a_model_and_its_adapters_off_are_the_same_reference():
     model = add_lora(copy.deepcopy(base), LoRAConfig(4))
     for p in adapter_parameters(model).values():
         p.data = 0.3 * torch.randn_like(p)
-    by_switch, by_model = DPO(model), DPO(model, copy.deepcopy(base))
-    given = batch | {"reference": log_probs(base, batch).detach()}
-    gradients = []
-    for objective, b in ((by_switch, batch), (by_model, batch), (by_switch, given)):
+    found = []
+    for objective in (DPO(model), DPO(model, copy.deepcopy(base))):
         model.zero_grad()
-        loss, sums = objective(b)
+        loss, sums = objective(batch)
         loss.backward()
-        gradients.append([p.grad for p in adapter_parameters(model).values()] + [loss])
+        found.append([p.grad for p in adapter_parameters(model).values()] + [loss])
         assert sums["reward_margin"].abs() > 0.01
-    for other in gradients[1:]:
-        for mine, theirs in zip(gradients[0], other, strict=True):
-            assert torch.equal(mine, theirs)
+    assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_pairs_that_do_not_count_and_the_rest_of_a_row():
@@ -171,11 +152,9 @@ def test_pairs_that_do_not_count_and_the_rest_of_a_row():
     assert_close(sums, expected_sums)
     loss.backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-    # What fills a half up behind its answer changes nothing.
-    part["idx"] = part["idx"].clone()
-    for half, targets in zip(part["idx"].flatten(0, 1), part["targets"].flatten(0, 1), strict=True):
-        last = int((targets != IGNORE_INDEX).nonzero().max())
-        half[last + 1 :] = 3
+    # What fills a half up after its answer changes nothing.
+    after = part["targets"].ne(IGNORE_INDEX).flip(-1).cumsum(-1).flip(-1) == 0
+    part["idx"] = part["idx"].masked_fill(after, 3)
     assert_close(objective(part)[0], expected)
 
 
@@ -184,8 +163,6 @@ def test_bad_input():
     for options, words in (
         (dict(beta=0.0), "beta must be above 0"),
         (dict(loss_type="kto"), "unknown loss_type 'kto': use sigmoid or ipo"),
-        (dict(label_smoothing=0.5), "label_smoothing"),
-        (dict(label_smoothing=0.1, loss_type="ipo"), "goes with loss_type sigmoid"),
     ):
         with pytest.raises(ValueError, match=words):
             DPO(model, make_model(), **options)

@@ -1,11 +1,11 @@
-"""The evaluations' numbers, against transformers' GPT2LMHeadModel with random weights."""
+"""The evaluations' numbers, against transformers' GPT2LMHeadModel with the same random weights."""
 
 import json
 import lzma
 import math
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -15,28 +15,38 @@ from torch.testing import assert_close
 import gpt2
 from gpt2.config import GPTConfig
 from gpt2.data import TokenLoader, find_shards
-from gpt2.evals.files import FILES, read_text
+from gpt2.dist import Distributed
+from gpt2.evals.files import FILES, evenly, read_text
 from gpt2.evals.hellaswag import Example, ending_losses, hellaswag_accuracy, read_hellaswag
 from gpt2.evals.lambada import Passage, lambada, read_lambada, word_scores
-from gpt2.evals.loss import validation_loss
-from gpt2.evals.perplexity import detokenize, perplexity, window_losses, windows
-from gpt2.evals.scoring import Single, evenly, pack
+from gpt2.evals.perplexity import detokenize, perplexity, validation_loss, window_losses, windows
+from gpt2.evals.scoring import Single, pack
+from gpt2.hf import export_hf
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
-
-from .test_hf import save, theirs_like
 
 SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same random weights as transformers' model and as ours."""
+    """The same random weights as transformers' model and as ours, with clear preferences."""
+    from transformers import GPT2LMHeadModel
+
     torch.manual_seed(1)
-    theirs = theirs_like(SMALL).eval()
-    folder = tmp_path_factory.mktemp("hf")
-    save(theirs, folder)
-    return theirs, gpt2.load_model(folder, kernels="torch")
+    ours = GPT(SMALL, "torch")
+    for p in ours.parameters():
+        p.data *= 8
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    export_hf(ours, folder, None)
+    return GPT2LMHeadModel.from_pretrained(folder).eval(), ours
+
+
+@pytest.fixture
+def nan_model() -> GPT:
+    model = GPT(SMALL, "torch")
+    model.transformer.ln_f.weight.data[3] = math.nan
+    return model
 
 
 def their_losses(theirs, tokens: list[int], n_scored: int) -> torch.Tensor:
@@ -58,55 +68,54 @@ def random_examples(n: int, seed: int = 0) -> list[Example]:
     ]
 
 
-@dataclass
-class OneOf:
+@dataclass(frozen=True)
+class OneOf(Distributed):
     """A rank of several in this process: sums are collected, to be added up by the test."""
 
-    rank: int
-    world_size: int
-    sums: list
-    device: torch.device = torch.device("cpu")
+    sums: list = field(default_factory=list)
 
     def sum(self, value):
         self.sums.append(value.clone())
         return value
 
 
-def test_hellaswag_equals_transformers_example_for_example(pair):
-    theirs, ours = pair
-    examples = random_examples(40)
-    expected = torch.tensor(
-        [[their_losses(theirs, e.context + x, len(x)).sum() for x in e.endings] for e in examples]
-    )
-    lengths = torch.tensor([[len(x) for x in e.endings] for e in examples])
-    labels = torch.tensor([e.label for e in examples])
-    for share in (True, False):
-        with torch.inference_mode():
-            losses, counts = ending_losses(ours, examples, share)
-        assert_close(losses.double(), expected.double(), rtol=1e-5, atol=1e-5)
-        assert counts.equal(lengths.float())
-        result = hellaswag_accuracy(
-            ours, examples, Single(), share_context=share, tokens_per_batch=300
-        )
-        assert result == {
-            "acc": (expected.argmin(1) == labels).double().mean().item(),
-            "acc_norm": ((expected / lengths).argmin(1) == labels).double().mean().item(),
-            "examples": 40, "cut": 0,
-        }  # fmt: skip
-
-
-def test_contexts_of_one_length_share_all_but_their_last_token(pair):
-    theirs, ours = pair
-    examples = [replace(e, context=(e.context * 20)[:20]) for e in random_examples(6, seed=3)]
-    with torch.inference_mode():
-        losses, _ = ending_losses(ours, examples)
-    for e, row in zip(examples, losses, strict=True):
-        expected = [their_losses(theirs, e.context + x, len(x)).sum().item() for x in e.endings]
-        assert row.tolist() == pytest.approx(expected, rel=1e-5)
+def over_ranks(world_size: int, evaluate) -> list[float]:
+    """What evaluate(group) adds up on all ranks together."""
+    groups = [OneOf(rank, world_size) for rank in range(world_size)]
+    for group in groups:
+        evaluate(group)
+    return sum(group.sums[0] for group in groups).tolist()
 
 
 def write_lines(path, rows) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_hellaswag_equals_transformers_example_for_example(pair):
+    theirs, ours = pair
+    same_length = [replace(e, context=(e.context * 20)[:20]) for e in random_examples(6, seed=3)]
+    examples = [*random_examples(40), *same_length]
+    expected = torch.tensor(
+        [[their_losses(theirs, e.context + x, len(x)).sum() for x in e.endings] for e in examples]
+    )
+    lengths = torch.tensor([[len(x) for x in e.endings] for e in examples])
+    for part in (slice(40), slice(40, None)):  # the latter share all but one token of their context
+        with torch.inference_mode():
+            losses, counts = ending_losses(ours, examples[part])
+        assert_close(losses.double(), expected[part].double(), rtol=1e-5, atol=1e-4)
+        assert counts.equal(lengths[part].float())
+    # Which ending is the best is compared where the best two differ by more than rounding.
+    norm = expected / lengths
+    clear = [all((two := x[i].sort().values[:2])[1] - two[0] > 1e-3 for x in (expected, norm))
+             for i in range(46)]  # fmt: skip
+    assert sum(clear) > 35
+    kept, clear = [e for e, c in zip(examples, clear, strict=True) if c], torch.tensor(clear)
+    labels = torch.tensor([e.label for e in kept])
+    assert hellaswag_accuracy(ours, kept, Single(), tokens_per_batch=300) == {
+        "acc": (expected[clear].argmin(1) == labels).double().mean().item(),
+        "acc_norm": (norm[clear].argmin(1) == labels).double().mean().item(),
+        "examples": len(kept), "cut": 0,
+    }  # fmt: skip
 
 
 def test_both_hellaswag_formats_and_the_space_before_the_ending(tmp_path):
@@ -123,7 +132,6 @@ def test_both_hellaswag_formats_and_the_space_before_the_ending(tmp_path):
     assert examples == [examples[0]] * 3
     assert examples[0].context == t.encode("A man sits on a roof. he")
     assert examples[0].endings[0] == t.encode(" wraps skis.") and examples[0].label == 3
-    assert examples[0].endings[0][0] == t.encode("and wraps")[1]  # " wraps", one token
     lzma.open(tmp_path / "a.jsonl.xz", "w").write((tmp_path / "a.jsonl").read_bytes())
     assert read_hellaswag(tmp_path / "a.jsonl.xz", t, 1024) == examples
 
@@ -136,44 +144,34 @@ def test_a_long_context_loses_its_beginning_and_is_counted(tmp_path, pair):
     assert [e.cut for e in examples] == [True, False]
     assert bytes(examples[0].context) == b"c" * 40 + b"tail"  # 44 + 5 of " dddd" - 1 = 48
     assert hellaswag_accuracy(ours, examples, Single())["cut"] == 1
-    losses, _ = ending_losses(ours, examples[:1])
-    expected = [
-        their_losses(theirs, examples[0].context + x, len(x)).sum().item()
-        for x in examples[0].endings
-    ]
-    assert losses[0].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 16])
 def test_ranks_count_each_example_once(pair, world_size):
     """More ranks than batches too: the spare ones run along and count nothing."""
     _, ours = pair
-    examples, sums = random_examples(60, seed=5), []
-    for rank in range(world_size):
-        group = OneOf(rank, world_size, sums)
-        hellaswag_accuracy(ours, examples, group, tokens_per_batch=500)
-    alone = hellaswag_accuracy(ours, examples, Single(), tokens_per_batch=500)
-    hits = sum(sums).tolist()
-    assert hits == [round(alone["acc"] * 60), round(alone["acc_norm"] * 60)]
+    examples, few = random_examples(60, seed=5), dict(tokens_per_batch=500)
+    alone = hellaswag_accuracy(ours, examples, Single(), **few)
+    hits = over_ranks(world_size, lambda group: hellaswag_accuracy(ours, examples, group, **few))
+    assert hits[:2] == [round(alone["acc"] * 60), round(alone["acc_norm"] * 60)]
 
 
-def test_poll_ends_it_and_the_training_mode_stays(pair):
+@pytest.mark.parametrize("training", [True, False])
+def test_poll_ends_it_and_the_training_mode_stays(pair, training):
     _, ours = pair
     asked = []
-    for training in (True, False):
-        ours.train(training)
-        assert hellaswag_accuracy(ours, random_examples(3), Single())["examples"] == 3
-        assert ours.training is training
-        asked.clear()
-        result = hellaswag_accuracy(
-            ours, random_examples(40), Single(), tokens_per_batch=300,
-            poll=lambda: asked.append(1) or len(asked) == 3,
-        )  # fmt: skip
-        assert result is None and len(asked) == 3 and ours.training is training
-        with pytest.raises(ZeroDivisionError):
-            hellaswag_accuracy(ours, random_examples(3), Single(), poll=lambda: 1 / 0)
-        assert ours.training is training
+    ours.train(training)
+    ask = lambda n, **options: hellaswag_accuracy(ours, random_examples(n), Single(), **options)  # noqa: E731
+    assert ask(3)["examples"] == 3 and ours.training is training
+    poll = lambda: asked.append(1) or len(asked) == 3  # noqa: E731
+    assert ask(40, tokens_per_batch=300, poll=poll) is None and len(asked) == 3
+    assert ours.training is training
+    with pytest.raises(ZeroDivisionError):
+        ask(3, poll=lambda: 1 / 0)
+    assert ours.training is training
     assert all(p.requires_grad and not p.is_inference() for p in ours.parameters())
+    with pytest.raises(ValueError, match="at least one example"):
+        ask(0)
 
 
 def test_autocast_reaches_the_cache(pair):
@@ -182,11 +180,27 @@ def test_autocast_reaches_the_cache(pair):
     with torch.inference_mode():
         exact, _ = ending_losses(ours, examples)
         with torch.autocast("cpu", torch.bfloat16):
-            shared, _ = ending_losses(ours, examples)
-            plain, _ = ending_losses(ours, examples, share_context=False)
-    assert_close(shared, exact, rtol=2e-2, atol=0.1)
-    assert_close(shared, plain, rtol=1e-2, atol=0.1)
-    assert not shared.equal(exact)
+            rough, _ = ending_losses(ours, examples)
+    assert_close(rough, exact, rtol=5e-2, atol=1.0)
+    assert not rough.equal(exact)
+
+
+def test_a_model_of_nan_has_no_score(nan_model, counting):
+    """argmin and argmax of NaN are an index, which would be right by chance."""
+    found = hellaswag_accuracy(nan_model, random_examples(8), Single())
+    assert math.isnan(found["acc"]) and math.isnan(found["acc_norm"])
+    found = lambada(nan_model, [Passage([1, 2], [3])], Single())
+    assert math.isnan(found["acc"]) and math.isnan(found["perplexity"])
+    assert math.isnan(perplexity(nan_model, ByteTokenizer(), "text", Single())["token_perplexity"])
+
+
+def test_perplexity_beyond_the_largest_float_is_infinite(counting):
+    model = GPT(replace(SMALL, vocab_size=1200), "torch")
+    model.transformer.wte.weight.data.mul_(1e5)
+    assert lambada(model, [Passage([1, 2, 3], [4, 5, 6])], Single())["perplexity"] == math.inf
+    assert perplexity(model, ByteTokenizer(), "abc def", Single())["word_perplexity"] == math.inf
+    data = TokenLoader(find_shards(counting, "val"), 16, shuffle=False)
+    assert validation_loss(model, data, Single())["perplexity"] == math.inf
 
 
 def test_windows_score_each_token_once_with_enough_before_it():
@@ -213,22 +227,20 @@ def test_perplexity_equals_transformers_window_for_window(pair, stride):
     for w in found:
         expected = their_losses(theirs, tokens[w.begin : w.end], w.n_scored)
         [mine] = window_losses(ours, tokens, [w]).double()
-        assert_close(mine, expected, rtol=1e-5, atol=1e-5)
+        assert_close(mine, expected, rtol=1e-5, atol=1e-4)
         total += expected.sum().item()
-    result = perplexity(ours, ByteTokenizer(), text, Single(), stride=stride, tokens_per_batch=200)
+    options = dict(stride=stride, tokens_per_batch=200)
+    result = perplexity(ours, ByteTokenizer(), text, Single(), **options)
     n = len(text)
     assert (result["tokens"], result["words"], result["lines"], result["bytes"]) == (n, 70, 10, n)
     assert result["loss"] == pytest.approx(total / n)
-    assert result["token_perplexity"] == pytest.approx(math.exp(total / n))
-    assert result["word_perplexity"] == pytest.approx(math.exp(total / 70))
-    assert result["word_perplexity_with_line_ends"] == pytest.approx(math.exp(total / 80))
+    assert result["token_perplexity"] == pytest.approx(math.exp(total / n), rel=1e-4)
+    assert result["word_perplexity"] == pytest.approx(math.exp(total / 70), rel=1e-4)
+    with_ends = pytest.approx(math.exp(total / 80), rel=1e-4)
+    assert result["word_perplexity_with_line_ends"] == with_ends
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / n)
-    sums = []
-    for rank in range(2):
-        perplexity(
-            ours, ByteTokenizer(), text, OneOf(rank, 2, sums), stride=stride, tokens_per_batch=200
-        )
-    assert sum(sums).item() == pytest.approx(total)
+    sums = over_ranks(2, lambda group: perplexity(ours, ByteTokenizer(), text, group, **options))
+    assert sums == [pytest.approx(total)]
 
 
 def test_perplexity_of_too_little_text(pair):
@@ -252,27 +264,33 @@ def test_detokenize_joins_what_wikitext_splits():
 
 def test_lambada_equals_transformers_passage_for_passage(pair):
     theirs, ours = pair
-    draw, passages = random.Random(2), []
+    draw, passages, greedy = random.Random(2), [], []
     for i in range(40):
         context = [draw.randrange(256) for _ in range(draw.randint(1, 40))]
         word = [draw.randrange(256) for _ in range(draw.randint(1, 5))]
-        if i % 2:  # what greedy generation gives, some with another last token
-            with torch.no_grad():
-                greedy = theirs.generate(
-                    torch.tensor([context]), max_new_tokens=4, do_sample=False,
-                    attention_mask=torch.ones(1, len(context)),
-                )  # fmt: skip
-            word = greedy[0, len(context) :].tolist()
+        margin = 1.0
+        if i % 2:  # what the model likes best, some with another last token
+            word = []
+            for _ in range(4):
+                with torch.no_grad():
+                    logits = theirs(torch.tensor([context + word])).logits[0, -1]
+                best = logits.topk(2)
+                margin = min(margin, (best.values[0] - best.values[1]).item())
+                word.append(best.indices[0].item())
             word[-1] = (word[-1] + (i % 4 == 3)) % 256
-        passages.append(Passage(context, word))
+        if margin > 1e-3:  # more than rounding
+            passages.append(Passage(context, word))
+            greedy.append(i % 4 == 1)
+    assert len(passages) > 30 and sum(greedy) > 5
     expected = [their_losses(theirs, p.context + p.word, len(p.word)).sum() for p in passages]
     with torch.inference_mode():
         losses, hits = word_scores(ours, passages)
-    assert_close(losses.double(), torch.stack(expected), rtol=1e-5, atol=1e-5)
-    assert hits.tolist() == [i % 4 == 1 for i in range(40)]
+    assert_close(losses.double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
+    assert hits.tolist() == greedy
     result = lambada(ours, passages, Single(), tokens_per_batch=200)
-    assert result["acc"] == 0.25 and result["examples"] == 40 and result["cut"] == 0
-    assert result["perplexity"] == pytest.approx(math.exp(sum(expected) / 40))
+    n = len(passages)
+    assert (result["acc"], result["examples"], result["cut"]) == (sum(greedy) / n, n, 0)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(expected) / n), rel=1e-4)
 
 
 def test_both_lambada_formats(tmp_path):
@@ -286,10 +304,8 @@ def test_both_lambada_formats(tmp_path):
     assert cut.cut and bytes(cut.context) == b"o to" and bytes(cut.word) == b" Shane"
 
 
-def test_validation_loss_is_the_mean_over_every_window_once(pair, counting):
-    theirs, _ = pair
-    config = replace(SMALL, vocab_size=1200)
-    ours = GPT(config, "torch")
+def test_validation_loss_is_the_mean_over_every_window_once(counting):
+    ours = GPT(replace(SMALL, vocab_size=1200), "torch")
     data = TokenLoader(find_shards(counting, "val"), 16, shuffle=False)
     assert data.n_windows == 12
     x = torch.arange(1000, 1000 + 12 * 16).view(12, 16)
@@ -297,22 +313,21 @@ def test_validation_loss_is_the_mean_over_every_window_once(pair, counting):
         expected = F.cross_entropy(ours(x).flatten(0, 1), x.flatten() + 1).item()
     result = validation_loss(ours, data, Single(), tokens_per_batch=5 * 16)
     assert result["loss"] == pytest.approx(expected, rel=1e-6) and result["tokens"] == 192
-    sums = []
-    for rank in range(2):
-        validation_loss(ours, data, OneOf(rank, 2, sums), tokens_per_batch=5 * 16)
-    assert sum(sums).tolist() == pytest.approx([expected * 192, 192])
+    sums = over_ranks(2, lambda group: validation_loss(ours, data, group, tokens_per_batch=5 * 16))
+    assert sums == pytest.approx([expected * 192, 192])
     assert validation_loss(ours, data, Single(), limit=7, tokens_per_batch=80)["tokens"] == 112
 
 
 def test_batches_keep_their_budget():
     sizes = [(p, 4, p + 1 + e) for p, e in zip(range(50), [3, 9, 1, 20, 5] * 10, strict=True)]
-    batches = pack(sizes, 600)
-    assert [i for batch in batches for i in batch] == list(range(50))
+    batches = pack(sizes[::-1], lambda size: size, 600)
+    assert [size for batch in batches for size in batch] == sizes
     for batch in batches:
-        first, longest = sizes[batch[0]][0], max(sizes[i][2] for i in batch)
+        first, longest = batch[0][0], max(tokens for *_, tokens in batch)
         assert len(batch) * (first + 4 * (longest - first)) <= 600
-        assert sizes[batch[-1]][0] - first < 8
-    assert len(batches) < 15 and pack([(0, 1, 99)] * 2, 10) == [[0], [1]]
+        assert batch[-1][0] - first < 8
+    assert len(batches) < 15
+    assert pack([99, 99], lambda tokens: (0, 1, tokens), 10) == [[99], [99]]
     assert evenly(range(10), 4) == [0, 2, 5, 7] and evenly([1, 2], 9) == [1, 2]
 
 

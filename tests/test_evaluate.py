@@ -1,9 +1,11 @@
 """scripts/evaluate.py as a user runs it, on made-up data of the real forms."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,16 @@ from gpt2 import hf
 from gpt2.checkpoint import save_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.data import write_shard
-from gpt2.evals.files import FILES, find_file, json_lines, read_text
-from gpt2.evals.published import PUBLISHED
-from gpt2.evals.suite import SHOWN, TASKS, table
+from gpt2.data.readers import Row
+from gpt2.evals.files import FILES, find_file, read_examples, read_text
+from gpt2.evals.suite import TASKS
+from gpt2.evals.table import PUBLISHED, SHOWN, table
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from gpt2.train.pretrain import pretrain
 
 from . import test_scripts
+from .conftest import losses
 from .test_scripts import SCRIPTS, one_line_error
 
 script = test_scripts.script  # the fixture
@@ -52,11 +57,17 @@ def make_run(folder: Path, tokenizer, **shape) -> Path:
         folder, 7, GPT(config, "torch"), tokenizer=tokenizer.to_dict(),
         train={"data": str(folder / "data")},
     )  # fmt: skip
-    (folder / "data").mkdir()
-    write_shard(folder / "data" / "val_000000.bin", np.arange(500) % tokenizer.vocab_size)
-    manifest = {"tokenizer": tokenizer.to_dict()}
-    (folder / "data" / "manifest.json").write_text(json.dumps(manifest))
+    make_data(folder / "data", np.arange(500) % tokenizer.vocab_size, tokenizer)
     return folder
+
+
+def make_data(folder: Path, tokens: np.ndarray, tokenizer) -> str:
+    folder.mkdir()
+    for split in ("train", "val"):
+        write_shard(folder / f"{split}_000000.bin", tokens)
+    manifest = {"tokenizer": tokenizer.to_dict()}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return str(folder)
 
 
 def test_every_task_table_and_json(script, tmp_path, data_dir):
@@ -106,7 +117,32 @@ def test_a_hugging_face_folder(script, tmp_path, data_dir, monkeypatch):
     assert written["results"]["hellaswag"]["examples"] == 8 and written["step"] is None
 
 
-def test_a_character_model_is_evaluated_as_far_as_its_characters_go(script, tmp_path, data_dir):
+@pytest.mark.parametrize(
+    "data, options",
+    [("a", {"doc_mask": True}), ("mixture", {}), ("mixture", {"block_size": 16, "doc_mask": True})],
+)
+def test_val_is_what_training_logged(script, train_config, tmp_path, data, options):
+    rng = np.random.default_rng(0)
+    for name, size in (("a", 900), ("b", 400)):  # documents of 7 tokens on average
+        tokens = np.where(rng.random(size) < 1 / 7, 256, rng.integers(97, 110, size))
+        make_data(tmp_path / name, tokens, ByteTokenizer())
+    sources = f'"{tmp_path / "a"}":0.7,"{tmp_path / "b"}":0.3'
+    config = replace(
+        train_config, data=sources if data == "mixture" else str(tmp_path / data), eval_steps=0,
+        eval_every=6, save_every=6, **options,
+    )  # fmt: skip
+    pretrain(config)
+    run = Path(config.out_dir) / "run"
+    status, out, err = script("evaluate", run, "--tasks", "val", "--device", "cpu")
+    assert status == 0, err
+    [path] = run.glob("evaluation_*.json")
+    found = json.loads(path.read_text())["results"]["val"]
+    assert found["loss"] == pytest.approx(losses(run, "val/loss")[-1], rel=1e-6)
+
+
+def test_a_character_model_is_evaluated_as_far_as_its_characters_go(
+    script, tmp_path, data_dir, monkeypatch
+):
     text = (data_dir / "wikitext2" / "wiki.test.raw").read_text()
     run = make_run(tmp_path / "run", CharTokenizer(text + "\n"), block_size=16)
     status, out, err = script(
@@ -118,41 +154,63 @@ def test_a_character_model_is_evaluated_as_far_as_its_characters_go(script, tmp_
     characters = script("evaluate", run, "--tasks", "hellaswag", "--data_dir", data_dir)
     message = one_line_error(characters)
     assert "hellaswag_val.jsonl: line 1: character" in message and "does not occur" in message
-    short = make_run(tmp_path / "short", ByteTokenizer(), block_size=8)
-    message = one_line_error(script("evaluate", short, "--data_dir", data_dir))
-    assert "an ending of 17 tokens does not fit the model's context (block_size) of 8" in message
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("downloads"))
+    nothing = script("evaluate", run, "--tasks", "hellaswag", "--data_dir", tmp_path / "none")
+    assert "hellaswag is English, which the model cannot read: character" in one_line_error(nothing)
 
 
-def test_bad_input(script, tmp_path, data_dir):
+def test_a_model_of_nan_is_an_error(script, tmp_path, data_dir):
+    tokenizer = ByteTokenizer()
+    model = GPT(GPTConfig(1, 2, 16, block_size=64, vocab_size=257), "torch")
+    model.transformer.h[0].mlp.c_fc.weight.data.fill_(float("nan"))
+    save_checkpoint(tmp_path / "nan", 1, model, tokenizer=tokenizer.to_dict(), train={})
+    for task in ("hellaswag", "lambada", "wikitext2"):
+        result = script("evaluate", tmp_path / "nan", "--tasks", task, "--data_dir", data_dir)
+        assert f"{task}: the losses of" in (message := one_line_error(result)), message
+        assert "are not numbers (NaN)" in message
+    assert not list(tmp_path.rglob("evaluation_*"))
+
+
+GOOD = json.dumps({"ctx": "c", "endings": ENDINGS, "label": 0}) + "\n"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("\n", "hellaswag_val.jsonl: empty"),
+        (GOOD + '{"ctx": "cut sh', "hellaswag_val.jsonl: line 2 is not UTF-8 JSON"),
+        (GOOD * 2 + '{"ctx": "c", "endings": ["a"]}', "line 3: 'endings' must be 4 texts"),
+        ('{"endings": []}', "line 1: needs a context"),
+        (GOOD + GOOD.replace('"label": 0', '"label": 4'), "line 2: 'label' must be 0 to 3, got 4"),
+        (GOOD + "7\n", "line 2 is a int, not an object"),
+        (GOOD.replace("runs.", "r" * 80), "line 1: 81 tokens to be predicted do not fit the model"),
+    ],
+)
+def test_bad_lines(script, tmp_path, data_dir, content, message):
     run = make_run(tmp_path / "run", ByteTokenizer(), block_size=64)
-    path = data_dir / "hellaswag_val.jsonl"
-    good = json.dumps({"ctx": "c", "endings": ENDINGS, "label": 0}) + "\n"
+    (data_dir / "hellaswag_val.jsonl").write_text(content)
+    result = script("evaluate", run, "--tasks", "hellaswag", "--data_dir", data_dir)
+    assert message in one_line_error(result)
 
-    def fails(content: str, *options) -> str:
-        path.write_text(content)
-        options = options or ("--tasks", "hellaswag", "--data_dir", data_dir)
-        return one_line_error(script("evaluate", run, *options))
 
-    assert f"{path}: empty" in fails("\n")
-    assert f"{path}: line 2 is not UTF-8 JSON" in fails(good + '{"ctx": "cut sh')
-    assert "line 3: 'endings' must be 4 texts" in fails(good * 2 + '{"ctx": "c", "endings": ["a"]}')
-    assert "line 1: needs a context" in fails('{"endings": []}')
-    bad_label = good.replace('"label": 0', '"label": 4')
-    assert "line 2: 'label' must be 0 to 3, got 4" in fails(good + bad_label)
-    assert "line 1 is a list" in fails("[1, 2]\n")
+def test_bad_options(script, tmp_path, data_dir):
+    run = make_run(tmp_path / "run", ByteTokenizer(), block_size=64)
+
+    def error(task: str, *options) -> str:
+        return one_line_error(script("evaluate", run, "--tasks", task, *options))
+
+    where = ("--data_dir", data_dir)
+    assert "block_size) of 64, got 65" in error("wikitext2", *where, "--stride", "65")
     (data_dir / "lambada" / "lambada_openai.jsonl").write_text('{"text": "oneword"}')
-    message = one_line_error(script("evaluate", run, "--tasks", "lambada", "--data_dir", data_dir))
-    assert "line 1: needs a passage of several words" in message
-    message = one_line_error(
-        script("evaluate", run, "--tasks", "wikitext2", "--data_dir", data_dir, "--stride", "65")
-    )
-    assert "stride must lie between 1 and the context (block_size) of 64, got 65" in message
+    assert "line 1: needs a passage of several words" in error("lambada", *where)
     status, _, err = script("evaluate", run, "--tasks", "squad")
     assert status == 2 and "squad" in err
-    assert "no val shards" in fails("", "--tasks", "val", "--data", tmp_path / "eval")
+    assert "no val shards" in error("val", "--data", data_dir)
+    text = data_dir / "wikitext2" / "wiki.test.raw"
+    assert "wiki.test.raw is a file: --data takes a folder" in error("val", "--data", text)
     other = make_run(tmp_path / "other", CharTokenizer("abc"), block_size=8)
-    message = one_line_error(script("evaluate", run, "--tasks", "val", "--data", other / "data"))
-    assert "was made with the char tokenizer, the model has a byte tokenizer of 257" in message
+    message = error("val", "--data", other / "data")
+    assert "was made with the char tokenizer" in message and "byte tokenizer of 257" in message
 
 
 def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeypatch):
@@ -172,12 +230,8 @@ def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeyp
 
 
 def test_a_download_becomes_the_file_only_when_it_is_whole(tmp_path, monkeypatch):
-    import io
-
-    from gpt2.data.readers import Row
-
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b'{"a": 1}\n'))
-    assert list(json_lines(find_file("hellaswag", tmp_path)))[0][1] == {"a": 1}
+    assert read_examples(find_file("hellaswag", tmp_path), dict) == [{"a": 1}]
     lines = [Row("= T = \n"), Row(" text \n")]
     monkeypatch.setattr("gpt2.data.readers.HubRows.items", lambda self: iter(lines))
     assert read_text(find_file("wikitext2", tmp_path)) == "= T = \n text \n"

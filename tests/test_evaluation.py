@@ -9,23 +9,26 @@ from pathlib import Path
 import pytest
 
 from gpt2 import checkpoint
+from gpt2.evals import hellaswag
 from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
 from gpt2.evals.scoring import Single
 from gpt2.train.metrics import read_metrics
 from gpt2.train.pretrain import pretrain
 from gpt2.train.signals import Interrupted
 
+from .conftest import losses
+
 
 @pytest.fixture
-def asking(train_config, tmp_path):
+def asking(train_config, tmp_path, monkeypatch):
     """A run that asks 20 questions with the 65 characters of Shakespeare every 3 steps."""
-    folder = tmp_path / "eval"
-    write_questions(folder)
-    return replace(train_config, hellaswag_every=3, eval_data=str(folder), micro_batch_size=2)
+    monkeypatch.chdir(tmp_path)
+    write_questions(tmp_path / "data" / "eval")
+    return replace(train_config, hellaswag_every=3, micro_batch_size=2, eval_every=0, save_every=0)
 
 
 def write_questions(folder: Path) -> None:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     rows = [
         {"ctx": "A man " + "really " * (i % 3), "endings": ["runs.", "sits still.", "ate", "is in"],
          "label": i % 4}
@@ -35,16 +38,17 @@ def write_questions(folder: Path) -> None:
     (folder / "hellaswag_val.jsonl").write_text(text)
 
 
+def questions() -> Path:
+    return Path("data/eval/hellaswag_val.jsonl")
+
+
 def test_the_scores_are_those_of_the_checkpoints(asking, capsys):
-    config = replace(asking, eval_every=0, save_every=0, keep_last=0)
+    config = replace(asking, keep_last=0)
     pretrain(config)
-    out = capsys.readouterr().out
-    run = Path(config.out_dir) / "run"
+    out, run = capsys.readouterr().out, Path(config.out_dir) / "run"
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval/hellaswag" in line]
     assert [line["step"] for line in lines] == [3, 6]
-    examples = read_hellaswag(
-        Path(config.eval_data) / "hellaswag_val.jsonl", checkpoint.load_tokenizer(run), 32
-    )
+    examples = read_hellaswag(questions(), checkpoint.load_tokenizer(run), 32)
     for line, path in zip(lines, checkpoint.list_checkpoints(run), strict=True):  # saved before
         found = hellaswag_accuracy(checkpoint.load_model(path), examples, Single())
         assert line["eval/hellaswag"] == found["acc_norm"]
@@ -52,21 +56,11 @@ def test_the_scores_are_those_of_the_checkpoints(asking, capsys):
         assert line["eval/hellaswag_examples"] == 20
     assert f"HellaSwag {found['acc_norm']:.2%} acc_norm" in out
     assert f"{found['acc_norm']:.2%}" in (run / "report.md").read_text()
-
-
-def test_asking_changes_nothing_and_may_ask_fewer(asking):
-    pretrain(replace(asking, hellaswag_examples=7))
     pretrain(replace(asking, hellaswag_every=0, run_name="silent"))
-    lines = [read_metrics(Path(asking.out_dir) / n / "metrics.jsonl") for n in ("run", "silent")]
-    found, silent = ([x["train/loss"] for x in part if "train/loss" in x] for part in lines)
-    assert found == silent
-    assert {x.get("eval/hellaswag_examples", 7) for x in lines[0]} == {7}
+    assert losses(run) == losses(Path(config.out_dir) / "silent")  # asking changes nothing
 
 
 def test_a_signal_while_asking_ends_it_at_once(asking, monkeypatch):
-    config = replace(asking, eval_every=0, save_every=0)
-    from gpt2.evals import hellaswag
-
     real, calls = hellaswag.ending_losses, []
 
     def ending_losses(*args):
@@ -76,20 +70,18 @@ def test_a_signal_while_asking_ends_it_at_once(asking, monkeypatch):
     monkeypatch.setattr(hellaswag, "ending_losses", ending_losses)
     monkeypatch.setitem(hellaswag.hellaswag_accuracy.__kwdefaults__, "tokens_per_batch", 64)
     with pytest.raises(Interrupted):
-        pretrain(config)
+        pretrain(asking)
     assert len(calls) == 1  # of several batches
-    run = Path(config.out_dir) / "run"
+    run = Path(asking.out_dir) / "run"
     assert checkpoint.read_checkpoint(run).step == 3
     monkeypatch.setattr(hellaswag, "ending_losses", real)
-    pretrain(replace(config, resume="auto"))
+    pretrain(replace(asking, resume="auto"))
     lines = [x for x in read_metrics(run / "metrics.jsonl") if "eval/hellaswag" in x]
     assert [x["step"] for x in lines] == [3, 6]
 
 
-def test_what_is_missing_is_said_before_anything_is_written(asking, tmp_path):
-    (tmp_path / "eval" / "hellaswag_val.jsonl").write_text('{"ctx": "A", "endings": []}\n')
+def test_what_is_missing_is_said_before_anything_is_written(asking):
+    questions().write_text('{"ctx": "A", "endings": []}\n')
     with pytest.raises(ValueError, match="hellaswag_val.jsonl: line 1: 'endings' must be 4 texts"):
         pretrain(asking)
-    with pytest.raises(ValueError, match="hellaswag_every must not be negative, got -1"):
-        replace(asking, hellaswag_every=-1)
     assert not Path(asking.out_dir).exists()

@@ -1,65 +1,77 @@
+"""Generation on tiny models, against itself without a cache and against transformers.
+
+Most models are float64 here, so that which token is the likeliest does not depend on how a BLAS
+rounds a batch of another shape.
+"""
+
 import importlib
+import math
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
 from gpt2.config import GPTConfig
-from gpt2.generate import complete, draw, filter_logits, generate
+from gpt2.device import Execution
+from gpt2.generate import Pace, complete, draw, filter_logits, generate
+from gpt2.hf import export_hf
 from gpt2.model import GPT
 from gpt2.options import Sampling
+
+module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
+PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]
 
 
 @pytest.fixture
 def model(tiny):
     # Larger weights than at initialisation, so that the model has clear preferences.
-    model = GPT(tiny, "torch")
+    model = GPT(tiny, "torch").double()
     for p in model.parameters():
         p.data *= 4
     return model
 
 
-PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]
+def greedy(model, prompts, **options) -> list[list[int]]:
+    return generate(model, prompts, temperature=0, **{"max_new_tokens": 12} | options)
 
 
 def test_a_batch_gives_each_prompt_what_it_gets_alone(model):
-    together = generate(model, PROMPTS, max_new_tokens=12, temperature=0)
-    alone = [generate(model, [p], max_new_tokens=12, temperature=0)[0] for p in PROMPTS]
-    assert together == alone
+    together = greedy(model, PROMPTS)
+    assert together == [greedy(model, [p])[0] for p in PROMPTS]
     assert together[0] == together[3] and len({tuple(r) for r in together}) > 1
 
 
-def test_cache_and_no_cache_agree(model):
-    [cached] = generate(model, [[1, 2, 3]], max_new_tokens=20, temperature=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cache_and_no_cache_agree(model, dtype):
+    model = model.to(dtype)
     tokens = [1, 2, 3]
     for _ in range(20):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-    assert cached == tokens[3:]
-
-
-def test_seed_makes_it_repeatable(model):
-    a, b, c = (generate(model, [[1]], max_new_tokens=20, seed=s) for s in (1, 1, 2))
-    assert a == b != c
+    assert greedy(model, [[1, 2, 3]], max_new_tokens=20) == [tokens[3:]]
 
 
 def test_stop_tokens_end_a_row_and_are_left_out(model):
-    free = generate(model, PROMPTS, max_new_tokens=12, temperature=0)
+    free = greedy(model, PROMPTS)
     stop = free[1][4]
-    stopped = generate(model, PROMPTS, max_new_tokens=12, temperature=0, stop_tokens=[stop])
-    for row, whole in zip(stopped, free, strict=True):
+    for row, whole in zip(greedy(model, PROMPTS, stop_tokens=[stop]), free, strict=True):
         assert row == (whole[: whole.index(stop)] if stop in whole else whole)
 
 
-def test_stream_sees_every_token_in_order(model):
+def test_stream_sees_every_token_in_order_and_the_mode_stays(model):
     seen = [[] for _ in PROMPTS]
     rows = generate(
-        model, PROMPTS, max_new_tokens=9, seed=0, stream=lambda row, token: seen[row].append(token)
+        model.train(), PROMPTS, max_new_tokens=9, seed=0, stream=lambda row, t: seen[row].append(t)
     )
-    assert seen == rows
+    assert seen == rows and model.training
+    model.requires_grad_(False).eval()
+    assert generate(model, PROMPTS, max_new_tokens=9, seed=0) == rows
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
 
 
 def test_window_goes_on_from_the_later_half(model):
-    new = generate(model, PROMPTS, max_new_tokens=60, temperature=0, window=True)
+    options = dict(max_new_tokens=60, window=True)
+    new = greedy(model, PROMPTS, **options)
     for prompt, row in zip(PROMPTS, new, strict=True):
         assert len(row) == 60
         whole, start = prompt + row, 0
@@ -67,38 +79,63 @@ def test_window_goes_on_from_the_later_half(model):
             if i - start == 33:  # 32 tokens are full; then 16 are kept, and so on
                 start = i - 16
             assert whole[i] == int(model(torch.tensor([whole[start:i]]))[0, -1].argmax()), i
-    options = dict(max_new_tokens=60, temperature=0, window=True)
-    alone = [generate(model, [p], **options)[0] for p in PROMPTS]
-    assert new == alone
-
-
-def test_leaves_the_model_in_its_mode(model):
-    generate(model.train(), [[1]], max_new_tokens=1)
-    assert model.training
+    assert new == [greedy(model, [p], **options)[0] for p in PROMPTS]
 
 
 def filtered(logits, seen=None, **options):
     return filter_logits(logits, seen, Sampling(**options))
 
 
-def test_filters():
+@pytest.mark.parametrize(
+    "options, n_kept",
+    [
+        ({}, 5), ({"top_k": 2}, 2), ({"top_k": 99}, 5), ({"top_p": 0.69}, 2), ({"top_p": 0.71}, 3),
+        ({"top_p": 0.01}, 1), ({"top_p": 1e-46}, 1), ({"min_p": 0.25}, 3), ({"min_p": 1e-46}, 5),
+        ({"top_k": 3, "top_p": 0.7}, 2), ({"top_k": 1, "temperature": 0}, 5),
+    ],
+)  # fmt: skip
+def test_filters(options, n_kept):
+    logits = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+    kept = filtered(logits, **options) > float("-inf")
+    assert kept.tolist() == [[True] * n_kept + [False] * (5 - n_kept)]
+
+
+def test_temperature_and_penalty():
     p = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]])
-    kept = lambda **o: (filtered(p.log(), **o) > float("-inf")).tolist()[0]  # noqa: E731
-    assert kept() == [True] * 5
-    assert kept(top_k=2) == [True, True, False, False, False]
-    assert kept(top_k=99) == [True] * 5
-    assert kept(top_p=0.69) == [True, True, False, False, False]
-    assert kept(top_p=0.71) == [True, True, True, False, False]
-    assert kept(top_p=0.01) == [True, False, False, False, False]
-    assert kept(min_p=0.25) == [True, True, True, False, False]
-    assert kept(top_k=3, top_p=0.7) == [True, True, False, False, False]
-    assert kept(top_k=1, temperature=0) == [True] * 5
-    colder = filtered(p.log(), temperature=0.5).softmax(-1)
-    torch.testing.assert_close(colder, p**2 / (p**2).sum())
+    assert_close(filtered(p.log(), temperature=0.5).softmax(-1), p**2 / (p**2).sum())
     seen = torch.tensor([[True, False, True]])
     logits = torch.tensor([[2.0, 2.0, -2.0]])
-    result = filtered(logits, repetition_penalty=2.0, seen=seen)
-    assert result.tolist() == [[1.0, 2.0, -4.0]]
+    assert filtered(logits, repetition_penalty=2.0, seen=seen).tolist() == [[1.0, 2.0, -4.0]]
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": t} for t in (1e-6, 1e-30, 1e-38, 1e-320)] + [{"top_p": 1e-46}]
+)
+def test_options_near_their_limit_give_the_limit(model, options):
+    assert generate(model, PROMPTS, max_new_tokens=12, seed=0, **options) == greedy(model, PROMPTS)
+
+
+def test_only_the_tokenizers_ids_are_drawn(model):
+    model.transformer.wte.weight.data[50:] *= 100
+    assert max(map(max, greedy(model, PROMPTS))) >= 50
+    for temperature in (0.0, 5.0):
+        rows = generate(
+            model, PROMPTS, max_new_tokens=20, temperature=temperature, vocab_size=50, seed=0,
+            repetition_penalty=1.1,
+        )  # fmt: skip
+        assert max(map(max, rows)) < 50
+    everything = dict(max_new_tokens=12, seed=0)
+    assert generate(model, PROMPTS, **everything) == generate(
+        model, PROMPTS, vocab_size=10**6, **everything
+    )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_without_numbers_is_an_error(model, value, temperature):
+    model.transformer.ln_f.bias.data[3] = value
+    with pytest.raises(ValueError, match="logits are not finite numbers"):
+        generate(model, PROMPTS, max_new_tokens=5, temperature=temperature, top_p=0.9)
 
 
 def test_sampling_follows_the_distribution(model):
@@ -113,6 +150,7 @@ def test_sampling_follows_the_distribution(model):
     "prompts, options, message",
     [
         ([[1]], {"num_samples": 0}, "num_samples must be at least 1"),
+        ([[1]], {"vocab_size": 0}, "vocab_size must be at least 1"),
         ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, and there are 2 rows"),
         ([], {}, "at least one token"),
         ([[1], []], {}, "at least one token"),
@@ -123,10 +161,13 @@ def test_sampling_follows_the_distribution(model):
         ([[1] * 40], {}, r"leaves no room in the model's context \(block_size\) of 32"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
         ([[1]], {"temperature": -1}, "temperature"),
+        ([[1]], {"temperature": math.nan}, "temperature"),
         ([[1]], {"top_k": 0}, "top_k"),
         ([[1]], {"top_p": 1.5}, "top_p"),
         ([[1]], {"min_p": 0.0}, "min_p"),
         ([[1]], {"repetition_penalty": 0}, "repetition_penalty"),
+        ([[1]], {"repetition_penalty": 1e-40}, "repetition_penalty"),
+        ([[1]], {"repetition_penalty": math.nan}, "repetition_penalty"),
     ],
 )
 def test_bad_input(model, prompts, options, message):
@@ -138,10 +179,8 @@ def test_a_row_follows_from_its_seed_alone(model):
     seeds = [5, 6, 7, 5]
     options = dict(max_new_tokens=12, temperature=1.3, top_k=20, repetition_penalty=1.2)
     together = generate(model, PROMPTS, seed=seeds, **options)
-    alone = [
-        generate(model, [p], seed=[s], **options)[0] for p, s in zip(PROMPTS, seeds, strict=True)
-    ]
-    assert together == alone
+    for prompt, seed, row in zip(PROMPTS, seeds, together, strict=True):
+        assert generate(model, [prompt], seed=[seed], **options) == [row]
     assert together[0] == together[3] and len({tuple(r) for r in together}) == 3
     assert generate(model, PROMPTS, seed=5, **options)[1] == together[1]  # seed 5 + 1
     # More tokens begin with the same ones.
@@ -153,12 +192,10 @@ def test_a_row_follows_from_its_seed_alone(model):
 def test_samples_of_a_prompt_are_rows_of_their_own(model, temperature):
     seen = []
     model.transformer.wte.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
-    rows = generate(
-        model, PROMPTS[:2], max_new_tokens=8, num_samples=3, seed=3, temperature=temperature
-    )
+    options = dict(max_new_tokens=8, seed=3, temperature=temperature)
+    rows = generate(model, PROMPTS[:2], num_samples=3, **options)
     assert seen[0] == (2, 3) and seen[1:] == [(6, 1)] * 7  # each prompt was run once
-    copies = [p for p in PROMPTS[:2] for _ in range(3)]
-    assert rows == generate(model, copies, max_new_tokens=8, seed=3, temperature=temperature)
+    assert rows == generate(model, [p for p in PROMPTS[:2] for _ in range(3)], **options)
     assert len({tuple(row) for row in rows}) == (2 if temperature == 0 else 6)
 
 
@@ -166,32 +203,26 @@ def test_rows_that_have_ended_leave_the_batch(model):
     widths = []
     model.transformer.wte.register_forward_hook(lambda m, args, out: widths.append(len(out)))
     ends = {0: 3, 1: 9, 2: 5, 3: 1}  # row: tokens
-    options = dict(temperature=1.5, repetition_penalty=1.3, seed=0)
-    rows = complete(
-        model, PROMPTS, max_new_tokens=12, stop=lambda row, tokens: len(tokens) == ends[row],
-        sampling=Sampling(1.3, 1.5), seed=0,
-    )  # fmt: skip
+    options = dict(max_new_tokens=12, sampling=Sampling(1.3, 1.5), seed=0)
+    stop = lambda row, tokens: len(tokens) == ends[row]  # noqa: E731
+    rows = complete(model, PROMPTS, stop=stop, **options)
     assert widths == [4, 4, 4, 2, 2, 1, 1, 1, 1]
-    free = generate(model, PROMPTS, max_new_tokens=12, **options)
-    assert [row.tokens for row in rows] == [free[r][:n] for r, n in ends.items()]
-    assert [row.reason for row in rows] == ["stop"] * 4
-    rows = complete(model, PROMPTS[:1], max_new_tokens=2)
-    assert rows[0].reason == "length" and len(rows[0].tokens) == 2
+    free = complete(model, PROMPTS, **options)
+    assert [row.tokens for row in rows] == [free[r].tokens[:n] for r, n in ends.items()]
+    assert {row.reason for row in rows} == {"stop"} and {row.reason for row in free} == {"length"}
 
 
 def test_log_probabilities_are_the_models_own(model):
-    [row] = complete(
-        model, [[1, 2, 3]], max_new_tokens=15, log_probabilities=True, seed=1,
+    options = dict(
+        max_new_tokens=15, log_probabilities=True, seed=1, vocab_size=60,
         sampling=Sampling(1.5, 0.7, top_k=5, min_p=0.01),
     )  # fmt: skip
+    [row] = complete(model, [[1, 2, 3]], **options)
     whole = torch.tensor([[1, 2, 3, *row.tokens]])
     expected = model(whole).log_softmax(-1)[0, 2:-1].gather(1, whole[0, 3:, None])[:, 0]
-    assert_close(torch.tensor(row.log_probabilities), expected, rtol=1e-4, atol=1e-5)
+    assert_close(torch.tensor(row.log_probabilities), expected.float(), rtol=1e-4, atol=1e-5)
     assert complete(model, [[1]], max_new_tokens=1)[0].log_probabilities is None
-    [stopped] = complete(
-        model, [[1, 2, 3]], max_new_tokens=15, log_probabilities=True, stop_tokens=[row.tokens[4]],
-        sampling=Sampling(1.5, 0.7, top_k=5, min_p=0.01), seed=1,
-    )  # fmt: skip
+    [stopped] = complete(model, [[1, 2, 3]], stop_tokens=[row.tokens[4]], **options)
     assert stopped.tokens == row.tokens[:4] and len(stopped.log_probabilities) == 4
 
 
@@ -206,9 +237,7 @@ def test_fixed_shapes_and_polling_change_nothing(model, monkeypatch, window, pol
     streamed = {"usual": [], "fixed": []}
     kept = lambda name: lambda row, token: streamed[name].append((row, token))  # noqa: E731
     expected = generate(model, PROMPTS, **options, stream=kept("usual"))
-    module = importlib.import_module("gpt2.generate")
-    monkeypatch.setattr(module, "has_fixed_shapes", lambda device: True)
-    monkeypatch.setattr(module, "poll_every", lambda device: poll)
+    monkeypatch.setattr(module, "pace", lambda device: Pace(True, False, poll))
     shapes = set()
     ours = model.ops.cached_attention
 
@@ -222,12 +251,30 @@ def test_fixed_shapes_and_polling_change_nothing(model, monkeypatch, window, pol
     assert sorted(streamed["fixed"]) == sorted(streamed["usual"])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_under_bfloat16_weights_are_cast_once_a_call(tiny, monkeypatch, frozen):
+    monkeypatch.setattr(module, "execution", lambda device: Execution(device, torch.bfloat16))
+    model = GPT(tiny, "torch").requires_grad_(not frozen)
+
+    def casts(n: int) -> int:
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
+            generate(model, [[1]], max_new_tokens=n, temperature=0)
+        shape = [*model.lm_head.weight.shape]
+        return sum(e.count for e in found.key_averages(group_by_input_shape=True)
+                   if e.key == "aten::_to_copy" and e.input_shapes[0] == shape)  # fmt: skip
+
+    assert casts(1) == casts(6) == 1
+    before = generate(model, PROMPTS, max_new_tokens=12, temperature=0)
+    model.lm_head.weight.data.copy_(model.lm_head.weight.flip(0))
+    assert generate(model, PROMPTS, max_new_tokens=12, temperature=0) != before  # no old copy
+
+
 def test_draw_inverts_the_cumulated_probabilities():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     uniform = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53], dtype=torch.float64)
-    assert draw(p.expand(6, -1), uniform).tolist() == [1, 1, 3, 3, 4, 4]
-    # Sums that rounding has left below or above 1 change nothing.
-    assert draw(p.expand(6, -1) * 0.999, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    for scale in (1.0, 0.999):  # sums that rounding has left below 1 change nothing
+        assert draw(p.expand(6, -1) * scale, uniform).tolist() == [1, 1, 3, 3, 4, 4]
+    assert draw(p * math.nan, uniform[:1]).tolist() == [5]  # some id of the vocabulary
 
 
 WARPERS = [
@@ -242,65 +289,48 @@ WARPERS = [
 ]
 
 
-@pytest.mark.parametrize("options", WARPERS, ids=lambda o: "-".join(o))
-def test_distributions_are_those_of_transformers(tiny, options):
-    """The scores that transformers' generate samples from, step by step, on the same weights."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+@pytest.fixture
+def theirs(model, tmp_path):
+    """transformers' model with the same weights."""
+    from transformers import GPT2LMHeadModel
 
-    theirs = GPT2LMHeadModel(
-        GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=65)
-    ).eval()
-    for p in theirs.parameters():
-        p.data *= 6
+    export_hf(model, tmp_path / "hf", None)
+    return GPT2LMHeadModel.from_pretrained(tmp_path / "hf", dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("options", WARPERS, ids=lambda o: "-".join(o))
+def test_distributions_are_those_of_transformers(theirs, options):
+    """The scores that transformers' generate samples from, step by step."""
     prompt = torch.tensor([[3, 1, 4, 1, 5]])
     out = theirs.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=20,
         output_scores=True, output_logits=True, return_dict_in_generate=True,
         pad_token_id=0, eos_token_id=None, **{"top_k": 0} | options,
     )  # fmt: skip
-    sampling = Sampling(**options)
     n_dropped = 0
     for step, (raw, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
         seen = torch.zeros(1, 65, dtype=torch.bool)
         seen[0, out.sequences[0, : 5 + step]] = True
-        ours = filter_logits(raw, seen, sampling)
+        ours = filtered(raw, seen, **options)
         assert torch.equal(ours.isinf(), scores.isinf()), step
         assert_close(ours.softmax(-1), scores.softmax(-1), rtol=1e-5, atol=1e-7)
         n_dropped += int(ours.isinf().sum())
-    filters = {"top_k", "top_p", "min_p"} & options.keys()
-    assert bool(n_dropped) == bool(filters)
+    assert bool(n_dropped) == bool({"top_k", "top_p", "min_p"} & options.keys())
 
 
-def test_greedy_tokens_are_those_of_transformers(tmp_path, tiny):
-    """A left-padded batch with a repetition penalty, and each row ends at its end-of-text."""
-    from transformers import GPT2LMHeadModel
-
-    from gpt2.hf import export_hf
-
-    model = GPT(tiny, "torch")
-    for p in model.parameters():
-        p.data *= 4
-    export_hf(model, tmp_path / "hf", None)
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+@pytest.mark.parametrize("options", [{"stop_tokens": [11, 30]}, {"repetition_penalty": 1.5}])
+def test_greedy_tokens_are_those_of_transformers(model, theirs, options):
+    """A left-padded batch with a repetition penalty, and each row ends at its end of text."""
     prompts = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [60]]
-    # 0 pads, and takes part in transformers' penalty: so it stands in no prompt and is the stop.
-    ours = generate(model, prompts, max_new_tokens=20, temperature=0, stop_tokens=[11, 30])
+    penalty, stops = options.get("repetition_penalty", 1.0), options.get("stop_tokens", [])
+    ours = greedy(model, prompts, max_new_tokens=20, **options)
     for prompt, row in zip(prompts, ours, strict=True):
         idx = torch.tensor([prompt])
         whole = theirs.generate(
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
-            eos_token_id=[11, 30], pad_token_id=0,
+            eos_token_id=stops or None, pad_token_id=0, repetition_penalty=penalty,
         )[0, len(prompt) :].tolist()  # fmt: skip
-        assert row == [t for t in whole if t not in (11, 30)]
-    penalised = generate(model, prompts, max_new_tokens=20, temperature=0, repetition_penalty=1.5)
-    assert penalised != generate(model, prompts, max_new_tokens=20, temperature=0)
-    for prompt, row in zip(prompts, penalised, strict=True):
-        idx = torch.tensor([prompt])
-        whole = theirs.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
-            eos_token_id=None, pad_token_id=0, repetition_penalty=1.5,
-        )[0, len(prompt) :].tolist()  # fmt: skip
-        assert row == whole
+        assert row == [token for token in whole if token not in stops]
 
 
 @pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
@@ -333,12 +363,12 @@ def test_linear_of_few_rows(n_in, n_out):
 
 def test_threads_change_no_number():
     config = GPTConfig(n_layer=1, n_head=2, n_embd=64, block_size=16, vocab_size=1001)
-    model = GPT(config, "torch")
-    one = complete(model, [[1, 2]], max_new_tokens=8, log_probabilities=True, seed=0)
+    model, found = GPT(config, "torch"), []
     try:
-        torch.set_num_threads(2)
-        two = complete(model, [[1, 2]], max_new_tokens=8, log_probabilities=True, seed=0)
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            found += complete(model, [[1, 2]], max_new_tokens=8, log_probabilities=True, seed=0)
     finally:
         torch.set_num_threads(1)
-    assert one[0].tokens == two[0].tokens
-    assert_close(one[0].log_probabilities, two[0].log_probabilities)
+    assert found[0].tokens == found[1].tokens
+    assert_close(found[0].log_probabilities, found[1].log_probabilities)

@@ -24,7 +24,7 @@ LAYERS = [
     ["gpt2.train"],
     ["gpt2.assistant"],
     ["benchmarks.common"],
-    ["benchmarks.baseline", "benchmarks.step_profile", "benchmarks.kernels"],
+    ["benchmarks.baseline", "benchmarks.kernels"],
     ["scripts", "benchmarks"],
 ]
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
@@ -94,16 +94,10 @@ def test_heavy_imports_happen_inside_functions():
     assert not wrong
 
 
-def test_import_costs_little_beside_torch():
-    code = (
-        "import time, torch; start = time.perf_counter(); import gpt2; "
-        "print(time.perf_counter() - start)"
-    )
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-        for _ in range(3)
-    ]
-    assert min(times) < 0.3
+def test_importing_the_package_and_its_command_lines_loads_no_torch():
+    code = "import sys, gpt2.cli, gpt2.config, gpt2.options; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_nothing_is_printed_or_read_at_import():

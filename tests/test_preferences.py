@@ -1,14 +1,13 @@
 """Preference pairs: every form of row, what counts, what is left out, and the order of batches."""
 
-import json
-
-import numpy as np
 import pytest
 import torch
 
 from gpt2.data.chat import ChatError, encode_prompt
 from gpt2.data.preferences import PairLoader, encode_pair, load_pairs, pair_from_row
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
+
+from .test_sft_data import equal, of, write
 
 TOKENIZER = ByteTokenizer()
 USER = {"role": "user", "content": "Sky?"}
@@ -17,9 +16,11 @@ PAIR = ([USER, BLUE], [USER, GREEN])
 HH = "\n\nHuman: Sky?\n\nAssistant: "
 
 
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+GOOD = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green!"}
+
+
+def load(data: str, block_size: int = 64, **options):
+    return load_pairs(data, TOKENIZER, block_size, template="user_assistant", **options)
 
 
 def plain(messages) -> list[tuple]:
@@ -29,7 +30,7 @@ def plain(messages) -> list[tuple]:
 @pytest.mark.parametrize(
     "row",
     [
-        {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green!"},
+        GOOD,
         {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
         {"prompt": [USER], "chosen": "Blue.", "rejected": "Green!"},
         {"chosen": [USER, BLUE], "rejected": [USER, GREEN]},
@@ -38,13 +39,10 @@ def plain(messages) -> list[tuple]:
         {"prompt": HH, "chosen": " Blue.", "rejected": " Green!"},
         {"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green!"},
         {"instruction": "Sky?", "output_1": "Green!", "output_2": "Blue.", "preference": 2},
-        {
-            "context": [{"role": "prompter", "text": "Sky?"}],
-            "chosen": "Blue.",
-            "rejected": "Green!",
-        },
+        {"context": [{"role": "prompter", "text": "Sky?"}], "chosen": "Blue.",
+         "rejected": "Green!"},
     ],
-)
+)  # fmt: skip
 def test_every_form_is_the_same_pair(row):
     assert [plain(m) for m in pair_from_row(row)] == [plain(m) for m in PAIR]
     system = {"role": "system", "content": "Be brief."}
@@ -75,9 +73,10 @@ def test_only_the_answers_after_the_shared_prompt_count(template):
 
 def test_answers_that_go_on_for_several_turns():
     more = [USER, {"role": "assistant", "content": "Yes"}]
-    (ids, learnt), _, _ = encode_pair(PAIR[0] + more, PAIR[1], TOKENIZER, "user_assistant")
-    counted = [t for t, is_counted in zip(ids, learnt, strict=True) if is_counted]
-    assert counted == [*b"Blue.", 256, *b"Yes", 256]
+    for weight, answers in ((1, [*b"Blue.", 256, *b"Yes", 256]), (0, [*b"Yes", 256])):
+        first = [USER, BLUE | {"weight": weight}]
+        (ids, learnt), _, _ = encode_pair(first + more, PAIR[1], TOKENIZER, "user_assistant")
+        assert [t for t, is_counted in zip(ids, learnt, strict=True) if is_counted] == answers
 
 
 @pytest.mark.parametrize(
@@ -95,10 +94,10 @@ def test_answers_that_go_on_for_several_turns():
         ({"prompt": "Sky?", "chosen": "x"}, "unknown fields"),
         (["x"], "unknown fields"),
         ({"output_1": "x", "output_2": "y", "preference": 0, "instruction": "i"}, "no preference"),
-        (
-            {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: c\n\nAssistant: b"},
-            "prompts differ",
-        ),
+        ({"chosen": f"{HH}x", "rejected": HH.replace("Sky", "Sea") + "x"}, "prompts differ"),
+        ({"prompt": [USER], "chosen": [BLUE | {"weight": 0}], "rejected": "x"}, "nothing to learn"),
+        ({"prompt": [USER, BLUE, USER], "chosen": [GREEN | {"weight": 0}], "rejected": "x"},
+         "nothing to learn"),
         ({"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, GREEN]}, "prompts differ"),
         ({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": HH + "d"},
          "roles out of turn"),
@@ -107,117 +106,101 @@ def test_answers_that_go_on_for_several_turns():
     ],
 )  # fmt: skip
 def test_bad_rows_end_the_run_or_are_counted(tmp_path, row, kind):
-    good = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green!"}
-    data = write(tmp_path / "pairs.jsonl", [good, row, good])
-    options = dict(template="user_assistant")
+    data = write(tmp_path / "pairs.jsonl", [GOOD, row, GOOD])
     with pytest.raises(ValueError, match="line 2: .*--bad_rows skip"):
-        load_pairs(data, TOKENIZER, 64, **options)
-    pairs, _ = load_pairs(data, TOKENIZER, 64, bad_rows="skip", **options)
+        load(data)
+    pairs, _ = load(data, bad_rows="skip")
     assert len(pairs) == 4 and pairs.counts.rows == 3 and pairs.counts.used == 2
     assert {k: n for k, (n, _) in pairs.counts.left_out.items()} == {kind: 1}
     with pytest.raises(ChatError):
         encode_pair(*pair_from_row(row), TOKENIZER, "user_assistant")
 
 
-def test_overlong_pairs_are_dropped_cut_or_refused(tmp_path):
+def test_overlong_pairs_are_dropped_or_cut(tmp_path):
     long = {"prompt": "Q" * 30, "chosen": "a" * 8, "rejected": "b" * 20}
     data = write(tmp_path / "pairs.jsonl", [long, {"prompt": "q", "chosen": "a", "rejected": "b"}])
     # <|user|>\n 30 \n<|assistant|>\n 20 <|endoftext|>: 9 + 30 + 1 + 14 + 20 + 1 = 75 tokens.
-    options = dict(template="user_assistant")
-    assert len(load_pairs(data, TOKENIZER, 74, **options)[0]) == 4
-    dropped, _ = load_pairs(data, TOKENIZER, 73, **options)
-    assert len(dropped) == 2 and dropped.counts.left_out["longer than block_size"][0] == 1
-    with pytest.raises(ValueError, match="line 1: .*--overlong drop or cut"):
-        load_pairs(data, TOKENIZER, 73, overlong="error", **options)
-    cut, _ = load_pairs(data, TOKENIZER, 50, overlong="cut", **options)
-    assert cut.counts.cut == 1 and cut.counts.lines("pairs") == ["cut 1 pairs to fit block_size"]
-    assert len(cut) == 4
-    whole, _ = load_pairs(data, TOKENIZER, 74, **options)
+    whole, _ = load(data, 74)
+    dropped, _ = load(data, 73)
+    assert dropped.counts.left_out["longer than block_size"][0] == 1
+    cut, _ = load(data, 50, overlong="cut")
+    assert cut.counts.cut == 1 and cut.counts.lines() == ["cut 1 pairs to fit block_size"]
+    assert (len(whole), len(dropped), len(cut)) == (4, 2, 4)
     for half in (0, 1):  # both lose the same 24 tokens from the start, and no answer is touched
-        (a, b), (c, d) = ((e - n, e) for x in (whole, cut)
-                          for e, n in [(x.ends[half], x.lengths[half])])  # fmt: skip
-        assert np.array_equal(whole.tokens[a + 24 : b], cut.tokens[c:d])
-        assert np.array_equal(whole.learnt[a + 24 : b], cut.learnt[c:d])
+        before, after = of(whole, half), of(cut, half)
+        assert whole.tokens[before][24:].tolist() == cut.tokens[after].tolist()
+        assert whole.learnt[before][24:].tolist() == cut.learnt[after].tolist()
     # An answer that does not fit with the marker before it is never cut.
-    small, _ = load_pairs(data, TOKENIZER, 33, overlong="cut", **options)
+    small, _ = load(data, 33, overlong="cut")
     kind = "longer than block_size without its prompt"
     assert len(small) == 2 and small.counts.left_out[kind][0] == 1
-    assert len(load_pairs(data, TOKENIZER, 34, overlong="cut", **options)[0]) == 4
-    with pytest.raises(ValueError, match="no pair to train on in 2 rows: left out 2: longer"):
-        load_pairs(data, TOKENIZER, 4, **options)
+    assert len(load(data, 34, overlong="cut")[0]) == 4
+    with pytest.raises(ValueError, match="no pairs to train on in 1 rows: left out 1: longer"):
+        load(write(tmp_path / "long.jsonl", [long]), 40)
+    with pytest.raises(ValueError, match="block_size 4 is too short"):
+        load(data, 4)
 
 
-def numbered(tmp_path, n=23):
-    rows = [{"prompt": f"{i}?", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(n)]
-    return load_pairs(
-        write(tmp_path / "pairs.jsonl", rows), TOKENIZER, 96, template="user_assistant"
-    )[0]
+@pytest.fixture
+def pairs(tmp_path):
+    """23 pairs; the chosen answer of pair i is i + 1 times y."""
+    rows = [{"prompt": f"{i}?", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(23)]
+    return load(write(tmp_path / "pairs.jsonl", rows), 96)[0]
 
 
 def question(row) -> str:
     return bytes(t for t in row.tolist() if t < 256).decode().split("\n")[1]
 
 
-def test_batches_are_pure_and_cover_each_pair_once_an_epoch(tmp_path):
-    pairs = numbered(tmp_path)
+def test_batches_are_pure_and_cover_each_pair_once_an_epoch(pairs):
     loader = PairLoader(pairs, 96, seed=5, pad=TOKENIZER.eot)
-    assert loader.n_windows == 23 and loader.block_size == 192
+    assert loader.n_windows == 23 and loader.block_size == 192 and not loader.full_rows
+    assert loader.buffers(4) is None and loader.identity()[0]["rows"] == 23
     seen = [question(idx[0]) for step in range(23) for idx in loader.batch(step, 2)[0]]
     assert sorted(seen[:23]) == sorted(seen[23:]) == sorted(f"{i}?" for i in range(23))
     assert seen[:23] != seen[23:]
-    again = PairLoader(pairs, 96, seed=5, pad=TOKENIZER.eot)
-    whole = again.batch(3, 8)
+    whole = PairLoader(pairs, 96, seed=5, pad=TOKENIZER.eot).batch(3, 8)
+    assert equal(whole, loader.batch(2, 8, offset=8))
     for rank in range(4):
-        part = loader.batch(3, 8, rank, 4)
-        for mine, all_rows in zip(part, whole, strict=True):
-            assert torch.equal(mine, all_rows[2 * rank : 2 * rank + 2, :, : mine.shape[2]])
-    place = loader.provenance(3, 5, 8)
-    assert place.document == loader.member(3 * 8 + 5) and "line" in place.shard
-    assert PairLoader(pairs, 96, shuffle=False).member(24) == 1
-    with pytest.raises(ValueError, match="row 8 is not one"):
+        for mine, every in zip(loader.batch(3, 8, rank, 4), whole, strict=True):
+            assert torch.equal(mine, every[2 * rank : 2 * rank + 2, :, : mine.shape[2]])
+    for token, half, offset in ((0, "chosen", 0), (5, "chosen", 5), (99, "rejected", 3)):
+        place = loader.provenance(3, 5, 8, token)
+        pair = loader.index(3 * 8 + 5)
+        assert place.document == 2 * pair + (half == "rejected") and place.offset == offset
+        assert place.shard.endswith(f"line {pair + 1} {half}")
+    assert loader.provenance(2, 5, 8, 192, offset=8).offset == pairs.lengths[2 * pair + 1] - 1
+    assert PairLoader(pairs, 96, shuffle=False).index(24) == 1
+    with pytest.raises(ValueError, match="row 8, token 0 is not in a step of 8 rows"):
         loader.provenance(3, 8, 8)
 
 
-def test_rows_hold_shifted_targets_and_nothing_else(tmp_path):
-    loader = PairLoader(numbered(tmp_path), 96, shuffle=False, pad=TOKENIZER.eot, trim=False)
+def test_rows_hold_shifted_targets_and_nothing_else(pairs):
+    loader = PairLoader(pairs, 96, shuffle=False, pad=TOKENIZER.eot, trim=False)
     idx, targets = loader.batch(0, 23)
     assert idx.shape == targets.shape == (23, 2, 96) and idx.dtype == targets.dtype == torch.int64
     for i in range(23):
-        for half, answer in enumerate(("y" * (i + 1), "n")):
-            counted = targets[i, half] != -100
-            assert targets[i, half][counted].tolist() == [*answer.encode(), TOKENIZER.eot]
-            start = int(counted.nonzero()[0])
-            text = f"<|user|>\n{i}?\n<|assistant|>\n"
-            assert bytes(idx[i, half, : start + 1].tolist()) == text.encode()
-            stop = start + len(answer) + 1
-            assert counted[start:stop].all() and counted.sum() == stop - start
-            assert idx[i, half, start + 1 : stop].tolist() == [*answer.encode()]
-            assert (idx[i, half, stop:] == TOKENIZER.eot).all()
-    trimmed = PairLoader(loader.pairs, 96, shuffle=False, pad=TOKENIZER.eot).batch(0, 23)
+        for half, answer in enumerate((b"y" * (i + 1), b"n")):
+            before = f"<|user|>\n{i}?\n<|assistant|>\n".encode()
+            rest = 96 - len(before) - len(answer)
+            assert idx[i, half].tolist() == [*before, *answer, *[TOKENIZER.eot] * rest]
+            no = [-100] * (len(before) - 1), [-100] * rest
+            assert targets[i, half].tolist() == [*no[0], *answer, TOKENIZER.eot, *no[1]]
+    trimmed = PairLoader(pairs, 96, shuffle=False, pad=TOKENIZER.eot).batch(0, 23)
     assert trimmed[0].shape == (23, 2, 64)
-    for part, whole in zip(trimmed, (idx, targets), strict=True):
-        assert torch.equal(part, whole[..., :64])
-    values = np.random.default_rng(0).normal(size=(23, 2)).astype(np.float32)
-    loader.set_reference(values)
-    assert loader.names == ("idx", "targets", "reference")
-    assert np.array_equal(loader.batch(1, 5)[2].numpy(), values[5:10])
-    with pytest.raises(ValueError, match=r"needs \(23, 2\) values"):
-        loader.set_reference(values[:5])
+    assert equal(trimmed, (idx[..., :64], targets[..., :64]))
     with pytest.raises(ValueError, match="2 to 31 tokens"):
-        PairLoader(loader.pairs, 30)
+        PairLoader(pairs, 30)
 
 
 def test_val_holds_whole_questions(tmp_path):
-    rows = [
-        {"prompt": f"{i % 40}?", "chosen": f"{i}", "rejected": f"no {i}"} for i in range(200)
-    ]  # fmt: skip
-    data = write(tmp_path / "pairs.jsonl", rows)
-    train, val = load_pairs(data, TOKENIZER, 64, template="user_assistant", val_fraction=0.3)
-    questions = []
-    for part in (train, val):
+    rows = [{**GOOD, "prompt": f"{i % 40}?", "rejected": f"no {i}"} for i in range(200)]
+    questions, halves = [], 0
+    for part in load(write(tmp_path / "pairs.jsonl", rows), val_fraction=0.3):
         loader = PairLoader(part, 64)
         questions.append({question(row[0]) for row in loader.batch(0, loader.n_windows)[0]})
-    assert len(train) + len(val) == 400 and all(questions)
+        halves += len(part)
+    assert halves == 400 and all(questions)
     assert not questions[0] & questions[1] and len(questions[0] | questions[1]) == 40
 
 
@@ -234,9 +217,7 @@ def test_val_holds_whole_questions(tmp_path):
 )  # fmt: skip
 @pytest.mark.slow
 def test_real_data(shared_data, name, rows, used, left_out):
-    data = str(shared_data / "dpo" / name)
-    pairs, _ = load_pairs(
-        data, GPT2Tokenizer(), 512, template="user_assistant", bad_rows="skip"
-    )  # fmt: skip
+    options = dict(template="user_assistant", bad_rows="skip")
+    pairs, _ = load_pairs(str(shared_data / "dpo" / name), GPT2Tokenizer(), 512, **options)
     assert (pairs.counts.rows, pairs.counts.used, len(pairs)) == (rows, used, 2 * used)
     assert {kind: n for kind, (n, _) in pairs.counts.left_out.items()} == left_out

@@ -11,30 +11,44 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt2.config import GPTConfig
-from gpt2.data.conversations import Counts, best_threads, read_conversations
-from gpt2.data.sft import (
-    IGNORE_INDEX,
-    ConversationLoader,
-    Conversations,
-    best_fit_decreasing,
-    load_conversations,
-)
+from gpt2.config import IGNORE_INDEX, GPTConfig
+from gpt2.data.chat import messages_from_row
+from gpt2.data.conversations import Counts, best_threads, read_rows
+from gpt2.data.rows import Conversations
+from gpt2.data.sft import ConversationLoader, best_fit_decreasing, load_conversations
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
-from gpt2.train import objectives
 
 TOKENIZER = ByteTokenizer()
+QA = [{"question": f"What is {i} + {i}?", "answer": "It is " + "one more than " * i}
+      for i in range(12)]  # fmt: skip
+LONG = {"question": "q" * 10, "answer": "a" * 100}  # 34 tokens before the answer, 101 in it
+LATE = {"question": "q" * 100, "answer": "a" * 5}
+SHORT = [{"question": "q", "answer": "a" * i} for i in (1, 5, 9)]
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def load(data: str, block_size: int = 256, **options):
+    return load_conversations(data, TOKENIZER, block_size, template="user_assistant", **options)
 
 
 def conversations(lengths, learnt_from=2) -> Conversations:
     """Conversation i is the tokens 100 i, 100 i + 1, ...; learnt from its third token on."""
     tokens = [100 * i + np.arange(n) for i, n in enumerate(lengths)]
     learnt = [np.arange(n) >= learnt_from for n in lengths]
+    where = [f"row {i}" for i in range(len(lengths))]
     return Conversations(
-        np.concatenate(tokens).astype(np.uint16), np.concatenate(learnt), np.cumsum(lengths),
-        [f"row {i}" for i in range(len(lengths))],
+        "made", np.concatenate(tokens).astype(np.uint16), np.concatenate(learnt),
+        np.cumsum(lengths), where, Counts(),
     )  # fmt: skip
+
+
+def of(data: Conversations, i: int) -> slice:
+    return slice(data.ends[i] - data.lengths[i], data.ends[i])
 
 
 def test_a_packed_row_position_by_position():
@@ -47,25 +61,15 @@ def test_a_packed_row_position_by_position():
     assert targets.tolist() == [[no, 202, 203, 204, no, 2, 3, no, 102, no]]
     assert doc_start.tolist() == [[0, 0, 0, 0, 4, 4, 4, 7, 7, 9]]
     assert (loader.n_windows, loader.n_tokens, loader.n_filled, loader.n_targets) == (1, 10, 9, 6)
-    assert IGNORE_INDEX == objectives.IGNORE_INDEX
     places = [loader.provenance(0, 0, 1, t)[:2] for t in range(10)]
     assert places[0] == ("row 2", 0) and places[6] == ("row 0", 2) and places[8] == ("row 1", 1)
     assert places[9] == loader.provenance(0, 0, 1, 10)[:2] == ("row 1", 2)
-
-
-def test_padded_rows_hold_one_conversation_each():
-    loader = ConversationLoader(conversations([4, 2]), 4, shuffle=False, packing=False, pad=9)
-    idx, targets, doc_start = loader.batch(0, 2)
-    assert idx.tolist() == [[0, 1, 2, 9], [100, 9, 9, 9]]
-    assert targets.tolist() == [[-100, 2, 3, -100], [-100] * 4]
-    assert doc_start.tolist() == [[0, 0, 0, 3], [0, 1, 2, 3]]
 
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 40))
 def test_packing_is_best_fit_decreasing(lengths, capacity):
     bins = best_fit_decreasing(np.array(lengths), capacity)
     assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
-    assert bins == best_fit_decreasing(np.array(lengths), capacity)
     # The same by looking at every bin: which of two equally full bins is taken changes no load.
     loads: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -84,7 +88,8 @@ def many() -> ConversationLoader:
 
 
 def seen(loader, first: int, n: int) -> list[int]:
-    return [i for sample in range(first, first + n) for i in loader.members(sample)]
+    samples = range(first, first + n)
+    return [i for sample in samples for i in loader.rows[loader.index(sample)]]
 
 
 def test_each_conversation_once_an_epoch_in_another_order(many):
@@ -93,147 +98,110 @@ def test_each_conversation_once_an_epoch_in_another_order(many):
     epochs = [seen(many, epoch * n, n) for epoch in range(3)]
     assert all(sorted(epoch) == list(range(200)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    ordered = ConversationLoader(many.conversations, 32, seed=5, shuffle=False)
+    ordered = ConversationLoader(many.data, 32, seed=5, shuffle=False)
     assert sorted(epochs[0]) == sorted(seen(ordered, 0, n)) and seen(ordered, 0, n) != epochs[0]
-    other = ConversationLoader(many.conversations, 32, seed=6)
-    assert seen(other, 0, n) != epochs[0]
+    assert seen(ConversationLoader(many.data, 32, seed=6), 0, n) != epochs[0]
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_ranks_share_the_rows_of_one(many):
-    for step in (0, 7, 40):
-        whole = many.batch(step, 8)
+    for step, offset in ((0, 0), (7, 16), (40, 3), (40, -320)):
+        whole = many.batch(step, 8, offset=offset)
         for world_size in (2, 4):
-            parts = [many.batch(step, 8, rank, world_size) for rank in range(world_size)]
-            for one, split in zip(whole, zip(*parts, strict=True), strict=True):
-                assert torch.equal(one, torch.cat(split))
-    # A pure function of the step: neither what was asked before nor a reused buffer shows.
-    buffers = many.buffers(8)
-    for step in (40, 3, 40):
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(many.batch(step, 8, out=buffers), many.batch(step, 8), strict=True)
-        )
+            parts = [many.batch(step, 8, r, world_size, offset=offset) for r in range(world_size)]
+            assert equal(whole, map(torch.cat, zip(*parts, strict=True)))
+        place = many.provenance(step, 3, 8, offset=offset)
+        assert whole[0][3, 0] == 100 * place.document % 65536 and place.offset == 0
+    assert equal(many.batch(5, 8, offset=-40), many.batch(0, 8))
+    assert equal(many.batch(5, 8), many.batch(0, 8, offset=40))
+    assert many.buffers(8) is None
     with pytest.raises(ValueError, match="does not divide among 3 ranks"):
         many.batch(0, 8, 0, 3)
+    with pytest.raises(ValueError, match="before the first sample"):
+        many.batch(1, 8, offset=-9)
 
 
-def test_rows_hold_their_conversations_and_nothing_across(many):
-    data = many.conversations
-    for sample in range(many.n_windows):
-        (idx,), (targets,), (doc_start,) = (p.tolist() for p in many.batch(sample, 1))
-        at = 0
-        for i in many.members(sample):
-            tokens = data.tokens[data.ends[i] - data.lengths[i] : data.ends[i]].tolist()
-            stop = at + len(tokens) - 1
-            assert idx[at:stop] == tokens[:-1] and doc_start[at:stop] == [at] * len(tokens[1:])
-            assert targets[at:stop] == [-100] * (len(tokens) > 1) + tokens[2:]
-            at = stop
-        assert doc_start[at:] == list(range(at, 32)) and set(targets[at:]) <= {-100}
+def test_identity_is_that_of_what_is_trained_on(many):
+    def identity(lengths, **options):
+        return ConversationLoader(conversations(lengths, **options), 32).identity()
 
-
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-QA = [{"question": f"What is {i} + {i}?", "answer": "It is " + "one more than " * i} for i in
-      range(12)]  # fmt: skip
-
-
-LONG = {"question": "q" * 10, "answer": "a" * 100}  # 34 tokens before the answer, 101 in it
-LATE = {"question": "q" * 100, "answer": "a" * 5}
-SHORT = [{"question": "q", "answer": "a" * i} for i in (1, 5, 9)]
+    [known] = identity([3, 9])
+    assert known.keys() == {"path", "rows", "hash"} and known["path"] == "made"
+    assert identity([3, 9]) == [known] == json.loads(json.dumps([known]))
+    others = identity([9, 3]), identity([3, 8]), identity([3, 9], learnt_from=1)
+    assert len({known["hash"], *(other[0]["hash"] for other in others)}) == 4
 
 
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_packed_padded_and_alone_give_the_same_losses(tmp_path, kernels):
+def test_packed_and_alone_give_the_same_losses(tmp_path, kernels):
     """Each token's loss, conversation by conversation; without doc_start they would differ."""
     # Interpreted, Triton's kernels are slow: three short ones in one row.
-    rows, block = (SHORT, 128) if kernels == "triton" else (QA, 256)
-    data, _ = load_conversations(
-        write(tmp_path / "qa.jsonl", rows), TOKENIZER, block, template="user_assistant"
-    )
-    shape = GPTConfig(
-        n_layer=1 if kernels == "triton" else 2,
-        n_head=2,
-        n_embd=32,
-        block_size=block,
-        vocab_size=257,
-    )
-    model = GPT(shape, kernels)
+    rows, block, n_layer = (SHORT, 128, 1) if kernels == "triton" else (QA, 256, 2)
+    data, _ = load(write(tmp_path / "qa.jsonl", rows), block)
+    model = GPT(GPTConfig(n_layer, n_head=2, n_embd=32, block_size=block, vocab_size=257), kernels)
     with torch.no_grad():
         for p in model.parameters():
             p *= 4  # clear preferences: what a token sees makes a difference
+    tolerance = dict(rtol=1e-4, atol=1e-5)
     if kernels == "torch":
-        model = model.double()
+        model, tolerance = model.double(), dict(rtol=1e-12, atol=1e-12)
 
     @torch.no_grad()
-    def losses(idx, targets, doc_start):
+    def losses(idx, targets, doc_start=None):
         logits = model(idx, doc_start=doc_start)
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none"
         ).view_as(targets)
 
-    def of_each(loader, hide=True):
-        found = {}
-        for sample in range(loader.n_windows):
-            idx, targets, doc_start = loader.batch(sample, 1)
-            row = losses(idx, targets, doc_start if hide else torch.zeros_like(doc_start))[0]
-            at = 0
-            for i in loader.members(sample):
-                stop = at + int(data.lengths[i]) - 1
-                found[i] = row[at:stop]
-                at = stop
-        return found
-
     packed = ConversationLoader(data, block)
-    padded = ConversationLoader(data, block, packing=False)
-    assert packed.n_windows < len(data) == padded.n_windows
-    tolerance = dict(rtol=1e-4, atol=1e-5) if kernels == "triton" else dict(rtol=1e-12, atol=1e-12)
-    a, b, open_rows = of_each(packed), of_each(padded), of_each(packed, hide=False)
+    assert packed.n_windows < len(data)
     differ = 0
-    for i in range(len(data)):
-        tokens = torch.tensor(data.tokens[data.ends[i] - data.lengths[i] : data.ends[i]].tolist())
-        learnt = torch.tensor(data.learnt[data.ends[i] - data.lengths[i] : data.ends[i]])
-        targets = torch.where(learnt[1:], tokens[1:], -100)
-        alone = losses(tokens[None, :-1], targets[None], None)[0]
-        assert (alone > 0).sum() == learnt.sum() > 1
-        torch.testing.assert_close(a[i], alone, **tolerance)
-        torch.testing.assert_close(b[i], alone, **tolerance)
-        differ += not torch.allclose(open_rows[i], alone, rtol=1e-2)
+    for sample in range(packed.n_windows):
+        idx, targets, doc_start = packed.batch(sample, 1)
+        hidden, seen = losses(idx, targets, doc_start)[0], losses(idx, targets)[0]
+        for start, stop, i in packed.spans(packed.index(sample)):
+            tokens = torch.tensor(data.tokens[of(data, i)].tolist())
+            learnt = torch.tensor(data.learnt[of(data, i)])
+            expected = torch.where(learnt[1:], tokens[1:], -100)
+            alone = losses(tokens[None, :-1], expected[None])[0]
+            assert (alone > 0).sum() == learnt.sum() > 1
+            torch.testing.assert_close(hidden[start:stop], alone, **tolerance)
+            differ += not torch.allclose(seen[start:stop], alone, rtol=1e-2)
     assert differ == len(data) - packed.n_windows > 0  # all but the first of each row
 
 
-@pytest.mark.parametrize("overlong", ["drop", "cut", "error"])
-def test_what_does_not_fit(tmp_path, overlong):
+@pytest.mark.parametrize(
+    "overlong, used, left_out, line",
+    [
+        ("drop", 3, {"longer than block_size": (2, 4)}, "left out 2: longer than block_size, "),
+        ("cut", 4, {"longer than block_size, and cut before its first answer": (1, 5)},
+         "cut 1 conversations to fit block_size"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit(tmp_path, overlong, used, left_out, line):
     path = write(tmp_path / "qa.jsonl", [*SHORT, LONG, LATE])
+    data, _ = load(path, 63, overlong=overlong)
+    counts = data.counts
+    assert (len(data), counts.used, counts.rows, counts.cut) == (used, used, 5, used - 3)
+    assert counts.left_out.keys() == left_out.keys() and line in "\n".join(counts.lines())
+    for kind, (n, first) in left_out.items():
+        assert counts.left_out[kind][0] == n and f"line {first}" in counts.left_out[kind][1]
+    if overlong == "cut":
+        cut = TOKENIZER.decode(data.tokens[of(data, 3)].tolist())
+        assert cut.endswith("\n<|assistant|>\n" + "a" * 30) and len(cut) == 64
 
-    def load():
-        return load_conversations(
-            path, TOKENIZER, 63, template="user_assistant", overlong=overlong
-        )[0]
 
-    if overlong == "error":
-        match = "line 4: the conversation has 135 tokens, but a row of block_size 63 holds 64"
-        with pytest.raises(ValueError, match=match):
-            load()
-        return
-    data = load()
-    kept = [TOKENIZER.decode(data.tokens[e - n : e].tolist()) for e, n in
-            zip(data.ends, data.lengths, strict=True)]  # fmt: skip
-    if overlong == "drop":
-        assert len(data) == data.counts.used == 3 and data.counts.cut == 0
-        n, first = data.counts.left_out["longer than block_size"]
-        assert n == 2 and "line 4" in first
-    else:
-        assert data.counts.cut == 1 and len(data) == data.counts.used == 4
-        assert kept[3].endswith("\n<|assistant|>\n" + "a" * 30) and len(kept[3]) == 64
-        [(kind, (n, first))] = data.counts.left_out.items()
-        assert n == 1 and kind == "longer than block_size, and cut before its first answer"
-        assert "line 5" in first
-    assert data.counts.rows == 5
-    text = "\n".join(data.counts.lines())
-    assert ("left out 2: longer" if overlong == "drop" else "cut 1 conversations") in text
+@pytest.mark.parametrize("template, least", [("user_assistant", 27), ("alpaca", 39)])
+def test_a_setting_that_no_row_could_meet_is_one_error(tmp_path, template, least):
+    data = write(tmp_path / "qa.jsonl", [LONG, {"no": "row"}])
+    options = dict(template=template, bad_rows="skip")
+    with pytest.raises(ValueError, match=f"block_size {least - 2} is too short.* {least} tokens"):
+        load_conversations(data, TOKENIZER, least - 2, **options)
+    with pytest.raises(ValueError, match="no conversations .* in 2 rows: left out 1: longer"):
+        load_conversations(data, TOKENIZER, least - 1, **options)
 
 
 BAD_ROWS = [
@@ -243,54 +211,49 @@ BAD_ROWS = [
     ({"question": "say <|assistant|>", "answer": "no"}, "template marker in text"),
     ({"question": "q", "answer": ["a"]}, "not text"),
     ({"text": "x"}, "unknown fields"),
-    (["q", "a"], "unknown fields"),
+    ("q", "unknown fields"),
+    ({"message_id": ["m"], "parent_id": 3, "role": "prompter", "text": "q"}, "unknown fields"),
 ]
 
 
-def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path):
-    for row, kind in BAD_ROWS:
-        path = write(tmp_path / "bad.jsonl", [QA[0], row, QA[1], row])
-        match = r"bad\.jsonl: line 2: .*; --bad_rows skip leaves such rows out"
-        with pytest.raises(ValueError, match=match):
-            load_conversations(path, TOKENIZER, 256, template="user_assistant")
-        data, _ = load_conversations(
-            path, TOKENIZER, 256, template="user_assistant", bad_rows="skip"
-        )
-        assert len(data) == 2 and data.where == [f"{path}: line 1", f"{path}: line 3"]
-        [(found, (n, first))] = data.counts.left_out.items()
-        assert (found, n) == (kind, 2) and first.startswith(f"{path}: line 2: ")
-    path = write(tmp_path / "none.jsonl", [row for row, _ in BAD_ROWS])
-    with pytest.raises(ValueError, match="no conversation to train on in 7 rows: left out 1: no a"):
-        load_conversations(path, TOKENIZER, 256, template="user_assistant", bad_rows="skip")
-    with pytest.raises(ValueError, match="line 2 is not UTF-8 JSON"):
-        (tmp_path / "broken.jsonl").write_text(json.dumps(QA[0]) + '\n{"question": \n')
-        load_conversations(str(tmp_path / "broken.jsonl"), TOKENIZER, 256, template="alpaca")
+@pytest.mark.parametrize("row, kind", BAD_ROWS)
+def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, row, kind):
+    path = write(tmp_path / "bad.jsonl", [QA[0], row, QA[1], row])
+    match = r"bad\.jsonl: line 2: .*; --bad_rows skip leaves such rows out"
+    with pytest.raises(ValueError, match=match):
+        load(path)
+    data, _ = load(path, bad_rows="skip")
+    assert len(data) == 2 and data.where == [f"{path}: line 1", f"{path}: line 3"]
+    [(found, (n, first))] = data.counts.left_out.items()
+    assert (found, n) == (kind, 2) and first.startswith(f"{path}: line 2: ")
+    with pytest.raises(ValueError, match=f"no conversations .* in 1 rows: left out 1: {kind}"):
+        load(write(tmp_path / "none.jsonl", [row]), bad_rows="skip")
 
 
 def test_every_kind_of_file_and_of_folder(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text = "".join(json.dumps(row) + "\n" for row in QA)
-    folder = tmp_path / "folder"
+    def read(path) -> list:
+        return [messages_from_row(row) for _, row in read_rows(str(path), Counts())]
+
+    lines = [json.dumps(row).encode() + b"\n" for row in QA]
+    folder = tmp_path / "a,b"
     folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(text.splitlines(True)[:5]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress("".join(text.splitlines(True)[5:]).encode()))
-    (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(text.encode()))
+    (folder / "a.jsonl").write_bytes(b"".join(lines[:5]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[5:9])))
+    pq.write_table(pa.Table.from_pylist(QA[9:]), folder / "c.parquet")
+    (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(b"".join(lines)))
     (tmp_path / "rows.json").write_text(json.dumps(QA))
-    (tmp_path / "parquet").mkdir()
-    pq.write_table(pa.Table.from_pylist(QA), tmp_path / "parquet" / "rows.parquet")
-    expected = [messages for _, messages in read_conversations(str(folder), Counts())]
+    expected = read(folder)
     assert len(expected) == 12 and expected[3][0]["content"] == "What is 3 + 3?"
-    for name in ("rows.jsonl.xz", "rows.json", "parquet", "parquet/rows.parquet"):
-        found = read_conversations(str(tmp_path / name), Counts())
-        assert [messages for _, messages in found] == expected, name
-    both = list(read_conversations(f"{folder}, {tmp_path / 'rows.json'}", Counts()))
-    assert [messages for _, messages in both] == expected * 2
-    conversation = {"messages": expected[0], "n": 1}
-    pq.write_table(pa.Table.from_pylist([conversation] * 3), tmp_path / "nested.parquet")
-    nested = [m for _, m in read_conversations(str(tmp_path / "nested.parquet"), Counts())]
-    assert nested == expected[:1] * 3
+    assert read(tmp_path / "rows.jsonl.xz") == read(tmp_path / "rows.json") == expected
+    both = read(f"{tmp_path / 'rows.json'}, {tmp_path / 'rows.jsonl.xz'}")
+    assert both == expected * 2
+    plain = [[{k: m[k] for k in ("role", "content")} for m in talk] for talk in expected[:2]]
+    pq.write_table(pa.Table.from_pylist([{"messages": m} for m in plain]), tmp_path / "n.parquet")
+    (tmp_path / "lists.json").write_text(json.dumps(plain))
+    assert read(tmp_path / "n.parquet") == read(tmp_path / "lists.json") == plain
 
 
 @pytest.fixture
@@ -323,7 +286,7 @@ def hub(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_known_data_sets_of_the_hub(tmp_path, hub, name, repo, config, row):
     write(tmp_path / "hub.jsonl", [row] * 2)
-    data, _ = load_conversations(name, TOKENIZER, 256, template="user_assistant")
+    data, _ = load(name)
     assert hub == [(repo, config, "train")] and data.where == [f"{repo}: row 1", f"{repo}: row 2"]
     text = "<|user|>\nQ\nI\n<|assistant|>\nA<|endoftext|>"
     assert TOKENIZER.decode(data.tokens.tolist()) == 2 * text
@@ -332,26 +295,34 @@ def test_known_data_sets_of_the_hub(tmp_path, hub, name, repo, config, row):
 def test_lima_is_read_from_a_folder_or_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="GAIR/lima is gated: accept its licence") as error:
-        list(read_conversations("lima", Counts()))
+        list(read_rows("lima", Counts()))
     assert "hf download GAIR/lima train.jsonl" in str(error.value)
     assert "data/lima" in str(error.value)
     (tmp_path / "data" / "lima").mkdir(parents=True)
     write(tmp_path / "data/lima/train.jsonl", [{"conversations": ["Q", "A"], "source": "x"}])
-    [(_, messages)] = read_conversations("lima", Counts())
-    assert [m["content"] for m in messages] == ["Q", "A"]
+    [(_, row)] = read_rows("lima", Counts())
+    assert row["conversations"] == ["Q", "A"]
 
 
-def test_unknown_names_and_missing_files(tmp_path):
-    with pytest.raises(OSError, match="did you mean 'alpaca'"):
-        list(read_conversations("alpacca", Counts()))
-    with pytest.raises(OSError, match="known data set"):
-        list(read_conversations(str(tmp_path / "none.jsonl"), Counts()))
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(OSError, match="no JSON or parquet files"):
-        list(read_conversations(str(tmp_path / "empty"), Counts()))
-    (tmp_path / "empty.jsonl").touch()
-    with pytest.raises(ValueError, match="no conversation to train on in 0 rows: it is empty"):
-        load_conversations(str(tmp_path / "empty.jsonl"), TOKENIZER, 64, template="alpaca")
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ("alpacca", "no such file or folder, and no known data set: did you mean 'alpaca'"),
+        ("none.jsonl", "no such file or folder"),
+        ("empty", "no JSON or parquet files"),
+        ("", "leaves a name empty"),
+        ("rows.jsonl,", "leaves a name empty"),
+        ("rows.jsonl", "no conversations to train on in 0 rows: it is empty"),
+        ("broken.jsonl", "broken.jsonl: line 2 is not UTF-8 JSON"),
+    ],
+)
+def test_unknown_names_and_missing_files(tmp_path, monkeypatch, data, message):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("rows.jsonl").touch()
+    Path("broken.jsonl").write_text(json.dumps(QA[0]) + '\n{"question": \n')
+    with pytest.raises((OSError, ValueError), match=message):
+        load(data)
 
 
 def tree(*rows) -> list[tuple[str, dict]]:
@@ -381,7 +352,7 @@ def test_the_best_ranked_thread_of_each_tree():
     threads = [row["messages"] for _, row in best_threads(rows, "en", counts)]
     assert [[m["content"] for m in t] for t in threads] == [["A", "best", "go on", "end"], ["C"]]
     assert counts.left_out == {
-        "language is not en": (1, "row 9: de"), "deleted question": (1, "row 12"),
+        "language is not en": (1, "row 9: 'de'"), "deleted question": (1, "row 12"),
         "what it replies to is missing": (1, "row 14"),
     }  # fmt: skip
     assert counts.rows == 3
@@ -391,51 +362,47 @@ def test_the_best_ranked_thread_of_each_tree():
 def test_val_is_by_question_and_shares_none(tmp_path):
     rows = [{"question": f"Q{i % 150}", "answer": f"A{i}"} for i in range(300)]
     path = write(tmp_path / "qa.jsonl", rows)
-
-    def load(data: str, **options):
-        return load_conversations(
-            data, TOKENIZER, 64, template="user_assistant", val_fraction=0.2, **options
-        )
-
-    train, val = load(path)
+    train, val = load(path, 64, val_fraction=0.2)
     assert len(train) + len(val) == 300 and 30 <= len(val) <= 90
-
-    def questions(part):
-        return {int(place.split()[-1]) % 150 for place in part.where}
-
-    assert not questions(train) & questions(val)
+    questions = [{int(p.split()[-1]) % 150 for p in part.where} for part in (train, val)]
+    assert not questions[0] & questions[1]
     # The same question is val whatever stands before it.
-    again, again_val = load(write(tmp_path / "reversed.jsonl", rows[::-1]))
-    assert np.array_equal(np.sort(again_val.tokens), np.sort(val.tokens))
-    few, few_val = load(path, max_conversations=10)
+    _, again = load(write(tmp_path / "reversed.jsonl", rows[::-1]), 64, val_fraction=0.2)
+    assert np.array_equal(np.sort(again.tokens), np.sort(val.tokens))
+    few, few_val = load(path, 64, val_fraction=0.2, limit=10)
     assert len(few) + len(few_val) == 10 == few.counts.rows
 
 
+@pytest.mark.parametrize("fraction, sizes", [(1e-12, (8, 2)), (1 - 1e-12, (2, 8)), (0.0, (10, 0))])
+def test_a_small_file_has_at_least_one_question_in_train_and_in_val(tmp_path, fraction, sizes):
+    rows = [{"question": f"Q{i % 5}", "answer": f"A{i}"} for i in range(10)]
+    found = load(write(tmp_path / "qa.jsonl", rows), 64, val_fraction=fraction)
+    assert tuple(map(len, found)) == sizes
+    path = write(tmp_path / "one.jsonl", [{"question": "Q", "answer": str(i)} for i in range(9)])
+    if fraction:
+        with pytest.raises(ValueError, match="one question cannot be in train and in val"):
+            load(path, 64, val_fraction=fraction)
+
+
 def test_loader_refuses_what_it_cannot_hold():
-    with pytest.raises(ValueError, match=r"2 to 9 tokens for block_size 8, got 3 to 10"):
+    with pytest.raises(ValueError, match=r"2 to 9 tokens for rows of 8, got 3 to 10"):
         ConversationLoader(conversations([3, 10]), 8)
     with pytest.raises(ValueError, match="got 1 to 3"):
         ConversationLoader(conversations([3, 1]), 8)
     with pytest.raises(ValueError, match="no conversations"):
-        ConversationLoader(conversations([3]).select(np.array([], dtype=int)), 8)
-    with pytest.raises(ValueError, match="block_size must lie in"):
-        ConversationLoader(conversations([3]), 0)
+        ConversationLoader(conversations([3]).select(np.array([False])), 8)
 
 
 @pytest.mark.parametrize(
     "name, rows, used, left_out",
     [
         # 191 trees; of three only one reply is there.
-        (
-            "oasst1_en_validation.jsonl.xz",
-            191,
-            178,
-            {"what it replies to is missing": 3, "longer than block_size": 10},
-        ),
+        ("oasst1_en_validation.jsonl.xz", 191, 178,
+         {"what it replies to is missing": 3, "longer than block_size": 10}),
         ("lima_train_llamafactory.jsonl.xz", 1029, 841, {"longer than block_size": 188}),
         ("gsm8k_train.jsonl.xz", 7473, 7473, {}),
     ],
-)
+)  # fmt: skip
 def test_real_files(shared_data, name, rows, used, left_out):
     data, _ = load_conversations(
         str(shared_data / "sft" / name), GPT2Tokenizer(), 1024, template="user_assistant"

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.text import GrowingText, RowTexts, read_prompts
+from gpt2.text import GrowingText, RowTexts, printable, read_prompts
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
 
 
@@ -65,6 +65,14 @@ def test_rows_have_texts_of_their_own():
         RowTexts(tokenizer, ["x", ""])
 
 
+def test_what_would_steer_a_terminal_is_escaped():
+    assert printable("a\tb\n\N{SNOWMAN} \N{COMBINING ACUTE ACCENT}") == (
+        "a\tb\n\N{SNOWMAN} \N{COMBINING ACUTE ACCENT}"
+    )
+    assert printable("\x1b[31mred\r\x07\x9b2J") == r"\x1b[31mred\r\x07\x9b2J"
+    assert printable("\u202egnp.exe\u2066") == r"\u202egnp.exe\u2066"
+
+
 @pytest.mark.parametrize(
     "content, prompts",
     [
@@ -73,6 +81,7 @@ def test_rows_have_texts_of_their_own():
         ("a\nb\n\nc\n \t\n\nd\n", ["a\nb", "c", "d"]),
         ("one\ntwo\n\n", ["one", "two"]),
         ("\ufeff  indented\n", ["  indented"]),
+        *[(f"a{c}b\nc\n", [f"a{c}b", "c"]) for c in "\u2028\u2029\x85\x0c\x0b\x1c\x1e"],
     ],
 )
 def test_prompts_of_a_file(tmp_path, content, prompts):

@@ -1,6 +1,7 @@
 """benchmarks/train_step.py and the recipe's plan: small, on a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,11 +13,10 @@ import torch
 
 from benchmarks import train_step
 from benchmarks.baseline import PlainGPT, Setup, make, write_data
-from benchmarks.projection import measured, plan
-from benchmarks.step_profile import KINDS, draw, floors_ms, kind_of, summarize
-from gpt2.config import PRESETS, TrainConfig
+from benchmarks.train_step import KINDS, floors_ms, kind_of, summarize
+from gpt2.config import PRESETS
+from gpt2.device import Execution
 from gpt2.model import GPT
-from gpt2.train.objectives import LanguageModeling
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,31 +41,23 @@ def test_the_baseline_is_the_same_model():
             pairs[f"blocks.{i}.{theirs}"] = f"transformer.h.{i}.{mine}"
     for theirs, mine in pairs.items():
         plain.get_submodule(theirs).load_state_dict(ours.get_submodule(mine).state_dict())
-    # Rows beyond the vocabulary: ours leaves them out of the loss, so here they must not count.
     idx, targets = torch.randint(0, 65, (2, 2, 64))
-    loss_sum, _ = LanguageModeling(ours)({"idx": idx, "targets": targets})
-    h = plain.ln_f(_blocks(plain, idx))
-    logits = (h @ plain.wte.weight.T)[..., :65]
+    logits = ours.lm_head(ours.hidden(idx))  # with the 7 rows of padding, as the baseline's
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert (loss_sum / 128).item() == pytest.approx(expected.item(), rel=1e-5)
-    _, whole = plain(idx, targets)  # with the 7 rows of padding, whose logits are 0
-    padding = torch.cat([logits.flatten(0, 1), torch.zeros(128, 7)], 1)
-    expected = torch.nn.functional.cross_entropy(padding, targets.flatten())
-    assert whole.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def _blocks(plain: PlainGPT, idx):
-    x = plain.wte(idx) + plain.wpe.weight[: idx.shape[1]]
-    for block in plain.blocks:
-        x = block(x)
-    return x
+    _, loss = plain(idx, targets)
+    for value in (expected, loss):
+        value.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(
+        plain.wte.weight.grad, ours.lm_head.weight.grad, rtol=1e-3, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["trainer", "pytorch"])
 def test_a_contestant_trains_and_is_measured(setup, name):
     record = train_step.measure(name, setup, 3, True, time.time() - 1.0)
     assert len(record["step_ms"]) == 3 and min(record["step_ms"]) > 0
-    assert record["launch_to_first_step_s"] > 1.0 and 0 <= record["data_wait_share"] < 0.5
+    assert record["launch_to_first_step_s"] > 1.0 and 0 <= record["data_wait_share"] < 1
     assert 3.5 < record["last_loss"] < 5.0 and "peak_bytes" not in record
     ms = record["profile"]["ms"]
     assert set(ms) == set(KINDS) and min(ms["GEMM"], ms["attention"], ms["optimizer"]) > 0
@@ -119,8 +111,8 @@ def test_idle_is_what_no_kernel_covers():
     ]
     found = summarize(events, steps=2)
     expected = {"GEMM": 30.0, "attention": 10.0, "other": 20.0, "idle": 15.0}
-    assert found["ms"] == {kind: expected.get(kind, 0.0) / 1e3 for kind in KINDS}
-    assert found["largest_other"] == {"gelu": 0.02}
+    assert found["ms"] == pytest.approx({kind: expected.get(kind, 0.0) / 1e3 for kind in KINDS})
+    assert found["largest_other"] == pytest.approx({"gelu": 0.02})
 
 
 def test_floors_of_the_124m_model_are_the_known_ones():
@@ -145,16 +137,15 @@ def record_of(ms: float, peak: float) -> dict:
     }  # fmt: skip
 
 
-def test_the_report_says_which_bars_are_met(tmp_path):
+def test_the_report_says_which_bars_are_met(monkeypatch):
     setup = Setup("gpt2", 64, 4, "cuda", "bfloat16", True, "auto", "data", "")
     contestants = {"trainer": {}, "pytorch": {}, "nanogpt": {"error": "it broke"}}
     for cold in (True, False):
         train_step.add(contestants["trainer"], record_of(400.0, 10e9), cold)
         train_step.add(contestants["pytorch"], record_of(480.0, 20e9), cold)
     ceilings = {"bf16_flops_per_s": 790e12, "copy_bytes_per_s": 4.3e12}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_step, "peak_flops", lambda *_: 989.4e12)
-        result = train_step.conclude(setup, contestants, ceilings)
+    monkeypatch.setattr(Execution, "peak_flops", 989.4e12)
+    result = train_step.conclude(setup, contestants, ceilings)
     ours = result["contestants"]["trainer"]
     assert ours["tokens_per_s"] == pytest.approx(262_144 / 0.4)
     assert ours["mfu"] == pytest.approx(262_144 / 0.4 * 855_166_464 / 989.4e12)
@@ -168,15 +159,6 @@ def test_the_report_says_which_bars_are_met(tmp_path):
         "it broke",
     ):  # fmt: skip
         assert line in text, text
-    draw([result], tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
-    folder = tmp_path / "results" / "gpu"
-    folder.mkdir(parents=True)
-    content = {"results": [result], "hardware": "H200", "commit": "0123456789"}
-    (folder / "train_step.json").write_text(json.dumps(content))
-    speed, source = measured("gpt2", tmp_path / "results")
-    assert speed == ours["tokens_per_s"] and "H200, commit 01234567" in source
-    assert measured("gpt2-xl", tmp_path / "results") is None
 
 
 def test_one_call_from_the_command_line(tmp_path, monkeypatch, capsys):
@@ -196,28 +178,34 @@ def test_one_call_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "train_step.png").exists() and (tmp_path / "train_step.md").exists()
 
 
-def test_the_plan_of_the_124m_recipe():
-    rows = dict(plan(TrainConfig(micro_batch_size=64), (500_000.0, "given"), 8, 3.0))
-    assert rows["tokens"] == "9,999,745,024 = 19,073 steps x 524,288"
-    assert rows["step"] == "8 GPUs x 1 micro steps x 64 x 1024"
-    assert rows["FLOPs"].startswith("8.551e+18")
-    assert rows["hours"] == "0.69 on 8 GPUs, 5.6 GPU hours: a projection"
-    assert rows["cost"] == "16.67 at 3 a GPU hour: a projection"
-    unknown = dict(plan(TrainConfig(micro_batch_size=64), None, 1, None))
-    assert unknown["hours"].startswith("not known") and "cost" not in unknown
-
-
 def test_the_recipes_script_plans_and_refuses():
     def run(*options: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", ROOT / "scripts" / "reproduce_124m.sh", *options],
-            capture_output=True, text=True, env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
-        )  # fmt: skip
+        command = ["bash", ROOT / "scripts" / "reproduce_124m.sh", *options]
+        env = {"PYTHON": sys.executable, "PATH": os.environ["PATH"]}
+        return subprocess.run(command, capture_output=True, text=True, env=env)
 
-    done = run("--plan", "--tokens_per_s", "400000", "--gpus", "4")
+    done = run("--plan", "--tokens_per_s", "500000", "--price", "3")
     assert done.returncode == 0, done.stderr
-    assert "1.74 on 4 GPUs, 6.9 GPU hours: a projection" in done.stdout
-    assert "fetching" not in done.stdout
+    for line in (
+        "tokens    9,999,745,024 = 19,073 steps x 524,288",
+        "step      8 GPUs x 1 micro steps x 64 x 1024",
+        "FLOPs     8.551e+18",
+        "hours     0.69 on 8 GPUs, 5.6 GPU hours: a projection",
+        "cost      16.67 at 3 a GPU hour: a projection",
+    ):
+        assert line in done.stdout, done.stdout
+    unknown = run("--plan", "--gpus", "4").stdout
+    assert "4 GPUs x 2 micro steps" in unknown and "hours" not in unknown and "cost" not in unknown
+    odd = run("--plan", "--gpus", "3")
+    assert odd.returncode == 1 and "error: tokens_per_step 524288 does not divide" in odd.stderr
     wrong = run("--gpu", "4")
     assert wrong.returncode == 2 and "unknown option --gpu" in wrong.stderr
     assert run("--gpus").returncode == 2 and "--plan" in run("--help").stdout
+
+
+def test_a_failing_parity_test_fails_make(tmp_path):
+    """Though its output goes through tee."""
+    done = subprocess.run(
+        ["make", "gpu-tests", "PYTHON=false", f"OUT={tmp_path}"], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode and (tmp_path / "tests.log").exists()

@@ -2,7 +2,8 @@
 
 A conversation is a list of messages {"role": ..., "content": ...}: perhaps one from "system", then
 "user" and "assistant" in turn. A user's message may have an "input" besides, the text that an
-instruction is about, as Alpaca's rows do.
+instruction is about, as Alpaca's rows do; an assistant's a "weight", as OpenAI's do: 0 shows the
+answer without teaching it.
 
 A template turns it into pieces of text. Each piece is tokenised on its own, so the same marker and
 the same content give the same tokens wherever they stand, in training and at generation. GPT-2's
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from gpt2.config import suggest
 from gpt2.tokenizer import END_OF_TEXT, Tokenizer
 
-Message = dict  # role, content, and perhaps input
+Message = dict  # role, content, and perhaps input or weight
 # Names that data sets give to the roles.
 ROLES = {
     "system": "system", "user": "user", "assistant": "assistant",
@@ -96,15 +97,18 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """A conversation for training: its tokens, and for each whether it is to be learnt.
 
-    Learnt are the assistant's tokens and the <|endoftext|> after them. Raises ChatError for a
-    conversation that is empty, has no answer at its end, roles that are unknown or out of turn,
-    content that is not text or holds a marker; ValueError for an unknown template and a tokenizer
-    without an end of text.
+    Learnt are the tokens of an answer and the <|endoftext|> after it, unless its weight is 0.
+    Raises ChatError for a conversation that is empty, has no answer at its end or none to learn,
+    roles that are unknown or out of turn, content that is not text or holds a marker; ValueError
+    for an unknown template and a tokenizer without an end of text.
     """
     check_messages(messages, template)
     if messages[-1]["role"] != "assistant":
         raise ChatError("no answer", "the conversation ends without an answer of the assistant")
-    return _encode(messages, tokenizer, template)
+    tokens, is_target = _encode(messages, tokenizer, template)
+    if not any(is_target):
+        raise ChatError("nothing to learn", "every answer of the conversation has the weight 0")
+    return tokens, is_target
 
 
 def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) -> list[int]:
@@ -137,7 +141,8 @@ def check_messages(messages: list[Message], template: str) -> None:
         if role not in ("system", "user", "assistant"):
             raise ChatError(
                 "unknown role",
-                f"message {number} has the unknown role {role!r}: use system, user or assistant",
+                f"message {number} has the unknown role {role!r:.40}: use system, user or "
+                "assistant",
             )
         if role not in expected:
             raise ChatError(
@@ -151,14 +156,20 @@ def check_messages(messages: list[Message], template: str) -> None:
             raise ChatError(kind, f"message {number} ({role}) is empty")
         if message.get("input") is not None:
             _check_text(message["input"], f"the input of message {number}", markers)
+        if message.get("weight") not in (None, 0, 1):
+            raise ChatError(
+                "unknown weight",
+                f"message {number} has the weight {message['weight']!r:.40}: use 1, or 0 for an "
+                "answer that is not learnt",
+            )
     if expected == ("user",) and len(messages) == 1:
         raise ChatError("empty conversation", "the conversation has system text only")
 
 
-def messages_from_row(row: dict) -> list[Message]:
+def messages_from_row(row: dict | list) -> list[Message]:
     """The conversation in a row of a data set. Known are, in this order:
 
-    messages: [{role, content}]                   OpenAI, TRL, Tulu
+    messages: [{role, content}]                   OpenAI, TRL, Tulu; also the list as a row
     conversations: [{from, value}]                ShareGPT; also [{role, content}]
     conversations: [question, answer, ...]        LIMA
     instruction, input | context, output | response, history: [[question, answer]]   Alpaca, Dolly
@@ -167,6 +178,8 @@ def messages_from_row(row: dict) -> list[Message]:
     Each may have `system` besides. Raises ChatError for anything else and for a row without answer;
     what the messages hold is left for encode_chat to check, except for roles.
     """
+    if isinstance(row, list):
+        return _message_list(row, "messages")
     if not isinstance(row, dict):
         raise ChatError("unknown fields", f"a row must be an object, got {type(row).__name__}")
     for fields, read in _FORMS:
@@ -174,18 +187,22 @@ def messages_from_row(row: dict) -> list[Message]:
             messages = read(row)
             break
     else:
-        partial = _answer_missing(row)
-        if partial:
-            raise ChatError("no answer", f"the row has {partial!r} but no answer")
+        for name in ("instruction", "prompt", "question"):
+            if name in row:
+                raise ChatError("no answer", f"the row has {name!r} but no answer")
         raise ChatError(
             "unknown fields",
             "the row has none of the known fields (messages; conversations; instruction, output; "
-            "prompt, response or completion; question, answer): it has "
-            + (", ".join(map(repr, list(row)[:12])) or "none"),
+            f"prompt, response or completion; question, answer): it has {field_names(row)}",
         )
     if row.get("system"):
         messages = [{"role": "system", "content": row["system"]}, *messages]
     return messages
+
+
+def field_names(row: dict) -> str:
+    """For a message."""
+    return ", ".join(f"{name!r:.40}" for name in list(row)[:12]) or "none"
 
 
 def _encode(messages, tokenizer: Tokenizer, template: str) -> tuple[list[int], list[bool]]:
@@ -196,30 +213,27 @@ def _encode(messages, tokenizer: Tokenizer, template: str) -> tuple[list[int], l
         )
     tokens: list[int] = []
     is_target: list[bool] = []
-    for text, learnt in _pieces(messages, find_template(template)):
-        piece = tokenizer.encode(text) + ([tokenizer.eot] if learnt else [])
+    for text, answer in _pieces(messages, find_template(template)):
+        piece = tokenizer.encode(text) + ([tokenizer.eot] if answer else [])
         tokens += piece
-        is_target += [learnt] * len(piece)
+        is_target += [answer is not None and answer.get("weight") != 0] * len(piece)
     return tokens, is_target
 
 
-def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, bool]]:
-    """(text, whether it is an answer) in order; an answer's <|endoftext|> is not in the text."""
+def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, Message | None]]:
+    """(text, the answer that it is) in order; an answer's <|endoftext|> is not in the text."""
     if messages[0]["role"] != "system":
-        yield t.default[bool(_input(messages[0]))], False
+        yield t.default[bool(_input(messages[0]))], None
     for message in messages:
         content = message["content"].strip()
         if message["role"] == "assistant":
-            yield t.assistant, False
-            yield content, True
+            yield t.assistant, None
+            yield content, message
             continue
         before, after = t.system if message["role"] == "system" else t.user
-        yield before, False
-        yield content, False
-        if _input(message):
-            yield t.input, False
-            yield _input(message), False
-        yield after, False
+        further = (t.input, _input(message)) if _input(message) else ()
+        for text in (before, content, *further, after):
+            yield text, None
 
 
 def _input(message: Message) -> str:
@@ -238,16 +252,11 @@ def _check_text(text, where: str, markers: tuple[str, ...]) -> None:
             )
 
 
-def _from_messages(row: dict) -> list[Message]:
-    return _message_list(row["messages"], "messages")
-
-
 def _from_conversations(row: dict) -> list[Message]:
     turns = row["conversations"]
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-        return messages
+        return [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     return _message_list(turns, "conversations")
 
 
@@ -257,55 +266,35 @@ def _from_instruction(row: dict) -> list[Message]:
         not isinstance(pair, list | tuple) or len(pair) != 2 for pair in history
     ):
         raise ChatError("not text", "history must be a list of [question, answer]")
-    messages = []
-    for question, answer in history:
-        messages += _pair(question, answer)
-    answer = _first(row, ("output", "response"))
-    messages += _pair(row["instruction"], answer)
-    messages[-2]["input"] = _first(row, ("input", "context"))
-    return messages
-
-
-def _from_prompt(row: dict) -> list[Message]:
-    prompt, answer = row["prompt"], _first(row, ("response", "completion"))
-    if isinstance(prompt, list):
-        messages = _message_list(prompt, "prompt")
-    else:
-        messages = [{"role": "user", "content": prompt}]
-    if isinstance(answer, list):
-        return messages + _message_list(answer, "completion")
-    return messages + [{"role": "assistant", "content": _answer(answer)}]
-
-
-def _from_question(row: dict) -> list[Message]:
-    return _pair(row["question"], row["answer"])
+    messages = [message for question, answer in history for message in _pair(question, answer)]
+    answer, more = _first(row, ("output", "response")), _first(row, ("input", "context"))
+    return messages + _pair(row["instruction"], answer, more)
 
 
 # (fields, how to read them): of each group of names one is there.
 _FORMS: list[tuple[tuple[tuple[str, ...], ...], Callable[[dict], list[Message]]]] = [
-    ((("messages",),), _from_messages),
+    ((("messages",),), lambda row: _message_list(row["messages"], "messages")),
     ((("conversations",),), _from_conversations),
     ((("instruction",), ("output", "response")), _from_instruction),
-    ((("prompt",), ("response", "completion")), _from_prompt),
-    ((("question",), ("answer",)), _from_question),
+    (
+        (("prompt",), ("response", "completion")),
+        lambda row: _pair(row["prompt"], _first(row, ("response", "completion"))),
+    ),
+    ((("question",), ("answer",)), lambda row: _pair(row["question"], row["answer"])),
 ]
 
 
-def _answer_missing(row: dict) -> str:
-    return next((n for n in ("instruction", "prompt", "question") if n in row), "")
-
-
-def _pair(question, answer) -> list[Message]:
-    return [
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": _answer(answer)},
-    ]
-
-
-def _answer(answer):
+def _pair(question, answer, more=None) -> list[Message]:
+    """A question, perhaps with an input, and its answer; either may be a list of messages."""
     if answer is None:
         raise ChatError("no answer", "the row's answer is null")
-    return answer
+    return _side("user", question, more) + _side("assistant", answer)
+
+
+def _side(role: str, content, more=None) -> list[Message]:
+    if isinstance(content, list):
+        return _message_list(content, "messages")
+    return [{"role": role, "content": content, "input": more}]
 
 
 def _first(row: dict, names: tuple[str, ...]):
@@ -329,9 +318,8 @@ def _message_list(turns, name: str) -> list[Message]:
         if not isinstance(role, str) or role not in ROLES:
             raise ChatError(
                 "unknown role",
-                f"message {number} has the unknown role {role!r}: known are {', '.join(ROLES)}",
+                f"message {number} has the unknown role {role!r:.40}: known are {', '.join(ROLES)}",
             )
-        messages.append({"role": ROLES[role], "content": content})
-        if isinstance(turn.get("input"), str):
-            messages[-1]["input"] = turn["input"]
+        further = {key: turn[key] for key in ("input", "weight") if turn.get(key) is not None}
+        messages.append({"role": ROLES[role], "content": content, **further})
     return messages

@@ -1,7 +1,7 @@
-"""Where conversations come from: known data sets, files of one's own, trees of messages.
+"""Where rows come from: known data sets of conversations, files of one's own, trees of messages.
 
-Every row is either a conversation, or is left out and counted under what is wrong with it, or ends
-the run: nothing is left out silently.
+Every row is either used, or is left out and counted under what is wrong with it, or ends the run:
+nothing is left out silently.
 """
 
 import errno
@@ -10,10 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.chat import ChatError, Message, messages_from_row
 from gpt2.data.readers import JSON_SUFFIXES, HubRows, JsonRows, ParquetRows, find_files
-
-TREE_FIELDS = {"message_id", "parent_id", "role", "text"}
 
 
 @dataclass(frozen=True)
@@ -55,20 +52,24 @@ CHAT_DATASETS = {
 class Counts:
     """What became of the rows. left_out: what is wrong -> (how many, the first of them)."""
 
-    rows: int = 0
+    what: str = "conversations"  # that the rows hold
     used: int = 0
     cut: int = 0  # those that were cut to fit; they are used
     left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        return self.used + sum(n for n, _ in self.left_out.values())
 
     def leave_out(self, kind: str, text: str) -> None:
         n, first = self.left_out.get(kind, (0, text))
         self.left_out[kind] = n + 1, first
 
-    def lines(self, what: str = "conversations") -> list[str]:
+    def lines(self) -> list[str]:
         """For the log: one line for each reason."""
         found = [f"left out {n:,}: {kind}, first {text}" for kind, (n, text) in
                  self.left_out.items()]  # fmt: skip
-        return found + ([f"cut {self.cut:,} {what} to fit block_size"] if self.cut else [])
+        return found + ([f"cut {self.cut:,} {self.what} to fit block_size"] if self.cut else [])
 
 
 def listing() -> str:
@@ -79,90 +80,71 @@ def listing() -> str:
     )
 
 
-def read_conversations(
-    data: str, counts: Counts, *, bad_rows: str = "error"
-) -> Iterator[tuple[str, list[Message]]]:
-    """(where it stands, the conversation) of each row, in the order of the files.
+def read_rows(
+    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS
+) -> Iterator[tuple[str, object]]:
+    """(where it stands, the row), in order; trees of messages as their best threads.
 
     data: names of known data sets, files or folders (.jsonl, .json, .parquet, compressed or not),
     one or several with commas between; what lies on disk comes before a name.
-    bad_rows: "error" ends at a row that is none; "skip" counts it in counts.
-    What the messages hold is for encode_chat to check. Raises ValueError and OSError, each with the
-    place; ImportError for a missing package.
+    Raises ValueError and OSError, each with the place; ImportError for a missing package.
     """
-    for name in data.split(","):
-        rows, lang = _open(name.strip())
-        for where, row in _without_trees(rows, lang, counts):
-            counts.rows += 1
-            try:
-                messages = messages_from_row(row)
-            except ChatError as error:
-                refuse(error, where, counts, bad_rows)
-                continue
-            yield where, messages
+    names = [data] if data and Path(data).exists() else data.split(",")
+    for name in map(str.strip, names):
+        if not name:
+            raise ValueError(f"data {data!r} leaves a name empty: name a file or folder there")
+        rows, lang = _open(name, known)
+        yield from _without_trees(rows, lang, counts)
 
 
-def refuse(error: ChatError, where: str, counts: Counts, bad_rows: str) -> None:
-    """Counts a row that cannot be used, or raises ValueError with its place, as configured."""
-    if bad_rows == "error":
-        raise ValueError(
-            f"{where}: {error}; --bad_rows skip leaves such rows out, and counts them"
-        ) from error
-    counts.leave_out(error.kind, f"{where}: {error}")
-
-
-def _open(name: str) -> tuple[Iterator[tuple[str, object]], str]:
+def _open(name: str, known: dict[str, ChatDataset]) -> tuple[Iterator[tuple[str, object]], str]:
     """The rows of a file, a folder or a known data set; the language to keep."""
-    known = CHAT_DATASETS.get(name)
     if Path(name).exists():
-        return local_rows(name), ""
-    if known is None:
+        return _local_rows(name), ""
+    if name not in known:
+        others = f", and no known data set: {suggest(name, known)}" if known else ""
+        raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
+    dataset = known[name]
+    if not dataset.gated:
+        return HubRows(dataset.repo, dataset.config).objects(), dataset.lang
+    local = Path("data") / name
+    if not local.exists():
         raise OSError(
             errno.ENOENT,
-            "no such file or folder, and no known data set of conversations: "
-            + suggest(name, CHAT_DATASETS),
-            name,
-        )
-    if known.gated:
-        local = Path("data") / name
-        if local.exists():
-            return local_rows(str(local)), known.lang
-        raise OSError(
-            errno.ENOENT,
-            f"{known.repo} is gated: accept its licence ({known.licence}) at "
-            f"https://huggingface.co/datasets/{known.repo}, then fetch it with `hf auth login` and "
-            f"`hf download {known.repo} train.jsonl --repo-type dataset --local-dir {local}`, or "
-            "name the folder that holds its train.jsonl as --data",
+            f"{dataset.repo} is gated: accept its licence ({dataset.licence}) at "
+            f"https://huggingface.co/datasets/{dataset.repo}, then fetch it with `hf auth login` "
+            f"and `hf download {dataset.repo} train.jsonl --repo-type dataset --local-dir {local}`,"
+            " or name the folder that holds its train.jsonl as --data",
             str(local),
         )
-    return HubRows(known.repo, known.config).objects(), known.lang
+    return _local_rows(str(local)), dataset.lang
 
 
-def local_rows(name: str) -> Iterator[tuple[str, object]]:
+def _local_rows(name: str) -> Iterator[tuple[str, object]]:
     """(where it stands, the row) of a file, or of the files in a folder. Raises OSError."""
-    parquet = ".parquet" in Path(name).suffixes
-    if Path(name).is_dir():
-        try:
-            return JsonRows(find_files(name, JSON_SUFFIXES, "JSON")).objects()
-        except OSError:
-            parquet = True
-    if parquet:
-        return ParquetRows(find_files(name, (".parquet",), "JSON or parquet")).objects()
-    return JsonRows(find_files(name, JSON_SUFFIXES, "JSON")).objects()
+    files = find_files(name, (*JSON_SUFFIXES, ".parquet"), "JSON or parquet")
+    tables = [path for path in files if ".parquet" in path.suffixes]
+    yield from JsonRows([path for path in files if path not in tables]).objects()
+    yield from ParquetRows(tables).objects()
 
 
 def _without_trees(
     rows: Iterable[tuple[str, object]], lang: str, counts: Counts
 ) -> Iterator[tuple[str, object]]:
     """Rows as they are; single messages of trees (OpenAssistant) as their trees' best threads."""
-    messages: list[tuple[str, dict]] = []
+    messages = []
     for where, row in rows:
-        if isinstance(row, dict) and TREE_FIELDS <= row.keys():
+        if _is_of_a_tree(row):
             messages.append((where, row))
         else:
             yield where, row
-    if messages:
-        yield from best_threads(messages, lang, counts)
+    yield from best_threads(messages, lang, counts)
+
+
+def _is_of_a_tree(row) -> bool:
+    if not isinstance(row, dict) or not row.keys() >= {"message_id", "parent_id", "role", "text"}:
+        return False
+    return isinstance(row["message_id"], str) and isinstance(row["parent_id"], str | None)
 
 
 def best_threads(
@@ -179,32 +161,28 @@ def best_threads(
     known = {None, *(row["message_id"] for _, row in rows)}
     for where, row in rows:
         if row["parent_id"] not in known:
-            counts.rows += 1
             counts.leave_out("what it replies to is missing", where)
         if not row.get("deleted") or row["parent_id"] is None:
             replies.setdefault(row["parent_id"], []).append((where, row))
 
-    def best(parent: str) -> tuple[str, dict] | None:
-        def rank(reply):
-            value = reply[1].get("rank")
-            return (value is None, value or 0)
-
-        return min(replies.get(parent, ()), key=rank, default=None)
+    def rank(reply: tuple[str, dict]) -> tuple[bool, float]:
+        value = reply[1].get("rank")
+        return (False, value) if isinstance(value, int | float) else (True, 0)
 
     for where, root in replies.get(None, ()):
-        other_language = lang and root.get("lang", lang) != lang
-        if root.get("deleted") or other_language:
-            counts.rows += 1
-            if other_language:
-                counts.leave_out(f"language is not {lang}", f"{where}: {root['lang']}")
-            else:
-                counts.leave_out("deleted question", where)
+        if lang and root.get("lang", lang) != lang:
+            counts.leave_out(f"language is not {lang}", f"{where}: {root['lang']!r:.40}")
             continue
-        thread, seen, reply = [root], {root["message_id"]}, best(root["message_id"])
-        while reply is not None and reply[1]["message_id"] not in seen:
-            thread.append(reply[1])
-            seen.add(reply[1]["message_id"])
-            reply = best(reply[1]["message_id"])
+        if root.get("deleted"):
+            counts.leave_out("deleted question", where)
+            continue
+        thread, seen = [root], {root["message_id"]}
+        while following := replies.get(thread[-1]["message_id"]):
+            reply = min(following, key=rank)[1]
+            if reply["message_id"] in seen:
+                break
+            thread.append(reply)
+            seen.add(reply["message_id"])
         if len(thread) > 1 and thread[-1]["role"] == "prompter":
             thread.pop()
         yield where, {"messages": [{"role": m["role"], "content": m["text"]} for m in thread]}

@@ -49,6 +49,8 @@ class TokenLoader:
     OSError, ImportError ("cpp" not built).
     """
 
+    chat_template: str | None = None
+
     def __init__(
         self,
         paths: str | Path | list[str | Path],
@@ -85,6 +87,7 @@ class TokenLoader:
         rank: int = 0,
         world_size: int = 1,
         *,
+        offset: int = 0,
         out: Batch | None = None,
     ) -> Batch:
         """The rows of a step's global batch that belong to a rank.
@@ -98,7 +101,7 @@ class TokenLoader:
         vocabulary or shards that `verify` found damaged; OSError for a file that shrank or was
         written to.
         """
-        first, rows = rank_rows(step, global_batch_size, rank, world_size)
+        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
         out = self.buffers(rows) if out is None else out
         samples = np.arange(first, first + rows)
         self.fill(samples, out)
@@ -128,12 +131,14 @@ class TokenLoader:
         """Starts reading samples from a cold disk, and returns at once."""
         self._backend.prefetch(samples)
 
-    def provenance(self, step: int, row: int, global_batch_size: int, token: int = 0) -> Provenance:
+    def provenance(
+        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
+    ) -> Provenance:
         """Where token `token` of a row of the global batch came from.
 
         Counts the document by reading the shard up to there. Raises as batch does.
         """
-        first, rows = rank_rows(step, global_batch_size)
+        first, rows = rank_rows(step, global_batch_size, offset=offset)
         if not 0 <= row < rows:
             raise ValueError(f"row {row} is not one of the {rows} rows of a step")
         return self.provenance_of(first + row, token)
@@ -155,7 +160,7 @@ class TokenLoader:
 
 
 def rank_rows(
-    step: int, global_batch_size: int, rank: int = 0, world_size: int = 1
+    step: int, global_batch_size: int, rank: int = 0, world_size: int = 1, offset: int = 0
 ) -> tuple[int, int]:
     """The first sample and the number of rows of a rank's part of a step. Raises ValueError."""
     if step < 0 or global_batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
@@ -170,7 +175,10 @@ def rank_rows(
     if step * global_batch_size >= 1 << 60:
         raise ValueError(f"step {step} x {global_batch_size} rows: beyond 2^60 samples")
     rows = global_batch_size // world_size
-    return step * global_batch_size + rank * rows, rows
+    first = step * global_batch_size + offset
+    if first < 0:
+        raise ValueError(f"step {step} with the offset {offset} lies before the first sample")
+    return first + rank * rows, rows
 
 
 def _select_backend(name: str):

@@ -64,6 +64,8 @@ class Mixture:
     n_windows: samples until the first source would begin its second epoch, at the first weights.
     """
 
+    chat_template: str | None = None
+
     def __init__(self, sources: tuple[DataSource, ...], loaders: dict[str, TokenLoader]):
         self.paths = list(loaders)
         self.loaders = list(loaders.values())

@@ -5,15 +5,20 @@ A file is looked for in the data folder and in the task's folder inside it, also
 """
 
 import errno
-import json
 import os
 import shutil
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from string import ascii_letters, digits
+from typing import TypeVar
 
-from gpt2.data.readers import COMPRESSED, HubRows, TextFiles, opened
+from gpt2.data.readers import COMPRESSED, HubRows, JsonRows, TextFiles
+from gpt2.tokenizer import Tokenizer
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -51,27 +56,29 @@ FILES = {
 }  # fmt: skip
 
 
-def find_file(task: str, data_dir: str | Path) -> Path:
+def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """The task's file in data_dir, downloaded if need be.
 
-    Raises OSError, with the place where the file is expected, where it cannot be had.
+    tokenizer: the model's; one that lacks plain letters is no reason to download anything.
+    Raises OSError, with the place where the file is expected, where it cannot be had; ValueError
+    for such a tokenizer.
     """
     file = FILES[task]
-    for folder in (*file.folders, "."):
-        for name in file.names:
-            for ending in COMPRESSED:
-                path = Path(data_dir) / folder / f"{name}{ending}"
-                if path.is_file():
-                    return path
+    for folder, name, ending in product((*file.folders, "."), file.names, COMPRESSED):
+        path = Path(data_dir) / folder / f"{name}{ending}"
+        if path.is_file():
+            return path
+    if tokenizer is not None:
+        try:
+            tokenizer.encode(f" {ascii_letters}{digits}.,")
+        except ValueError as error:
+            raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
     path = Path(data_dir) / file.folders[0] / file.names[0]
     partial = path.with_name(f"{path.name}.partial")
     print(f"fetching {path} ({file.licence})", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if file.url:
-            _fetch_url(file.url, partial)
-        else:
-            _fetch_lines(file.hub, partial)
+        _fetch(file, partial)
     except (OSError, ValueError, ImportError) as error:
         # ValueError: what the hub's client says without a network.
         reason = str(error).split("\n")[0]
@@ -85,6 +92,33 @@ def find_file(task: str, data_dir: str | Path) -> Path:
     return path
 
 
+def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most limit of the items, evenly spaced: files are often sorted by kind."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
+
+
+def read_examples(
+    path: str | Path, encode: Callable[[dict], Item], limit: int | None = None
+) -> list[Item]:
+    """encode(object) for the lines of a .jsonl file, or evenly spaced ones where limit is less.
+
+    Raises OSError, and encode's ValueError with the line.
+    """
+    rows, found = list(JsonRows([Path(path)]).objects()), []
+    if not rows:
+        raise ValueError(f"{path}: empty, there is nothing to evaluate")
+    for where, row in evenly(rows, limit):
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is a {type(row).__name__}, not an object with fields")
+        try:
+            found.append(encode(row))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return found
+
+
 def read_text(path: str | Path) -> str:
     """A whole text file, compressed or not. Raises OSError, ValueError (not UTF-8, empty)."""
     text = "".join("".join(item.blocks()) for item in TextFiles([Path(path)]).items())
@@ -93,32 +127,10 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def json_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """(where, object) for each line of a .jsonl file. Raises OSError, ValueError."""
-    path, found = Path(path), False
-    with opened(path) as (stream, _):
-        for number, line in enumerate(stream, 1):
-            if line.isspace():
-                continue
-            found, where = True, f"{path}: line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{where} is not UTF-8 JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where} is a {type(row).__name__}, not an object with fields")
-            yield where, row
-    if not found:
-        raise ValueError(f"{path}: empty, there is nothing to evaluate")
-
-
-def _fetch_url(url: str, path: Path) -> None:
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as file:
-        shutil.copyfileobj(response, file, 1 << 20)
-
-
-def _fetch_lines(hub: tuple[str, str, str], path: Path) -> None:
-    repo, config, split = hub
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
-        for row in HubRows(repo, config, split).items():
-            file.write(row.text)
+def _fetch(file: DataFile, path: Path) -> None:
+    if file.url:
+        with urllib.request.urlopen(file.url, timeout=60) as response, open(path, "wb") as out:
+            shutil.copyfileobj(response, out, 1 << 20)
+    else:
+        with open(path, "w", encoding="utf-8", newline="\n") as out:
+            out.writelines(row.text for row in HubRows(*file.hub).items())

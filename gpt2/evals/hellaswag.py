@@ -14,29 +14,16 @@ have room for, one row an example, and what is left of each context goes before 
 so nothing is padded on the left, and the result is that of 4 plain rows.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from gpt2.evals.files import json_lines
-from gpt2.evals.scoring import (
-    TOKENS_PER_BATCH,
-    Autocast,
-    Group,
-    Poll,
-    cache_for,
-    cut_left,
-    evenly,
-    pack,
-    scoring,
-    spread,
-    tails,
-    token_losses,
-)
-from gpt2.model import GPT
+from gpt2.dist import Distributed
+from gpt2.evals.files import read_examples
+from gpt2.evals.scoring import TOKENS_PER_BATCH, cut_left, pack, spread, tails, token_losses
+from gpt2.model import GPT, KVCache
 from gpt2.tokenizer import Tokenizer
 
 N_ENDINGS = 4
@@ -51,6 +38,12 @@ class Example:
     label: int
     cut: bool = False
 
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """What scoring.pack asks for."""
+        longest = max(map(len, self.endings))
+        return len(self.context) - 1, N_ENDINGS, len(self.context) + longest
+
 
 def read_hellaswag(
     path: str | Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
@@ -63,96 +56,74 @@ def read_hellaswag(
     Raises OSError, and ValueError with the line where one is not an example, where the tokenizer
     cannot encode it, and where an ending alone is longer than block_size.
     """
-    rows = evenly(list(json_lines(path)), limit)
-    return [_encode(row, tokenizer, block_size, where) for where, row in rows]
+
+    def encode(row: dict) -> Example:
+        context, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
+        if context is None and "ctx_a" in row:
+            context = f"{row['ctx_a']} {row.get('ctx_b') or ''}".rstrip()
+        if not isinstance(context, str) or not context.strip():
+            raise ValueError("needs a context as text in 'ctx', or 'ctx_a' and 'ctx_b'")
+        is_list = isinstance(endings, list) and len(endings) == N_ENDINGS
+        if not is_list or not all(isinstance(e, str) and e for e in endings):
+            raise ValueError(f"'endings' must be {N_ENDINGS} texts")
+        # The test split on the hub has labels as text, or none.
+        label = int(label) if isinstance(label, str) and label.isdigit() else label
+        if type(label) is not int or not 0 <= label < N_ENDINGS:
+            raise ValueError(f"'label' must be 0 to {N_ENDINGS - 1}, got {label!r}")
+        tokens = [tokenizer.encode(f" {ending}") for ending in endings]
+        longest = max(map(len, tokens))
+        kept, cut = cut_left(tokenizer.encode(context), longest, block_size)
+        return Example(kept, tokens, label, cut)
+
+    return read_examples(path, encode, limit)
 
 
 def hellaswag_accuracy(
     model: GPT,
     examples: list[Example],
-    group: Group,
+    group: Distributed,
     *,
-    autocast: Autocast = nullcontext,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    share_context: bool = True,
-    poll: Poll | None = None,
+    **options,
 ) -> dict[str, float] | None:
     """acc and acc_norm (0 to 1), examples, and cut (those whose context was cut), over all ranks.
 
-    autocast: a function that gives the context manager of the precision; default: the model's own.
-    share_context: False runs the context with each ending, for comparison.
-    poll: asked between batches; where it says True, on all ranks together, the result is None.
+    options: autocast and poll, as of gpt2.evals.scoring.spread; None where poll ended it. The
+    accuracies of a model whose losses are NaN are NaN.
     """
-    if not examples:
-        raise ValueError("HellaSwag needs at least one example")
-    order = sorted(examples, key=lambda e: (len(e.context), _longest(e)))
-    sizes = [((len(e.context) - 1) * share_context, N_ENDINGS, _longest(e)) for e in order]
-    batches = [[order[i] for i in batch] for batch in pack(sizes, tokens_per_batch)]
 
     def score(batch: list[Example]) -> Tensor:
-        losses, lengths = ending_losses(model, batch, share_context)
+        losses, lengths = ending_losses(model, batch)
         labels = torch.tensor([e.label for e in batch], device=losses.device)
         hit = losses.argmin(1) == labels
         hit_norm = (losses / lengths).argmin(1) == labels
-        return torch.stack([hit.sum(), hit_norm.sum()])
+        return torch.stack([hit.sum(), hit_norm.sum(), losses.sum(dtype=torch.float64)])
 
-    with scoring(model, autocast):
-        sums = spread(batches, group, score, 2, poll)
+    batches = pack(examples, lambda e: e.size, tokens_per_batch)
+    sums = spread(model, batches, group, score, 3, **options)
     if sums is None:
         return None
-    n = len(examples)
-    return {
-        "acc": sums[0] / n, "acc_norm": sums[1] / n, "examples": n,
-        "cut": sum(e.cut for e in examples),
-    }  # fmt: skip
+    n, cut = len(examples), sum(e.cut for e in examples)
+    return {"acc": sums[0] / n, "acc_norm": sums[1] / n, "examples": n, "cut": cut}
 
 
-def ending_losses(
-    model: GPT, batch: list[Example], share_context: bool = True
-) -> tuple[Tensor, Tensor]:
+def ending_losses(model: GPT, batch: list[Example]) -> tuple[Tensor, Tensor]:
     """Sum of -log p over each ending's tokens, and how many those are: (B, 4) float32 each."""
-    shared = min(len(e.context) for e in batch) - 1 if share_context else 0
+    shared = min(len(e.context) for e in batch) - 1
     rows = [(e.context + ending)[shared:] for e in batch for ending in e.endings]
     n_scored = [len(ending) for e in batch for ending in e.endings]
     cache = None
     if shared:
-        device = model.lm_head.weight.device
-        cache = cache_for(model, len(batch), shared + max(map(len, rows)) - 1)
+        weight = model.lm_head.weight
+        device, kind = weight.device, weight.device.type
+        # The dtype that keys and values have under autocast.
+        lowered = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lowered else weight.dtype
+        capacity = shared + max(map(len, rows)) - 1
+        cache = KVCache(model.config, len(batch), capacity, device, dtype)
         prefixes = torch.tensor([e.context[:shared] for e in batch])  # (B, shared)
         model.hidden(prefixes.to(device, non_blocking=True), cache=cache)
         cache.select(torch.arange(len(batch), device=device).repeat_interleave(N_ENDINGS))
     losses = token_losses(model, tails(model, rows, n_scored, cache)).sum(1)
     lengths = torch.tensor(n_scored, dtype=torch.float32, device=losses.device)
     return losses.view(len(batch), N_ENDINGS), lengths.view(len(batch), N_ENDINGS)
-
-
-def _encode(row: dict, tokenizer: Tokenizer, block_size: int, where: str) -> Example:
-    context, endings, label = row.get("ctx"), row.get("endings"), row.get("label")
-    if context is None and "ctx_a" in row:
-        context = f"{row['ctx_a']} {row.get('ctx_b') or ''}".rstrip()
-    if not isinstance(context, str) or not context.strip():
-        raise ValueError(f"{where}: needs a context as text in 'ctx', or 'ctx_a' and 'ctx_b'")
-    is_list = isinstance(endings, list) and len(endings) == N_ENDINGS
-    if not is_list or not all(isinstance(e, str) and e for e in endings):
-        raise ValueError(f"{where}: 'endings' must be {N_ENDINGS} texts")
-    # The test split on the hub has labels as text, or none.
-    label = int(label) if isinstance(label, str) and label.isdigit() else label
-    if type(label) is not int or not 0 <= label < N_ENDINGS:
-        raise ValueError(f"{where}: 'label' must be 0 to {N_ENDINGS - 1}, got {label!r}")
-    try:
-        tokens = tokenizer.encode(context)
-        ending_tokens = [tokenizer.encode(f" {ending}") for ending in endings]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    longest = max(map(len, ending_tokens))
-    if longest > block_size:
-        raise ValueError(
-            f"{where}: an ending of {longest} tokens does not fit the model's context (block_size) "
-            f"of {block_size}: leave HellaSwag out for this model"
-        )
-    tokens, cut = cut_left(tokens, longest, block_size)
-    return Example(tokens, ending_tokens, label, cut)
-
-
-def _longest(example: Example) -> int:
-    return len(example.context) + max(map(len, example.endings))

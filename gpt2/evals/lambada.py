@@ -9,28 +9,16 @@ GPT-2 paper's accuracies leave out words that cannot end a sentence (a stop-word
 and these do not.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from math import exp
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpt2.evals.files import json_lines
-from gpt2.evals.scoring import (
-    TOKENS_PER_BATCH,
-    Autocast,
-    Group,
-    Poll,
-    cut_left,
-    evenly,
-    pack,
-    scoring,
-    spread,
-    tails,
-)
+from gpt2.dist import Distributed
+from gpt2.evals.files import read_examples
+from gpt2.evals.scoring import TOKENS_PER_BATCH, cut_left, exp, pack, spread, tails
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
@@ -52,44 +40,45 @@ def read_lambada(
     Passages that do not fit block_size lose their beginning.  limit: only so many, evenly spaced.
     Raises OSError, and ValueError with the line where one has no passage or cannot be encoded.
     """
-    rows = evenly(list(json_lines(path)), limit)
-    return [_encode(row, tokenizer, block_size, where) for where, row in rows]
+
+    def encode(row: dict) -> Passage:
+        context, word = row.get("context"), row.get("continuation")
+        if isinstance(row.get("text"), str):
+            context, _, word = row["text"].rstrip().rpartition(" ")
+        if not all(isinstance(t, str) and t.strip() for t in (context, word)):
+            raise ValueError(
+                "needs a passage of several words in 'text', or 'context' and 'continuation'"
+            )
+        tokens = tokenizer.encode(f" {word.strip()}")
+        kept, cut = cut_left(tokenizer.encode(context), len(tokens), block_size)
+        return Passage(kept, tokens, cut)
+
+    return read_examples(path, encode, limit)
 
 
 def lambada(
     model: GPT,
     passages: list[Passage],
-    group: Group,
+    group: Distributed,
     *,
-    autocast: Autocast = nullcontext,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    poll: Poll | None = None,
+    **options,
 ) -> dict[str, float] | None:
     """acc (0 to 1), perplexity of the word, examples, and cut, over all ranks.
 
-    autocast, poll: as in gpt2.evals.hellaswag.
+    options, NaN: as in gpt2.evals.hellaswag.
     """
-    if not passages:
-        raise ValueError("LAMBADA needs at least one passage")
-    order = sorted(passages, key=_length)
-    batches = [
-        [order[i] for i in batch]
-        for batch in pack([(0, 1, _length(p)) for p in order], tokens_per_batch)
-    ]
 
     def score(batch: list[Passage]) -> Tensor:
         losses, hits = word_scores(model, batch)
         return torch.stack([hits.sum().double(), losses.double().sum()])
 
-    with scoring(model, autocast):
-        sums = spread(batches, group, score, 2, poll)
+    batches = pack(passages, lambda p: (0, 1, len(p.context) + len(p.word)), tokens_per_batch)
+    sums = spread(model, batches, group, score, 2, **options)
     if sums is None:
         return None
-    n = len(passages)
-    return {
-        "acc": sums[0] / n, "perplexity": exp(sums[1] / n), "examples": n,
-        "cut": sum(p.cut for p in passages),
-    }  # fmt: skip
+    n, cut = len(passages), sum(p.cut for p in passages)
+    return {"acc": sums[0] / n, "perplexity": exp(sums[1] / n), "examples": n, "cut": cut}
 
 
 def word_scores(model: GPT, batch: list[Passage]) -> tuple[Tensor, Tensor]:
@@ -100,30 +89,3 @@ def word_scores(model: GPT, batch: list[Passage]) -> tuple[Tensor, Tensor]:
     losses = F.cross_entropy(logits, scored.targets, reduction="none")
     wrong = scored.by_row((logits.argmax(1) != scored.targets).float())
     return scored.by_row(losses).sum(1), wrong.sum(1) == 0
-
-
-def _length(passage: Passage) -> int:
-    return len(passage.context) + len(passage.word)
-
-
-def _encode(row: dict, tokenizer: Tokenizer, block_size: int, where: str) -> Passage:
-    if "text" in row:
-        text = row["text"]
-        context, _, word = text.rstrip().rpartition(" ") if isinstance(text, str) else ("",) * 3
-    else:
-        context, word = row.get("context"), row.get("continuation")
-    if not all(isinstance(t, str) and t.strip() for t in (context, word)):
-        raise ValueError(
-            f"{where}: needs a passage of several words in 'text', or 'context' and 'continuation'"
-        )
-    try:
-        tokens, word_tokens = tokenizer.encode(context), tokenizer.encode(f" {word.strip()}")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    if len(word_tokens) > block_size:
-        raise ValueError(
-            f"{where}: a word of {len(word_tokens)} tokens does not fit the model's context "
-            f"(block_size) of {block_size}: leave LAMBADA out for this model"
-        )
-    tokens, cut = cut_left(tokens, len(word_tokens), block_size)
-    return Passage(tokens, word_tokens, cut)

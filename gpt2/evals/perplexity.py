@@ -1,5 +1,6 @@
-r"""Perplexity of a text: the windows slide by a stride, and each token is scored once.
+r"""Perplexity of a text, and the loss over token shards.
 
+The windows over a text slide by a stride, and each token is scored once.
 The text is one stream of tokens after an end-of-text token, where the tokenizer has one; else its
 first token is not scored. The first window scores all its block_size targets, each later one begins
 stride tokens after the one before and scores what is new. So every token but the first block_size
@@ -17,23 +18,16 @@ Sources: Radford et al. (2019), section 3.1; Merity et al., Pointer Sentinel Mix
 """
 
 import re
-from contextlib import nullcontext
-from math import exp, log
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gpt2.evals.scoring import (
-    TOKENS_PER_BATCH,
-    Autocast,
-    Group,
-    Poll,
-    scoring,
-    spread,
-    tails,
-    token_losses,
-)
+from gpt2.config import IGNORE_INDEX
+from gpt2.data import Mixture, TokenLoader
+from gpt2.dist import Distributed
+from gpt2.evals.scoring import TOKENS_PER_BATCH, exp, spread, tails, token_losses
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
@@ -69,18 +63,17 @@ def perplexity(
     model: GPT,
     tokenizer: Tokenizer,
     text: str,
-    group: Group,
+    group: Distributed,
     *,
     stride: int | None = None,
     detokenized: str | None = None,
-    autocast: Autocast = nullcontext,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    poll: Poll | None = None,
+    **options,
 ) -> dict[str, float] | None:
     """loss, perplexity per token and per word, bits per byte, of a text, over all ranks.
 
     stride: default half of block_size.  detokenized: what is tokenized in place of text.
-    autocast, poll: as in gpt2.evals.hellaswag.
+    options: as in gpt2.evals.hellaswag.
     Also returned: tokens, words, lines, bytes, and word_perplexity_with_line_ends, which counts one
     word more for each line, as papers on word-level WikiText do (their end-of-sentence token).
     Raises ValueError for a text too short, a bad stride, and what the tokenizer cannot encode.
@@ -99,8 +92,7 @@ def perplexity(
     def score(batch: list[Window]) -> Tensor:
         return window_losses(model, tokens, batch).sum(dtype=torch.float64)[None]
 
-    with scoring(model, autocast):
-        sums = spread(batches, group, score, 1, poll)
+    sums = spread(model, batches, group, score, 1, **options)
     if sums is None:
         return None
     loss, n_tokens = sums[0], len(tokens) - 1
@@ -108,8 +100,8 @@ def perplexity(
     return {
         "loss": loss / n_tokens,
         "token_perplexity": exp(loss / n_tokens),
-        "word_perplexity": _exp(loss / max(words, 1)),
-        "word_perplexity_with_line_ends": _exp(loss / max(words + lines, 1)),
+        "word_perplexity": exp(loss / max(words, 1)),
+        "word_perplexity_with_line_ends": exp(loss / max(words + lines, 1)),
         "bits_per_byte": loss / (log(2) * n_bytes),
         "tokens": n_tokens, "words": words, "lines": lines, "bytes": n_bytes,
         "block_size": block_size, "stride": stride,
@@ -120,6 +112,42 @@ def window_losses(model: GPT, tokens: list[int], batch: list[Window]) -> Tensor:
     """-log p of the tokens that each window scores, (B, E) float32, zero where there are fewer."""
     rows = [tokens[w.begin : w.end] for w in batch]
     return token_losses(model, tails(model, rows, [w.n_scored for w in batch]))
+
+
+def validation_loss(
+    model: GPT,
+    data: TokenLoader | Mixture,
+    group: Distributed,
+    *,
+    limit: int | None = None,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    **options,
+) -> dict[str, float] | None:
+    """Mean loss a token, its perplexity, and tokens, over all windows of data and all ranks.
+
+    It is what training logs. limit: only the first so many windows.  options: as in
+    gpt2.evals.hellaswag.
+    """
+    n_windows = data.n_windows if limit is None else min(limit, data.n_windows)
+    rows = max(tokens_per_batch // data.block_size, 1)
+    device = model.lm_head.weight.device
+
+    def score(batch: int) -> Tensor:
+        idx, targets, *rest = (part.to(device) for part in data.batch(batch, rows))
+        targets[max(n_windows - batch * rows, 0) :] = IGNORE_INDEX  # beyond the end: the next epoch
+        h = model.hidden(idx, doc_start=rest[0] if rest else None)
+        losses = model.ops.linear_cross_entropy(
+            h.flatten(0, 1), model.lm_head.weight, targets.flatten(), ignore_index=IGNORE_INDEX,
+            reduction="sum", vocab_size=model.config.vocab_size,
+        )  # fmt: skip
+        return torch.stack([losses.double(), (targets != IGNORE_INDEX).sum().double()])
+
+    batches = range(-(-n_windows // rows))
+    sums = spread(model, batches, group, score, 2, **options)
+    if sums is None:
+        return None
+    loss = sums[0] / sums[1]
+    return {"loss": loss, "perplexity": exp(loss), "tokens": round(sums[1], 0)}
 
 
 def detokenize(text: str) -> str:
@@ -149,8 +177,3 @@ _JOINS = tuple(
         (r"= (?==)", "="),  # headings: = = Life = =
     )
 )
-
-
-def _exp(x: float) -> float:
-    """exp, infinite where that does not fit: an untrained model's word perplexity of few words."""
-    return exp(x) if x < 700 else float("inf")

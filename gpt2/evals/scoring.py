@@ -7,46 +7,25 @@ R rows, T time, C channels, V vocabulary, N scored tokens (targets) of a batch, 
 tokens of one row.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from gpt2.config import IGNORE_INDEX
+from gpt2.dist import Distributed
 from gpt2.model import GPT, KVCache
 
 TOKENS_PER_BATCH = 8192  # fed to the model at once, padding included
 SPAN = 8  # tokens by which the shared beginnings of a batch may differ
 Item = TypeVar("Item")
-Autocast = Callable[[], AbstractContextManager]
-Poll = Callable[[], bool]
-
-
-class Group(Protocol):
-    """The processes that share the work; gpt2.dist.Distributed is one."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    def sum(self, value: Tensor) -> Tensor:
-        """value added up over all processes."""
-
-
-@dataclass(frozen=True)
-class Single:
-    """A group of this process alone."""
-
-    device: torch.device = torch.device("cpu")
-    rank: int = 0
-    world_size: int = 1
-
-    def sum(self, value: Tensor) -> Tensor:
-        return value
+Single = partial(Distributed, 0, 1)  # this process alone, on a device, by default the CPU
 
 
 @dataclass(frozen=True)
@@ -70,41 +49,41 @@ class Tails:
         return table
 
 
-@contextmanager
-def scoring(model: GPT, autocast: Autocast = nullcontext):
-    """Evaluation mode, no gradients, and the precision of autocast; leaves the mode as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode(), autocast():
-            yield
-    finally:
-        model.train(was_training)
-
-
 def spread(
+    model: GPT,
     batches: Sequence[Item],
-    group: Group,
+    group: Distributed,
     score: Callable[[Item], Tensor],
     n_sums: int,
-    poll: Poll | None = None,
+    *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    poll: Callable[[], bool] | None = None,
 ) -> list[float] | None:
     """score(batch) -> (n_sums,) added up over all batches and ranks, each batch once.
 
-    poll: asked before each round of one batch a rank; True ends the evaluation, which then gives
-    None. It has to answer the same on all ranks.
+    Where one sum is NaN all are: nothing that a model of NaN gets right is a score.
+    autocast: a function that gives the context manager of the precision; default: the model's own.
+    poll: asked before each round of one batch a rank; True, on all ranks together, ends the
+    evaluation, which then gives None.
     All ranks run the model equally often, the spare runs uncounted: a model that is sharded over
     the ranks needs them all.
     """
     totals = torch.zeros(n_sums, dtype=torch.float64, device=group.device)
-    for first in range(0, len(batches), group.world_size):
-        if poll is not None and poll():
-            return None
-        mine = first + group.rank
-        sums = score(batches[mine if mine < len(batches) else first])
-        if mine < len(batches):
-            totals += sums
-    return group.sum(totals).tolist()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast():
+            for first in range(0, len(batches), group.world_size):
+                if poll is not None and poll():
+                    return None
+                mine = first + group.rank
+                sums = score(batches[mine if mine < len(batches) else first])
+                if mine < len(batches):
+                    totals += sums
+            sums = group.sum(totals).tolist()
+    finally:
+        model.train(was_training)
+    return [math.nan] * n_sums if any(map(math.isnan, sums)) else sums
 
 
 def tails(
@@ -113,7 +92,7 @@ def tails(
     """Runs the model on rows and picks the states that predict the last n_scored[r] tokens of each.
 
     rows: R lists of tokens of any lengths, the last token of each a target only, so at least
-    n_scored + 1 tokens each. They are padded behind their end, which nothing before it sees.
+    n_scored + 1 tokens each. They are padded after their end, which nothing before it sees.
     cache: tokens before the rows; it is written to.
     """
     device = model.lm_head.weight.device
@@ -145,44 +124,46 @@ def token_losses(model: GPT, scored: Tails) -> Tensor:
     return scored.by_row(losses.float())
 
 
-def cache_for(model: GPT, n_rows: int, capacity: int) -> KVCache:
-    """An empty cache in the dtype that the model's keys and values have under autocast."""
-    weight = model.lm_head.weight
-    kind = weight.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    dtype = torch.get_autocast_dtype(kind) if autocast else weight.dtype
-    return KVCache(model.config, n_rows, capacity, weight.device, dtype)
+def pack(
+    items: Sequence[Item], size: Callable[[Item], tuple[int, int, int]], budget: int
+) -> list[list[Item]]:
+    """Sorts examples by their size and cuts them into batches of at most budget tokens.
 
-
-def pack(sizes: Sequence[tuple[int, int, int]], budget: int) -> list[list[int]]:
-    """Cuts a sorted list of examples into batches, lists of indices, of at most budget tokens.
-
-    sizes: (prefix, rows, longest) of each example: tokens that are run once for all its rows, its
+    size: (prefix, rows, longest) of an example: tokens that are run once for all its rows, its
     rows, tokens of the longest row with the prefix. A batch runs as much as its first example's
     prefix for each example, and the rest in rows of one length; so its prefixes differ by less than
     SPAN, even where the budget has room. An example alone may be above the budget.
     """
-    batches: list[list[int]] = []
+    if not items:
+        raise ValueError("there is nothing to evaluate: give at least one example")
+    batches: list[list[Item]] = [[]]
     first = longest = n_rows = 0
-    for i, (prefix, rows, tokens) in enumerate(sizes):
+    for item in sorted(items, key=size):
+        prefix, rows, tokens = size(item)
         longest, n_rows = max(longest, tokens), n_rows + rows
-        n_examples = len(batches[-1]) + 1 if batches else 0
-        full = n_examples * first + n_rows * (longest - first) > budget
-        if not batches or full or prefix - first >= SPAN:
+        full = (len(batches[-1]) + 1) * first + n_rows * (longest - first) > budget
+        if batches[-1] and (full or prefix - first >= SPAN):
             batches.append([])
+        if not batches[-1]:
             first, longest, n_rows = prefix, tokens, rows
-        batches[-1].append(i)
+        batches[-1].append(item)
     return batches
 
 
-def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most limit of the items, evenly spaced: files are often sorted by kind."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i * len(items) // limit] for i in range(limit)]
-
-
 def cut_left(context: list[int], n_scored: int, block_size: int) -> tuple[list[int], bool]:
-    """The end of the context that fits before n_scored targets, and whether some was cut off."""
+    """The end of the context that fits before n_scored targets, and whether some was cut off.
+
+    Raises ValueError where the targets alone do not fit.
+    """
     room = block_size + 1 - n_scored
+    if room < 1:
+        raise ValueError(
+            f"{n_scored} tokens to be predicted do not fit the model's context (block_size) of "
+            f"{block_size}: leave this task out"
+        )
     return context[-room:], len(context) > room
+
+
+def exp(x: float) -> float:
+    """e to the power of x, infinite where that does not fit a float, as of a diverged model."""
+    return math.exp(x) if x < 709 or math.isnan(x) else math.inf

@@ -4,8 +4,8 @@ A task is a data file and a function of this package; TASKS names them.
 """
 
 import json
+import math
 import os
-import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -16,13 +16,15 @@ from pathlib import Path
 import torch
 
 from gpt2 import checkpoint
+from gpt2.config import data_sources
+from gpt2.data.split import find_tokenizer, open_split
+from gpt2.device import device_name
+from gpt2.dist import Distributed
 from gpt2.evals.files import find_file, read_text
 from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
 from gpt2.evals.lambada import lambada, read_lambada
-from gpt2.evals.loss import open_val, validation_loss
-from gpt2.evals.perplexity import detokenize, perplexity
-from gpt2.evals.published import GPT2_SIZES, GPT3_SIZES, PUBLISHED
-from gpt2.evals.scoring import Group
+from gpt2.evals.perplexity import detokenize, perplexity, validation_loss
+from gpt2.evals.table import table
 from gpt2.model import GPT
 from gpt2.options import EvaluateConfig
 from gpt2.tokenizer import Tokenizer
@@ -30,14 +32,21 @@ from gpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated, and how."""
+    """What is evaluated, and how.
+
+    paths: of the tasks' files.  recorded: the options of its training, empty where not known.
+    """
 
     model: GPT
     tokenizer: Tokenizer
-    group: Group
+    group: Distributed
     config: EvaluateConfig
-    val_data: str  # a folder with val shards; empty: none is known
-    path: Callable[[str], Path]  # of a task's file
+    paths: dict[str, Path]
+    recorded: dict
+
+    @property
+    def block_size(self) -> int:
+        return self.model.config.block_size
 
     @property
     def common(self) -> dict:
@@ -48,19 +57,17 @@ class Subject:
 
 
 def _hellaswag(s: Subject) -> dict:
-    block_size = s.model.config.block_size
-    examples = read_hellaswag(s.path("hellaswag"), s.tokenizer, block_size, s.config.limit)
+    examples = read_hellaswag(s.paths["hellaswag"], s.tokenizer, s.block_size, s.config.limit)
     return hellaswag_accuracy(s.model, examples, s.group, **s.common)
 
 
 def _lambada(s: Subject) -> dict:
-    block_size = s.model.config.block_size
-    passages = read_lambada(s.path("lambada"), s.tokenizer, block_size, s.config.limit)
+    passages = read_lambada(s.paths["lambada"], s.tokenizer, s.block_size, s.config.limit)
     return lambada(s.model, passages, s.group, **s.common)
 
 
 def _wikitext(s: Subject, task: str) -> dict:
-    text = read_text(s.path(task))
+    text = read_text(s.paths[task])
     if s.config.limit is not None:
         text = "".join(text.splitlines(keepends=True)[: s.config.limit])
     detokenized = detokenize(text) if s.config.detokenize else None
@@ -71,11 +78,26 @@ def _wikitext(s: Subject, task: str) -> dict:
 
 
 def _val(s: Subject) -> dict:
-    if not s.val_data:
+    """The run's val/loss: on its data, or on others', in the way in which it was trained."""
+    data = s.config.data or str(s.recorded.get("data", ""))
+    if not data:
         raise ValueError(f"task val: name a folder of val shards with --data for {s.config.model}")
-    data = open_val(s.val_data, s.tokenizer, s.model.config.block_size)
-    result = validation_loss(s.model, data, s.group, limit=s.config.limit, **s.common)
-    return result | {"data": s.val_data}
+    for source in data_sources(data):
+        if Path(source.path).is_file():
+            raise ValueError(f"task val: {source.path} is a file: --data takes a folder of shards")
+    block_size = s.recorded.get("block_size") or s.block_size
+    doc_mask = bool(s.recorded.get("doc_mask"))
+    loader = open_split(data, "val", block_size, doc_mask=doc_mask)
+    theirs = find_tokenizer(data)
+    if theirs.to_dict() != s.tokenizer.to_dict():
+        raise ValueError(
+            f"{data} was made with {'another' if theirs.name == s.tokenizer.name else 'the'} "
+            f"{theirs.name} tokenizer (GPT-2's is assumed without a manifest.json), the model has "
+            f"a {s.tokenizer.name} tokenizer of {s.tokenizer.vocab_size}: prepare the data with "
+            "the model's"
+        )
+    result = validation_loss(s.model, loader, s.group, limit=s.config.limit, **s.common)
+    return result | {"data": data, "doc_mask": doc_mask}
 
 
 TASKS: dict[str, Callable[[Subject], dict]] = {
@@ -85,32 +107,27 @@ TASKS: dict[str, Callable[[Subject], dict]] = {
     "lambada": _lambada,
     "val": _val,
 }
-# What the table shows of each task, and how: a percentage or a number.
-SHOWN = {
-    ("hellaswag", "acc_norm"): "%", ("hellaswag", "acc"): "%",
-    ("wikitext2", "word_perplexity"): "", ("wikitext2", "token_perplexity"): "",
-    ("wikitext2", "bits_per_byte"): "",
-    ("wikitext103", "word_perplexity"): "", ("wikitext103", "token_perplexity"): "",
-    ("wikitext103", "bits_per_byte"): "",
-    ("lambada", "acc"): "%", ("lambada", "perplexity"): "",
-    ("val", "loss"): "", ("val", "perplexity"): "",
-}  # fmt: skip
 
 
-def evaluate(config: EvaluateConfig, group: Group, wait: Callable[[], None]) -> None:
+def evaluate(config: EvaluateConfig, group: Distributed) -> None:
     """Runs the tasks on all ranks; the first prints the table and writes the JSON file.
 
-    wait: returns when all ranks have come to it.  Raises ValueError and OSError, before the first
-    task runs where a file is missing.
+    Raises ValueError and OSError, before the first task runs where a file is missing.
     """
-    main = group.rank == 0
     tokenizer = checkpoint.load_tokenizer(config.model)
-    known = _known(config)
-    paths = {}
-    if main:  # downloads once; the others find what is there
-        paths = {t: find_file(t, config.data_dir) for t in config.tasks if t != "val"}
-    wait()
-    paths = paths or {t: find_file(t, config.data_dir) for t in config.tasks if t != "val"}
+    try:
+        found = checkpoint.read_checkpoint(config.model)
+        run = found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path
+        step, recorded, path = found.step, found.train, run / f"evaluation_{found.path.name}.json"
+    except OSError:
+        step, recorded, path = None, {}, Path(f"evaluation_{Path(config.model).name}.json")
+    find = lambda: {  # noqa: E731
+        task: find_file(task, config.data_dir, tokenizer) for task in config.tasks if task != "val"
+    }
+    if group.is_main:  # downloads once; the others find what is there
+        find()
+    group.barrier()
+    paths = find()
     model = checkpoint.load_model(config.model, group.device, config.kernels)
     model.eval().requires_grad_(False)
     if group.device.type == "cuda":
@@ -120,99 +137,33 @@ def evaluate(config: EvaluateConfig, group: Group, wait: Callable[[], None]) -> 
             f"{config.model} has a vocabulary of {model.config.vocab_size}, its tokenizer "
             f"({tokenizer.name}) one of {tokenizer.vocab_size}"
         )
-    val_data = config.data or known.get("data", "")
-    subject = Subject(model, tokenizer, group, config, val_data, paths.__getitem__)
+    subject = Subject(model, tokenizer, group, config, paths, recorded)
     results = {}
     for task in config.tasks:
         started = time.perf_counter()
         same = [t for t in results if t.startswith("wikitext") and paths[t] == paths.get(task)]
-        results[task] = dict(results[same[0]]) if same else TASKS[task](subject)
-        results[task]["seconds"] = round(time.perf_counter() - started, 2)
-        if main:
-            print(_line(task, results[task]), flush=True)
-    if not main:
+        result = dict(results[same[0]]) if same else TASKS[task](subject)
+        if any(isinstance(value, float) and math.isnan(value) for value in result.values()):
+            raise ValueError(
+                f"{task}: the losses of {config.model} are not numbers (NaN): its weights are "
+                "damaged, or its training has diverged"
+            )
+        results[task] = result | {"seconds": round(time.perf_counter() - started, 2)}
+        if group.is_main:
+            counts = [f"{k.replace('_', ' ')} {v:,}" for k, v in result.items() if type(v) is int]
+            print(f"{task}: {', '.join(counts)} ({results[task]['seconds']:.1f} s)", flush=True)
+    if not group.is_main:
         return
     print(f"\n{table(config.model, results)}")
-    path = Path(config.out) if config.out else known["out"]
     content = {
-        "model": config.model, "step": known.get("step"), "parameters": model.n_params(),
-        "options": asdict(config), "ranks": group.world_size, "device": _device(group.device),
+        "model": config.model, "step": step, "parameters": model.n_params(),
+        "options": asdict(config), "ranks": group.world_size, "device": device_name(group.device),
         "torch": torch.__version__, "kernels": model.ops.name, "tokenizer": tokenizer.name,
         "results": results,
     }  # fmt: skip
-    _write(path, content)
-    print(f"results: {path}")
-
-
-def table(name: str, results: dict[str, dict]) -> str:
-    """The results beside GPT-2's and GPT-3's, with the sources below."""
-    rows, sources = [], []
-    for (task, key), unit in SHOWN.items():
-        if task not in results:
-            continue
-        label = " ".join([task, *key.split("_"), *unit])
-        row = [label, _number(results[task][key] * (100 if unit else 1), unit)]
-        known = PUBLISHED.get((task, key))
-        if known is not None:
-            row += [_number(v, unit) for v in (*known.gpt2, *known.gpt3)]
-            sources.append(f"{label}: {known.source}.")
-        rows.append(row + ["-"] * (2 + len(GPT2_SIZES + GPT3_SIZES) - len(row)))
-    header = ["", "this model", *GPT2_SIZES, *GPT3_SIZES]
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
-        for row in [header, *rows]
-    ]
-    before = sum(widths[:2]) + 4
-    gpt2_width = sum(widths[2 : 2 + len(GPT2_SIZES)]) + 2 * len(GPT2_SIZES)
-    above = f"{name:<{before}}{'GPT-2, published':<{gpt2_width}}GPT-3, published"
-    wrap = textwrap.TextWrapper(
-        len(lines[0]), subsequent_indent="    ", break_on_hyphens=False, break_long_words=False
-    )
-    notes = [wrap.fill(source) for source in sources]
-    return "\n".join([above, *lines, *notes])
-
-
-def _known(config: EvaluateConfig) -> dict:
-    """Of a checkpoint of ours: its step, its training data, and where the results go."""
-    path = Path(config.model)
-    try:
-        found = checkpoint.read_checkpoint(path)
-    except OSError:
-        return {"out": Path(f"evaluation_{path.name}.json")}
-    run = found.path.parent.parent if found.path.parent.name == "checkpoints" else found.path.parent
-    data = str(found.train.get("data", ""))
-    return {
-        "step": found.step, "data": data if ":" not in data else "",
-        "out": run / f"evaluation_{found.path.name}.json",
-    }  # fmt: skip
-
-
-def _line(task: str, result: dict) -> str:
-    parts = [
-        f"{key.replace('_', ' ')} {value:,}"
-        for key, value in result.items()
-        if type(value) is int  # the counts; the scores stand in the table
-    ]
-    return f"{task}: {', '.join(parts)} ({result['seconds']:.1f} s)"
-
-
-def _number(value: float | None, unit: str) -> str:
-    if value is None:
-        return "-"
-    if unit:
-        return f"{value:.2f}"
-    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
-
-
-def _device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _write(path: Path, content: dict) -> None:
+    path = Path(config.out) if config.out else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
+    print(f"results: {path}")

@@ -1,94 +1,81 @@
-"""What a run says of itself before its first step and after its last."""
+"""What a run says of itself before its first step."""
 
 import math
 
-from gpt2 import checkpoint
-from gpt2.data import Mixture, TokenLoader
+from gpt2.config import TrainConfig
+from gpt2.data import Mixture
+from gpt2.data.loader import BatchSource
+from gpt2.device import Execution
 from gpt2.lora import lora_config
+from gpt2.model import GPT
+from gpt2.tokenizer import Tokenizer
+from gpt2.train.layouts import Layout
+from gpt2.train.preflight import Preflight
 
 
-def derived(trainer) -> list[tuple[str, str]]:
-    """Everything that follows from the config, as rows of a table."""
-    c, m, group, data = trainer.config, trainer.model, trainer.group, trainer.train_data
-    tokens = c.max_steps * c.tokens_per_step
-    flops = m.flops_per_token()
-    known = trainer.execution.peak_flops
-    peak = f"{known / 1e12:.1f} TFLOP/s a device" if known else "not known"
-    shape = m.config
+def derived(
+    c: TrainConfig, m: GPT, data: BatchSource, tokenizer: Tokenizer, execution: Execution,
+    layout: Layout, plan: Preflight, *, grad_accum_steps: int, first_step: int,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Everything that follows from the options, as rows of a table."""
+    group = layout.group
+    tokens, flops = c.max_steps * c.tokens_per_step, m.flops_per_token()
+    peak = execution.peak_flops
     adapters = lora_config(m)
     formula = ("6 N" if adapters is None else "4 N + 2 n") + " + 12 L C T"
+    sharing = f"sharding {c.sharding}"
+    if c.sharding != "none" and group.world_size == 1:
+        sharing += " (one process: nothing to share out)"
+    sharing += ", activation checkpointing" * c.activation_checkpointing
     rows = [
-        (
-            "model",
-            f"{m.n_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
-            f"{shape.n_embd} wide, context {shape.block_size}, vocabulary {shape.vocab_size}",
-        ),
+        ("model", f"{m.n_params():,} parameters: {shape_of(m.config)}"),
         (
             "data",
-            f"{c.data}: {data.n_tokens:,} train tokens, {trainer.tokenizer.name} tokenizer, "
+            f"{c.data}: {data.n_tokens:,} train tokens, {tokenizer.name} tokenizer, "
             f"{data.backend} loader",
         ),
         (
             "step",
             f"{c.tokens_per_step:,} tokens = {group.world_size} ranks x "
-            f"{trainer.grad_accum_steps} "
-            f"micro steps x {c.micro_batch_size} rows x {data.block_size}",
+            f"{grad_accum_steps} micro steps x {c.micro_batch_size} rows x "
+            f"{data.block_size}",
         ),
         (
             "run",
             f"{c.max_steps:,} steps, {tokens:,} tokens, {tokens / data.n_tokens:.2f} epochs, "
             f"{tokens * flops:.2e} FLOPs",
         ),
-        (
-            "device",
-            trainer.execution.describe(),
-        ),
-        ("layout", _layout(c, group.world_size)),
+        ("device", execution.describe()),
+        ("layout", sharing),
         ("kernels", f"{m.ops.name} ({m.ops.reason})"),
-        ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
-        ("run folder", str(trainer.folder)),
+        (
+            "MFU",
+            f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak "
+            + (f"{peak / 1e12:.1f} TFLOP/s a device" if peak else "not known"),
+        ),
+        ("run folder", str(c.folder)),
     ]
-    if isinstance(data, TokenLoader | Mixture):
-        known, n = (sum(getattr(v, k) for v in data.verifiers) for k in ("n_known", "n_shards"))
-        rows.append(("verify", f"in the background, hashes are known of {known} of {n} shards"))
     if isinstance(data, Mixture):
-        for path, epochs in data.epochs(c.max_steps, trainer.rows_per_step).items():
+        for path, epochs in data.epochs(c.max_steps, c.tokens_per_step // data.block_size).items():
             rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
     if adapters is not None:
-        n = sum(p.numel() for p in trainer.params)
-        rows.insert(
-            1,
-            (
-                "adapters",
-                f"{n:,} parameters are trained: rank {adapters.rank}, scale {adapters.scale:g}, in "
-                f"{', '.join(adapters.layers)} of every block; base {m.lora_base['path']}",
-            ),
-        )
-    rows += trainer.preflight.rows()
-    if trainer.first_step:
-        rows.append(("resumed", f"from step {trainer.first_step}"))
+        n = sum(p.numel() for p in layout.params)
+        where = f"in {', '.join(adapters.layers)} of every block; base {m.lora_base['path']}"
+        rows.insert(1, (
+            "adapters",
+            f"{n:,} parameters are trained: rank {adapters.rank}, scale {adapters.scale:g}, "
+            + where,
+        ))  # fmt: skip
+    rows += plan.rows()
+    if first_step:
+        rows.append(("resumed", f"from step {first_step}"))
     elif not c.init_from:
-        rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
+        rows.append(("first loss", f"about ln(vocabulary) = {math.log(m.config.vocab_size):.2f}"))
     return rows
 
 
-def _layout(config, world_size: int) -> str:
-    words = f"sharding {config.sharding}"
-    if config.sharding != "none" and world_size == 1:
-        words += " (one process: nothing to share out)"
-    return words + (", activation checkpointing" if config.activation_checkpointing else "")
-
-
-def show_result(trainer) -> None:
-    """Prints what came out."""
-    lines, folder = trainer.metrics.lines, trainer.folder
-    seconds = [line["train/step_ms"] for line in lines if "train/step_ms" in line]
-    val = [line["val/loss"] for line in lines if "val/loss" in line]
-    print(f"done: {trainer.config.max_steps:,} steps", end="")
-    print(
-        f", {sorted(seconds)[len(seconds) // 2]:.1f} ms a step (median)" if seconds else "",
-        end="",
+def shape_of(c) -> str:
+    return (
+        f"{c.n_layer} layers, {c.n_head} heads, {c.n_embd} wide, context {c.block_size}, "
+        f"vocabulary {c.vocab_size}"
     )
-    print(f", val loss {val[-1]:.4f}" if val else "")
-    print(f"loss curve: {folder / 'loss.png'}, report: {folder / 'report.html'}")
-    print(f"checkpoint: {checkpoint.list_checkpoints(folder)[-1]}")

@@ -53,10 +53,8 @@ class DPO(nn.Module):
     The chosen one is to gain on the rejected one, measured against a reference.
 
     batch, a pair a row: idx (B, 2, T) int64, chosen and rejected; targets (B, 2, T) int64, -100
-    where a position does not count (a pair without any counts nowhere); optionally reference
-    (B, 2) float32, the reference's log probabilities of both answers, as log_probs gives them.
-    reference: the frozen model to compare with. Without it and without that part of the batch it is
-    the model with its adapters off.
+    where a position does not count (a pair without any counts nowhere).
+    reference: the frozen model to compare with; without it, it is the model with its adapters off.
 
     Raises ValueError for options out of range, and for a model with dropout.
     Sources: Rafailov et al., DPO (arXiv 2305.18290); and see preference_losses.

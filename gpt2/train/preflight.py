@@ -1,350 +1,248 @@
 """Before step 0: what the run will need, what there is, and whether it can go.
 
-Memory is gpt2.train.memory's formula against what the device has free; a run that cannot fit is
-refused with the largest micro batch that does, and `micro_batch_size: auto` takes that one. Time is
-a lower bound: each part of a step at the ceiling measured here, a matmul with the model's own shape
-or a copy, with nothing lost between them (an efficiency of 1). Real steps take longer; the run's
-lines say how much. Disk is the room for the checkpoints that stay and the one being written.
+Memory is measured on a GPU: the peaks of a forward and backward pass of one row and of two,
+extended in a straight line. The passes run uncompiled, which needs no less than compiled ones do.
+On a CPU it is estimated: weights, gradients, moments and their copies for checkpoints; what
+autograd keeps of each block, per token and channel 8 bytes of the residual stream and 14 numbers of
+a matmul's width (layer norms 2, attention 4, MLP 8); the logits, with two gradients where they are
+not computed in chunks. Dropout's masks and the like are left out, so that no run is refused that
+fits.
 
-All ranks decide alike: by the least memory and the slowest device among them.
+Time is what a step takes at best: its FLOPs at the rate of a matmul measured here, AdamW's bytes at
+that of a copy. Disk is the room for the checkpoints that stay and the one being written.
+
+All ranks decide alike: by the rank with the least room, and by the slowest device.
 """
 
 import errno
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from gpt2.checkpoint import Checkpoint, list_checkpoints
-from gpt2.config import TrainConfig, nearest_multiples
+from gpt2.config import TrainConfig
+from gpt2.device import Execution
 from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.memory import Ceilings, Memory, Setting, largest_fit, memory, step_parts
+from gpt2.ops import CPU_LOGITS
 from gpt2.train.metrics import duration
+from gpt2.train.schedule import Due
 
-KEPT_FREE = 0.1  # of the memory there is: allocator, cuBLAS, NCCL, and what no formula knows
-MEASURE_S = 0.02  # how long the ceilings are measured, each
+KEPT_FREE = 0.1  # of a GPU's memory: fragments, NCCL's buffers, and what others may still take
+MEASURE_S = 0.02  # how long each rate is measured
+CPU_TOKENS = 1 << 14  # of a micro batch that auto takes on a CPU; more is no faster there
+
+Need = Callable[[int], dict[str, int]]  # rows of a micro batch -> bytes at a step's peak, by parts
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What was found; rows() says it."""
+    """What was found."""
 
-    setting: Setting
-    memory: Memory
-    available: int  # bytes that the run may use on the device with the least
-    largest: int  # the largest micro batch that fits
-    ceilings: Ceilings
-    steps: int  # that are still to be done
-    checkpoint_bytes: int
-    n_checkpoints: int  # that lie on the disk at the same time
-    disk_free: int
-    where: str  # the device, in words
-    full_rows: bool = True  # else nothing is said of time
-
-    def predicted(self) -> dict[str, float | None]:
-        """What the receipt keeps."""
-        step_ms = self.step_seconds * 1e3 if self.full_rows else None
-        return {"step_ms": step_ms, "peak_bytes": self.memory.peak}
-
-    @property
-    def step_seconds(self) -> float:
-        """The least time that a step can take."""
-        return sum(step_parts(self.setting, self.ceilings).values())
+    table: list[tuple[str, str]]
+    step_ms: float | None  # at best; None where batches may be shorter than block_size
+    peak_bytes: int
 
     def rows(self) -> list[tuple[str, str]]:
         """Memory, time and disk as rows of the table that a run prints before its first step."""
-        m, s = self.memory, self.setting
-        logits = "gradients of the head" if m.logits and not m.working else "logits and loss"
-        names = dict(
-            parameters="parameters", gradients="gradients", optimizer="AdamW's moments",
-            activations="activations", bfloat16_weights="bfloat16 weights", logits=logits,
-            working="in flight", batches="batches", host_copies="copies for checkpoints",
-        )  # fmt: skip
-        parts = [f"{names[k]} {size(v)}" for k, v in vars(m).items() if v or k == "gradients"]
-        if not m.gradients:  # one micro step: they come as the activations go
-            parts[1] = f"gradients {size(4 * s.n_trained)} (made after the peak)"
-        seconds = step_parts(s, self.ceilings)
-        total = self.step_seconds
-        largest = sorted(seconds, key=seconds.get, reverse=True)[:3]
-        shares = ", ".join(f"{name} {seconds[name] / total:.0%}" for name in largest)
-        dtype = "bfloat16" if s.bfloat16 else "float32"
-        return [
-            (
-                "memory",
-                f"{size(m.peak)} at the peak of a step by formula, {size(self.available)} usable "
-                f"on {self.where}",
-            ),
-            ("  of which", ", ".join(parts)),
-            ("  largest fit", f"micro_batch_size {self.largest}"),
-            *[
-                (
-                    "time",
-                    f"at least {_seconds(total)} a step, {duration(total * self.steps)} for "
-                    f"{self.steps:,} steps: each part at its ceiling ({shares})",
-                )
-            ]
-            * self.full_rows,
-            (
-                "  ceilings",
-                f"measured: {dtype} matmul {size(self.ceilings.flops, 'FLOP')}/s, copy "
-                f"{size(self.ceilings.bandwidth)}/s",
-            ),
-            (
-                "disk",
-                f"{self.n_checkpoints} checkpoints of {size(self.checkpoint_bytes)} at a time, "
-                f"{size(self.disk_free)} free",
-            ),
-        ]
+        return self.table
+
+    def predicted(self) -> dict[str, float | None]:
+        """What the receipt keeps."""
+        return {"step_ms": self.step_ms, "peak_bytes": self.peak_bytes}
 
 
 def preflight(
     config: TrainConfig,
-    model: GPT,
+    objective: nn.Module,
     optimizer: torch.optim.Optimizer,
+    source,
+    execution: Execution,
     group: Distributed,
     *,
-    block_size: int,
-    bfloat16: bool,
-    compiled: bool,
-    doc_mask: bool = False,
-    reference: int = 0,
-    full_rows: bool = True,
+    trial: Callable[[int], None] | None,
     resumed: Checkpoint | None = None,
+    has_val: bool = True,
 ) -> tuple[TrainConfig, Preflight]:
     """Checks that the run fits; returns config with its micro_batch_size as a number, and findings.
 
-    All ranks call it. block_size: tokens in a training row. doc_mask: batches have a doc_start.
-    reference: parameters of a frozen second model. full_rows: False where batches may be shorter
-    than block_size, so that time has no lower bound.
-    A resumed run with micro_batch_size auto keeps the checkpoint's where that fits, so that its
-    additions keep their order.
+    All ranks call it. source: of the batches that are trained on; its block_size and full_rows
+    count. trial(rows): a forward and a backward pass of that many rows; called on a GPU only.
+    has_val: whether there is validation data.
+    micro_batch_size auto takes the largest that fits, on a CPU within half of its memory and
+    CPU_TOKENS. A resumed run keeps the checkpoint's where that fits, so that its additions keep
+    their order.
     Raises ValueError where memory cannot suffice, naming the largest micro batch that fits; OSError
     where the disk cannot.
     """
-    s = _setting(config, model, group, block_size)
-    n_params = s.n_params + reference
-    s = replace(s, n_params=n_params, bfloat16=bfloat16, compiled=compiled, doc_mask=doc_mask)
-    moments = [t for state in optimizer.state.values() for t in state.values()]
-    tensors = [t for t in (*model.parameters(), *moments) if isinstance(t, torch.Tensor)]
-    held = sum(t.to_local().nbytes if hasattr(t, "to_local") else t.nbytes for t in tensors)
-    available = available_bytes(group.device, held)
-    available = min(group.gather(available))
-    largest = largest_fit(s, available)
-    rows = s.rows * s.micro_steps
-    chosen = config.micro_batch_size
-    if chosen == "auto":
-        chosen = largest
-        if resumed is not None:
-            before = resumed.train.get("micro_batch_size")
-            if isinstance(before, int) and before <= largest and rows % before == 0:
-                chosen = before
-    s = replace(s, rows=chosen or 1, micro_steps=rows // (chosen or 1))
-    plan = memory(s)
-    if not largest or chosen > largest:
-        raise ValueError(_refusal(config, s, plan.peak, available, largest, group.device))
-    _check_host_memory(s, group)
-    resolved = replace(config, micro_batch_size=chosen)
-    first_step = 0 if resumed is None else resumed.step
-    one, n = _checkpoint_bytes(model), _n_checkpoints(config, first_step)
-    free = _check_disk(config, group, one, n)
-    ceilings = measure_ceilings(group.device, s)
-    every = group.gather((ceilings.flops, ceilings.bandwidth))
-    ceilings = Ceilings(*(min(values) for values in zip(*every, strict=True)))
-    where = str(group.device) if s.cuda else "the CPU's memory"
-    if group.world_size > 1:
-        where += ", the least of all ranks"
-    steps = max(config.max_steps - first_step, 0)
-    found = Preflight(s, plan, available, largest, ceilings, steps, one, n, free, where, full_rows)
-    return resolved, found
-
-
-def available_bytes(device: torch.device, held: int = 0) -> int:
-    """Bytes that this process may use on a device, the margin taken off.
-
-    held: what it holds there already and counts as its need. A CPU's memory is what the kernel
-    calls available, within the limits of the process's control groups, shared among the ranks of
-    this host.
-    """
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    else:
-        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        free = available_host_bytes() // ranks + held
-    return int(free * (1 - KEPT_FREE))
-
-
-def available_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory that this process can still have: the kernel's estimate, within all limits."""
-    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        groups = (proc / "self/cgroup").read_text().splitlines()
-    except OSError:
-        return free
-    for entry in groups:
-        _, controllers, path = entry.split(":", 2)
-        if controllers == "":
-            root, names = cgroups, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root = cgroups / "memory"
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-        else:
-            continue
-        # In a container the path may lie outside of what is mounted: then the root is its own.
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
-            left = _left_in(folder, *names)
-            free = free if left is None else min(free, left)
-            if folder == root:
-                break
-    return max(free, 0)
-
-
-def _left_in(folder: Path, limit: str, usage: str, cache: str) -> int | None:
-    """What a control group has left; None without a limit. Page cache can be given back."""
-    try:
-        most = (folder / limit).read_text().strip()
-        if most == "max":
-            return None
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(most) - int((folder / usage).read_text()) + int(stat.get(cache, 0))
-    except (OSError, ValueError):
-        return None
-
-
-@torch.no_grad()
-def measure_ceilings(device: torch.device, s: Setting) -> Ceilings:
-    """What matmuls and copies of the model's own size reach on a device, the best of several."""
-    C = s.shape.n_embd
-    dtype = torch.bfloat16 if s.bfloat16 else torch.float32
-    weight = torch.ones(C, 4 * C, device=device, dtype=dtype)
-    # On a CPU in steps, since a large matmul may take seconds there.
-    rows, flops = s.tokens if s.cuda else min(s.tokens, 64), 0.0
-    while True:
-        x = torch.ones(rows, C, device=device, dtype=dtype)
-        out = torch.empty(rows, 4 * C, device=device, dtype=dtype)
-        seconds = _best_time(lambda x=x, out=out: torch.mm(x, weight, out=out), device)
-        flops = max(flops, 2 * rows * C * 4 * C / seconds)
-        if rows == s.tokens or 4 * seconds > MEASURE_S:
-            break
-        rows = min(4 * rows, s.tokens)
-    source = torch.ones(min(s.tokens * 4 * C, 1 << 26), device=device, dtype=dtype)
-    target = torch.empty_like(source)
-    seconds = _best_time(lambda: target.copy_(source), device)
-    return Ceilings(flops, 2 * source.nbytes / seconds)
-
-
-def _best_time(work, device: torch.device) -> float:
-    """Seconds of one call, the best of those within MEASURE_S."""
-    best, spent = float("inf"), 0.0
-    work()  # the first call makes threads and handles
-    while spent < MEASURE_S:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        best, spent = min(best, seconds), spent + seconds
-    return best
-
-
-def size(value: float, unit: str = "B") -> str:
-    """Bytes, or another unit, in words: 3.21 GB, 12.5 MB, 83.1 GFLOP."""
-    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if value >= factor:
-            value /= factor
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {prefix}{unit}"
-    return f"{value / 1e3:.0f} k{unit}"
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _setting(config: TrainConfig, model: GPT, group: Distributed, block_size: int) -> Setting:
-    per_row = block_size * group.world_size
-    if config.tokens_per_step % per_row:
-        raise ValueError(
-            f"tokens_per_step {config.tokens_per_step} is not a multiple of block_size "
-            f"{block_size} x {group.world_size} ranks; the nearest are "
-            f"{nearest_multiples(config.tokens_per_step, per_row)}"
-        )
-    rows, micro_steps = 1, config.tokens_per_step // per_row
-    if config.micro_batch_size != "auto":
-        rows = config.micro_batch_size
-        micro_steps = config.grad_accum_steps(block_size, group.world_size)
-    parameters = list(model.parameters())
-    return Setting(
-        shape=model.config, rows=rows, block_size=block_size, micro_steps=micro_steps,
-        bfloat16=False, cuda=group.device.type == "cuda", kernels=model.ops.name,
-        n_params=sum(p.numel() for p in parameters),
-        n_trained=sum(p.numel() for p in parameters if p.requires_grad),
-        sharding=config.sharding if group.world_size > 1 else "none",
-        activation_checkpointing=config.activation_checkpointing,
-        world_size=group.world_size, exact_reduction=config.exact_reduction,
-        # One for the checkpoint being written, two to roll back to.
-        host_copies=1 + 2 * (config.guard == "rollback"),
-    )  # fmt: skip
-
-
-def _refusal(config, s: Setting, peak: int, available: int, largest: int, device) -> str:
-    what = f"micro_batch_size {s.rows} needs {size(peak)} on {device}, {size(available)} are usable"
-    if largest:
-        fits = memory(replace(s, rows=largest, micro_steps=s.rows * s.micro_steps // largest))
-        return (
-            f"{what}: use --micro_batch_size {largest}, the largest that fits ({size(fits.peak)}) "
-            f"and divides the {s.rows * s.micro_steps} rows that a device has in a step; the "
-            "result stays the same"
-        )
-    one = replace(s, rows=1, micro_steps=s.rows * s.micro_steps)
-    return (
-        f"{what}, and even micro_batch_size 1 needs {size(memory(one).peak)}: use "
-        f"activation_checkpointing or, on several devices, sharding; train a smaller model; use a "
-        f"block_size below {s.block_size}, or a device with more memory"
-    )
-
-
-def _check_host_memory(s: Setting, group: Distributed) -> None:
-    """The copies of a GPU's state must fit its host; on a CPU they are part of the peak."""
-    needed = s.host_copies * 4 * (s.n_params + 2 * s.n_trained) if s.cuda else 0
-    free = int(available_bytes(torch.device("cpu")))
-    if any(group.gather(needed > free)):
-        raise ValueError(
-            f"{s.host_copies} copies of weights and moments for checkpoints and rollback need "
-            f"{size(needed)} of host memory for each rank, {size(free)} are usable: use fewer "
-            "ranks on a host, or guard skip"
-        )
-
-
-def _checkpoint_bytes(model: GPT) -> int:
-    """Weights without padding and two moments of what is trained, in float32; rest below 1 MiB."""
+    model, length, device = objective.model, source.block_size, execution.device
+    one = replace(config, micro_batch_size=1) if config.micro_batch_size == "auto" else config
+    rows = one.micro_batch_size * one.grad_accum_steps(length, group.world_size)  # of a device
+    weights = 4 * _count(objective.parameters())
+    gradients = 4 * _count(p for p in objective.parameters() if p.requires_grad)
+    moments = 8 * _count(p for part in optimizer.param_groups for p in part["params"])
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return 4 * (model.n_params() + 2 * trained) + (1 << 20)
+    saved = 12 * trained  # adapters are saved alone; their copies to go back to are of all weights
+    going_back = 2 * (4 * _count(model.parameters()) + moments)
+    copies = saved + (going_back if config.guard == "rollback" else 0)
+    if device.type == "cuda":
+        _check_host_memory(copies, group)
+        passes = _measured(config, objective, rows, group, trial)  # with weights and gradients
+        others = {"AdamW's moments": 0 if optimizer.state else moments}
+        free = available_bytes(device)
+    else:
+        passes = _estimated(config, model, length, execution)
+        others = {
+            "weights": weights, "gradients": gradients, "AdamW's moments": moments,
+            "copies for checkpoints": copies,
+        }  # fmt: skip
+        free = available_bytes(device, weights + (moments if optimizer.state else 0))
+
+    def need(n: int) -> dict[str, int]:
+        sums = 1  # of gradients
+        if config.exact_reduction:  # one for each level of the tree; two more for an exchange
+            micro_steps = rows // n
+            sums = max((micro_steps & -micro_steps).bit_length(), 3 if group.world_size > 1 else 1)
+        return others | passes(n) | {"partial sums": (sums - 1) * gradients}
+
+    chosen, peak, table = _choose(config, need, free, rows, length, group, resumed)
+    config, first_step = replace(config, micro_batch_size=chosen), resumed.step if resumed else 0
+    rates = group.gather(measure_rates(model.config.n_embd, chosen * length, execution))
+    flops, bandwidth = (min(rate) for rate in zip(*rates, strict=True))
+    step_s = None
+    if source.full_rows:
+        # AdamW reads 16 bytes a parameter and writes 12; before it the norm reads the gradients.
+        step_s = rows * length * _flops_per_token(model, length) / flops + 4 * moments / bandwidth
+        steps = max(config.max_steps - first_step, 0)
+        each = f"{step_s:.2f} s" if step_s >= 1 else f"{step_s * 1e3:.1f} ms"
+        said = (
+            f"about {each} a step at best, {duration(step_s * steps)} for {steps:,} steps, by "
+            f"matmuls of {size(flops, 'FLOP')}/s and copies of {size(bandwidth)}/s"
+        )
+        table.append(("time", said))
+    table.append(_check_disk(config, group, saved, Due(config, has_val).n_saves(first_step)))
+    return config, Preflight(table, step_s and step_s * 1e3, peak)
 
 
-def _n_checkpoints(config: TrainConfig, first_step: int) -> int:
-    """How many lie on the disk at the same time, the one being written included."""
-    periods = (config.save_every, config.eval_every, config.sample_every)
-    due = {step for n in periods if n for step in range(n, config.max_steps, n)}
-    saves = len([step for step in due if step > first_step]) + 1
-    if not config.keep_last:
-        return saves
-    return min(config.keep_last + 1, saves)
+def _measured(
+    config: TrainConfig, objective: nn.Module, rows: int, group: Distributed, trial
+) -> Need:
+    """What weights, gradients and passes take, from passes of one row and of two."""
+    device, peaks = group.device, []
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    # As in a later micro step: with gradients. Those of DDP lie in its buckets at all times.
+    is_ddp = group.world_size > 1 and config.sharding != "full" and not config.exact_reduction
+    with torch.compiler.set_stance("force_eager"):
+        for n in (1, 1, min(2, rows)):  # the first one makes handles and workspaces
+            try:
+                for p in trained if not is_ddp else ():
+                    p.grad = torch.zeros_like(p)
+                torch.cuda.reset_peak_memory_stats(device)
+                trial(n)
+                torch.cuda.synchronize(device)
+                peaks.append(torch.cuda.max_memory_allocated(device))
+            except torch.OutOfMemoryError:
+                peaks.append(torch.cuda.mem_get_info(device)[1])  # all there is, more than is free
+            finally:
+                for p in trained:
+                    p.grad = None
+    torch.cuda.empty_cache()
+    _, one, two = peaks
+    more = max(two - one, 0)
+    return lambda n: {"weights, gradients and a row": one, "further rows": (n - 1) * more}
 
 
-def _check_disk(config: TrainConfig, group: Distributed, one: int, n: int) -> int:
-    """Bytes that are free for checkpoints, those of this run counted as free."""
-    folder = Path(config.out_dir) / config.run_name
-    here = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+def _estimated(config: TrainConfig, model: GPT, length: int, execution: Execution) -> Need:
+    """What passes take, by the formula at the head of this file."""
+    shape, width = model.config, execution.dtype.itemsize
+
+    def passes(n: int) -> dict[str, int]:
+        stream = n * length * shape.n_embd  # numbers in it
+        block = stream * (8 + 14 * width)
+        activations = shape.n_layer * block
+        if config.activation_checkpointing:  # what enters each block, and one of them whole
+            activations = shape.n_layer * stream * (4 + width) + block
+        logits = n * length * shape.padded_vocab_size
+        at_once = 3 * logits if logits <= CPU_LOGITS else CPU_LOGITS  # else in chunks, in place
+        return {"activations": activations, "logits": 4 * at_once}
+
+    return passes
+
+
+def _choose(
+    config: TrainConfig, need: Need, free: int, rows: int, length: int, group: Distributed,
+    resumed: Checkpoint | None,
+) -> tuple[int, int, list[tuple[str, str]]]:  # fmt: skip
+    """Rows of a micro batch, the bytes that they need at the peak, and rows of the table.
+
+    Raises ValueError where they do not fit.
+    """
+    on_gpu, chosen = group.device.type == "cuda", config.micro_batch_size
+
+    def fit(room: int, most: int) -> int:
+        """The largest micro batch that fits on every rank, 0 where none does."""
+        divisors = [n for n in range(1, most + 1) if rows % n == 0]
+        fitting = [n for n in divisors if sum(need(n).values()) <= room]
+        return min(group.gather(max(fitting, default=0)))
+
+    largest = fit(free, rows)
+    if chosen == "auto":
+        before = resumed.train.get("micro_batch_size") if resumed else None
+        if isinstance(before, int) and before <= largest and rows % before == 0:
+            chosen = before
+        else:
+            chosen = largest if on_gpu else fit(free // 2, CPU_TOKENS // length)
+    chosen = chosen or 1  # where no row fits, or only one does and that barely
+    found = group.gather((need(chosen), free))
+    parts, free = max(found, key=lambda rank: sum(rank[0].values()) - rank[1])
+    peak = sum(parts.values())
+    where = "the GPU" if on_gpu else "the CPU's memory"
+    where += " of the rank with the least room" if group.world_size > 1 else ""
+    if chosen > largest:
+        remedy = (
+            "and even micro_batch_size 1 does not fit: use activation_checkpointing or, on several "
+            f"devices, sharding; train a smaller model; use a block_size below {length}, or a "
+            "device with more memory"
+        )
+        if largest:
+            remedy = (
+                f"use --micro_batch_size {largest}, the largest that fits and divides the {rows} "
+                "rows that a device has in a step; the result stays the same"
+            )
+        what = f"micro_batch_size {chosen} needs {size(peak)} on {where}, {size(free)} are usable"
+        raise ValueError(f"{what}: {remedy}")
+    how = "measured" if on_gpu else "estimated"
+    return chosen, peak, [
+        ("memory", f"{size(peak)} at the peak of a step ({how}), {size(free)} usable on {where}"),
+        ("  of which", ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)),
+        ("  largest fit", f"micro_batch_size {largest}"),
+    ]  # fmt: skip
+
+
+def _check_host_memory(copies: int, group: Distributed) -> None:
+    free = available_bytes(torch.device("cpu"))
+    if group.any(copies > free):
+        raise ValueError(
+            f"copies of weights and moments for checkpoints and rollback need {size(copies)} of "
+            f"host memory for each rank, {size(free)} are usable: use fewer ranks on a host, or "
+            "guard skip"
+        )
+
+
+def _check_disk(config: TrainConfig, group: Distributed, one: int, n_saves: int) -> tuple[str, str]:
+    """A row of the table; one: bytes of a checkpoint. Raises OSError where they find no room."""
+    n = min(config.keep_last + 1, n_saves) if config.keep_last else n_saves
+    here = next(p for p in (config.folder, *config.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(here).free
-    kept = list_checkpoints(folder)
-    if config.keep_last:
+    if config.keep_last:  # those of this run make room
+        kept = list_checkpoints(config.folder)
         free += sum(f.stat().st_size for path in kept for f in path.iterdir())
     # Only the main rank writes, perhaps on a disk of its own; its finding is everyone's.
     if group.broadcast(free < n * one):
@@ -354,4 +252,93 @@ def _check_disk(config: TrainConfig, group: Distributed, one: int, n: int) -> in
             f"{size(free)} are free: make room, lower keep_last or choose another out_dir",
             str(here),
         )
-    return free
+    what = f"{n} checkpoint{'s' * (n != 1)} of {size(one)}"
+    return "disk", f"{what} at a time, {size(free)} free"
+
+
+def available_bytes(device: torch.device, held: int = 0) -> int:
+    """Bytes that this process may use on a device, a GPU's margin taken off.
+
+    held: what of its need it already holds in a CPU's memory. That memory is what the kernel calls
+    available, within the limits of the process's control groups, shared among a host's ranks.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        return int(free * (1 - KEPT_FREE))
+    return available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held
+
+
+def available_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Host memory that this process can still have: the kernel's estimate, within all limits."""
+    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    try:
+        groups = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
+    except OSError:
+        return free
+    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    v2 = ("memory.max", "memory.current", "inactive_file")
+    for _, controllers, path in groups:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (cgroups / "memory", v1) if controllers else (cgroups, v2)
+        # In a container the path may lie outside of what is mounted: then the root is its own.
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                free = min(free, _left_in(folder, *names))
+    return max(int(free), 0)
+
+
+def _left_in(folder: Path, limit: str, usage: str, cache: str) -> float:
+    """What a control group has left; infinite without a limit. Page cache can be given back."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        most, used = ((folder / name).read_text() for name in (limit, usage))
+        return int(most) - int(used) + int(stat.get(cache, 0))
+    except (OSError, ValueError):  # ValueError: of "max"
+        return float("inf")
+
+
+@torch.no_grad()
+def measure_rates(channels: int, tokens: int, execution: Execution) -> tuple[float, float]:
+    """FLOP/s of a matmul and bytes/s of a copy of the model's own sizes, the best of several."""
+    if execution.device.type == "cpu":
+        tokens = min(tokens, 512)  # a larger matmul may take seconds
+    new = partial(torch.ones, device=execution.device, dtype=execution.dtype)
+    x, weight, out = new(tokens, channels), new(channels, 4 * channels), new(tokens, 4 * channels)
+    source, target = new(1 << 24), new(1 << 24)  # more than caches hold
+
+    def best(call: Callable[[], Tensor]) -> float:
+        """Seconds."""
+        seconds = []
+        while len(seconds) < 5 or sum(seconds) < MEASURE_S:  # the first one makes handles
+            start = time.perf_counter()
+            call()
+            if out.is_cuda:
+                torch.cuda.synchronize(out.device)
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    flops = 8 * tokens * channels**2 / best(lambda: torch.mm(x, weight, out=out))
+    return flops, 2 * source.nbytes / best(lambda: target.copy_(source))
+
+
+def _flops_per_token(model: GPT, length: int) -> int:
+    """As the model counts them, but of rows of `length` tokens and the causal half of attention."""
+    c = model.config
+    return model.flops_per_token() - 6 * c.n_layer * c.n_embd * (2 * c.block_size - length)
+
+
+def _count(tensors: Iterable[Tensor]) -> int:
+    """Numbers in tensors; of those that ranks share out, in this rank's part."""
+    return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
+
+
+def size(value: float, unit: str = "B") -> str:
+    """Bytes, or another unit, in words: 3.21 GB, 12.5 MB, 83.1 GFLOP."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= factor:
+            value /= factor
+            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {prefix}{unit}"
+    return f"{value / 1e3:.0f} k{unit}"

@@ -1,19 +1,49 @@
-"""Pretraining: puts data, model and objective together and hands them to the trainer."""
+"""From options to a run: pretraining, and what every kind of run has in common.
 
-from functools import partial
+A kind of run is a function that puts its Parts together from options; launch() does the rest. Up to
+the agreement of all ranks nothing is written and nothing is waited for, so a rank that cannot start
+names its reason, and the others end with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from gpt2 import checkpoint, tokenizer
-from gpt2.config import TrainConfig, data_sources
-from gpt2.data import Mixture, TokenLoader, find_shards, read_manifest
+from gpt2 import checkpoint, dist, tokenizer
+from gpt2.cli import say
+from gpt2.config import TrainConfig
+from gpt2.data import Mixture, TokenLoader
+from gpt2.data.loader import BatchSource
+from gpt2.data.split import find_tokenizer, open_split
 from gpt2.dist import Distributed
+from gpt2.evals.files import find_file
+from gpt2.evals.hellaswag import read_hellaswag
 from gpt2.lora import add_lora
 from gpt2.model import GPT
-from gpt2.train.launch import launch
 from gpt2.train.objectives import LanguageModeling
+from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
+from gpt2.train.signals import Interrupted, StopSignals
 from gpt2.train.trainer import Trainer
+
+EVAL_DATA = "data/eval"  # the folder of HellaSwag's file
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a trainer is made of. config: with what only the data could tell; lines: for the log."""
+
+    config: TrainConfig
+    objective: torch.nn.Module
+    train_data: BatchSource
+    val_data: BatchSource | None
+    tokenizer: tokenizer.Tokenizer
+    lines: list[str] = field(default_factory=list)
+
+
+MakeParts = Callable[[TrainConfig, Distributed], Parts]
 
 
 def pretrain(config: TrainConfig) -> None:
@@ -21,72 +51,102 @@ def pretrain(config: TrainConfig) -> None:
 
     Raises ValueError and OSError for what cannot be trained, before anything is written.
     """
-    launch(config, partial(make_trainer, config))
+    launch(config, pretraining)
 
 
-def make_trainer(config: TrainConfig, group: Distributed) -> Trainer:
+def pretraining(config: TrainConfig, group: Distributed) -> Parts:
+    """What pretrain() trains."""
     data_tokenizer = find_tokenizer(config.data)
     model, block_size = make_model(config, data_tokenizer, group.device)
     share = (group.rank, group.world_size)
     val_data = open_data(config, "val", block_size, share) if config.eval_every else None
     train_data = open_data(config, "train", block_size, share)
-    objective = LanguageModeling(model)
-    return Trainer(config, objective, train_data, val_data, data_tokenizer, group)
+    return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer)
 
 
-def find_tokenizer(data: str) -> tokenizer.Tokenizer:
-    """The tokenizer of the data that a config names; GPT-2's where no manifest says.
+def launch(config: TrainConfig, make_parts: MakeParts) -> None:
+    """Trains what make_parts(config, group) gives, on from a checkpoint if config says so.
 
-    Raises ValueError where the folders of a mixture differ in it, and for a damaged manifest.
+    Raises ValueError and OSError for what cannot be trained, before anything is written, and
+    Interrupted (a SystemExit with status 75) after a signal.
     """
-    found = {}
-    for source in data_sources(data):
-        manifest = read_manifest(source.path)
-        found[source.path] = manifest["tokenizer"] if manifest else {"name": "gpt2"}
-    first, description = next(iter(found.items()))
-    for path, other in found.items():
-        if other != description:
-            names = [d.get("name") if isinstance(d, dict) else d for d in (description, other)]
-            which = " and ".join(names) if names[0] != names[1] else f"{names[0]}, but another one"
-            raise ValueError(
-                f"{first} and {path} were made with different tokenizers ({which}): the folders of "
-                "a mixture need the same; prepare one of them again"
-            )
-    try:
-        return tokenizer.from_dict(description)
-    except ValueError as error:
-        raise ValueError(f"{Path(first) / 'manifest.json'}: {error}") from error
+    with StopSignals() as signals, RunFolder(config.folder) as folder:
+        group = dist.start(config.device, config.timeout_s)
+        # One process decides, so that all go on from the same checkpoint.
+        found = group.on_main(lambda: folder.find(config.resume))
+        problem = None
+        try:
+            resumed = None if found is None else checkpoint.read_checkpoint(found.path)
+            parts = make_parts(pin_start(config, resumed), group)
+            asked = replace(parts.config, init_from=config.init_from)
+            parts = replace(parts, config=asked)
+            identity = identity_of(parts)
+            check_length(parts.config, resumed)
+        except (ValueError, OSError, ImportError) as error:
+            problem = error
+        group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
+        trainer = Trainer(
+            parts.config, parts.objective, parts.train_data, parts.val_data, parts.tokenizer, group,
+            hellaswag=load_hellaswag(parts, group) if config.hellaswag_every else None,
+        )  # fmt: skip
+        if resumed is not None:
+            trainer.resume(resumed)
+        trainer.check_resources(resumed)
+        lines = group.on_main(lambda: folder.begin(parts.config, identity, resumed))
+        if group.is_main and (parts.lines or lines):
+            say("\n".join([*parts.lines, *lines]))
+        try:
+            trainer.run(folder if group.is_main else None, signals)
+        except Interrupted:
+            dist.stop(group)
+            raise
+    # Not where a rank failed: it must end at once, without waiting for the others.
+    dist.stop(group)
+
+
+def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
+    """config with the very weights that init_from meant when the run began: a run's folder means
+    its newest checkpoint, and may have gone on since."""
+    start = (resumed.identity or {}).get("init_from") if resumed is not None else None
+    if start and config.init_from == start["asked"] and Path(start["path"]).exists():
+        return replace(config, init_from=start["path"])
+    return config
+
+
+def check_length(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> None:
+    """Raises ValueError where a checkpoint is further than the run is to go."""
+    if resumed is not None and resumed.step > config.max_steps:
+        raise ValueError(
+            f"{resumed.path} is of step {resumed.step}, after max_steps {config.max_steps}: raise "
+            "max_steps (or epochs), or --resume an earlier checkpoint"
+        )
+
+
+def fingerprint(parts: Parts, identity: dict, resumed: checkpoint.Checkpoint | None) -> dict:
+    """What all ranks must have alike."""
+    options = {k: v for k, v in asdict(parts.config).items() if k not in LOCATIONS}
+    facts = {k: v for k, v in identity.items() if k != "init_from"}
+    facts |= {name: without_paths(identity[name]) for name in ("data", "val_data")}
+    start = identity["init_from"] and identity["init_from"]["xxh3_128"]
+    step = None if resumed is None else (resumed.run_id, resumed.step)
+    versions = {name: version(name) for name in ("torch", "numpy")}
+    return options | facts | versions | {"weights of init_from": start, "checkpoint": step}
 
 
 def open_data(
     config: TrainConfig, split: str, block_size: int, share: tuple[int, int] = (0, 1)
 ) -> TokenLoader | Mixture:
-    """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
-
-    Validation keeps the first weights of a mixture, so that its losses can be compared.
-    share: (rank, world size), by which the checking of hashes is divided.
-    Raises as TokenLoader does.
-    """
-    sources = data_sources(config.data)
-    if split == "val":
-        sources = tuple(s for s in sources if s.from_step == 0)
-    data_tokenizer = find_tokenizer(config.data)
-    loaders = {
-        path: TokenLoader(
-            find_shards(path, split), block_size, config.seed, split == "train",
-            vocab_size=data_tokenizer.vocab_size, eot=data_tokenizer.eot,
-            doc_mask=config.doc_mask, verify="background", verify_share=share,
-        )
-        for path in dict.fromkeys(s.path for s in sources)
-    }  # fmt: skip
-    return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))
+    """The run's loader of a split; see gpt2.data.split.open_split."""
+    return open_split(
+        config.data, split, block_size, seed=config.seed, doc_mask=config.doc_mask, share=share
+    )
 
 
 def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:
     """The model that training starts from, with adapters if config has some; the length of rows.
 
-    Raises ValueError for options that do not go with init_from, a vocabulary that is not the
-    tokenizer's, and a block_size beyond the model's context.
+    Raises ValueError for options that do not go with init_from, a tokenizer that is not the
+    model's, and a block_size beyond the model's context.
     """
     torch.manual_seed(config.seed)
     if config.init_from:
@@ -99,22 +159,31 @@ def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device)
             f"block_size {block_size} is longer than the context of {config.init_from}, "
             f"{model.config.block_size}"
         )
-    adapters = getattr(config, "lora", None)
-    if adapters is not None:
-        add_lora(model, adapters, checkpoint.describe_base(config.init_from, model))
+    if getattr(config, "lora", None) is not None:
+        add_lora(model, config.lora, model.origin)
     return model, block_size
 
 
 def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> GPT:
-    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias"):
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
         if getattr(config, name) is not None:
             raise ValueError(f"{name} comes from init_from {config.init_from!r}: leave it out")
-    model = checkpoint.load_model(config.init_from, device, config.kernels)
-    if model.config.vocab_size != data_tokenizer.vocab_size:
+    own = checkpoint.load_tokenizer(config.init_from)
+    if own.to_dict() != data_tokenizer.to_dict():
         raise ValueError(
-            f"{config.init_from} has a vocabulary of {model.config.vocab_size}, the tokenizer of "
-            f"{config.data} one of {data_tokenizer.vocab_size}: prepare the data with the model's"
+            f"{config.init_from} has another tokenizer ({own.name}, {own.vocab_size} entries) than "
+            f"{config.data} ({data_tokenizer.name}, {data_tokenizer.vocab_size}): prepare the data "
+            "with the model's"
         )
+    model = checkpoint.load_model(config.init_from, device, config.kernels)
+    model.origin = checkpoint.describe_base(config.init_from, model)
     if config.dropout is not None:
         model.set_dropout(config.dropout)
     return model
+
+
+def load_hellaswag(parts: Parts, group: Distributed):
+    """HellaSwag's examples, on all ranks; the main process downloads them if need be."""
+    group.on_main(lambda: find_file("hellaswag", EVAL_DATA, parts.tokenizer))
+    path = find_file("hellaswag", EVAL_DATA)
+    return read_hellaswag(path, parts.tokenizer, parts.objective.model.config.block_size)

@@ -1,17 +1,19 @@
 """Signals that ask a run to stop: noted when they come, acted on at the next step boundary.
 
 Slurm and spot machines send SIGUSR1 or SIGTERM some time before they end a job; a user sends SIGINT
-(Ctrl-C). A handler may run in the middle of anything, a collective or a write, so it only sets a
-flag; the training loop polls it. A second SIGINT, a second or more later, stops at once: torchrun
-passes on the one that its terminal has already sent to every process.
+(Ctrl-C), a terminal that is closed SIGHUP. A handler may run in the middle of anything, a
+collective or a write, so it only sets a flag; the training loop polls it. A second SIGINT, a second
+or more later, stops at once: torchrun passes on the one that its terminal has already sent to every
+process.
 """
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
-HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: the run is saved, the same command line goes on with it
 
 
@@ -26,7 +28,9 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         # Only the main thread may set handlers; elsewhere whoever runs it has them.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in HANDLED}
+            # What the process was started to ignore (nohup, a job in the background) stays so.
+            wanted = [n for n in HANDLED if signal.getsignal(n) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in wanted}
         return self
 
     def __exit__(self, *_) -> None:
@@ -44,7 +48,8 @@ class StopSignals:
             # write(2) and not print: the interrupted code may be inside print itself.
             again = " (Ctrl-C again: at once)" if number == signal.SIGINT else ""
             text = f"\n{self.received}: saving after this step, then stopping{again}\n"
-            os.write(2, text.encode())
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, text.encode())
 
 
 class Interrupted(SystemExit):

@@ -1,9 +1,8 @@
 """The training loop: the only one, for pretraining and everything after it.
 
-It trains an objective on a source of batches. A source has batch(step, global_batch_size, rank,
-world_size) -> idx, targets and, if attention is to stay inside documents, doc_start, or what its
-attribute `names` says: a pure function, as TokenLoader has; so the only thing to remember about
-data is the step.
+It trains an objective on a source of batches (gpt2.data.loader.BatchSource), whose batch is a pure
+function of the step; so all that has to be remembered about data is the step, and an offset in
+samples where a run skipped some or changed the size of its steps.
 
 The loss that is differentiated is the sum over all units (targets) of a step, divided by their
 number over all micro steps and ranks. So how a step is cut into micro batches and ranks changes
@@ -13,48 +12,46 @@ Between two steps, in this order: what the guard found, a checkpoint if one is d
 and samples, so that running out of memory in those costs nothing.
 """
 
-import dataclasses
 import math
 import time
-from pathlib import Path
+from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import checkpoint
-from gpt2.cli import write_yaml
+from gpt2.cli import say
 from gpt2.config import TrainConfig
 from gpt2.data.feed import Feed
+from gpt2.data.loader import BatchSource
 from gpt2.device import execution
 from gpt2.dist import Distributed, Heartbeat
-from gpt2.evals.hellaswag import Example
+from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import blame, evaluation
-from gpt2.train.describe import derived, show_result
-from gpt2.train.guard import Guard, Verdict
-from gpt2.train.metrics import Metrics
+from gpt2.train import evaluation, guard
+from gpt2.train.describe import derived
+from gpt2.train.layouts import make_layout
 from gpt2.train.objectives import Batch
-from gpt2.train.parallel import make_layout
-from gpt2.train.preflight import Preflight, preflight
-from gpt2.train.receipt import Receipt
-from gpt2.train.report import write_report
-from gpt2.train.rollback import Snapshots
-from gpt2.train.saver import Saver
-from gpt2.train.schedule import learning_rate
+from gpt2.train.preflight import preflight
+from gpt2.train.receipt import hardware
+from gpt2.train.run_folder import RunFolder
+from gpt2.train.schedule import Due, learning_rate
 from gpt2.train.signals import Interrupted, StopSignals
 
-NAMES = ("idx", "targets", "doc_start")
-REPORT_EVERY_S = 30.0  # at checkpoints, so that it costs nothing where they come often
+SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
 
 class Trainer:
     """Trains objective.model as config says; call run().
 
     objective: see gpt2.train.objectives; its model lies on group.device.
-    train_data, val_data: sources of rows of block_size tokens; val_data None: no validation.
-    Attribute step: optimizer steps done.
+    val_data: None: no validation.  hellaswag: the examples that are asked, if config says so.
+    Attributes: step, optimizer steps done; offset, in samples: the batch of a step begins with
+    sample step * rows_per_step + offset of the data.
     Raises ValueError where config does not fit the data or the number of ranks.
     """
 
@@ -62,73 +59,74 @@ class Trainer:
         self,
         config: TrainConfig,
         objective: torch.nn.Module,
-        train_data,
-        val_data,
+        train_data: BatchSource,
+        val_data: BatchSource | None,
         tokenizer: Tokenizer,
         group: Distributed,
+        hellaswag: list[Example] | None = None,
     ):
         self.config, self.group, self.tokenizer = config, group, tokenizer
-        self.objective, self.model = objective, objective.model
+        self.objective, self.model, self.hellaswag = objective, objective.model, hellaswag
         self.train_data, self.val_data = train_data, val_data
         self.train_feed = Feed(train_data, group.device)
         self.val_feed = Feed(val_data, group.device) if val_data is not None else None
-        self.names = getattr(train_data, "names", NAMES)
-        self.folder = Path(config.out_dir) / config.run_name
         self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
         self.layout = make_layout(config, objective, group, self.execution.compiled)
-        self.optimizer, self.params = self.layout.optimizer, self.layout.params
+        self.optimizer = self.layout.optimizer
         adapters = lora_config(self.model)
         self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
-        self.first_step = self.step = 0
-        self.data_offset = 0  # the batch of a step is that of step + data_offset; see _roll_back
-        self.guard = Guard(group)
-        self.snapshots = Snapshots()
-        self.saved_step, self.reported = -1, -math.inf
-        self.signals = StopSignals()
-        self.hellaswag: list[Example] = []
-        if config.hellaswag_every:
-            self.hellaswag = evaluation.load_hellaswag(
-                tokenizer, self.model.config.block_size, group
-            )
-        self.resumed: checkpoint.Checkpoint | None = None
-        self.preflight: Preflight | None = None
+        self.due = Due(config, has_val=val_data is not None)
+        self.guard, self.snapshots = guard.Guard(group), guard.Snapshots()
+        self.first_step = self.step = self.offset = 0
+        self.saved_step = -1
+        self.folder: RunFolder | None = None
+        self.losses: list[float] = []  # of the steps applied since the last log line
+        self.sums: dict[str, Tensor] = {}  # of the objective's metrics over the same steps
         if config.micro_batch_size != "auto":  # else when it is known, in run()
             self._divide_step()
         if group.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
 
-    def resume(self, from_checkpoint: checkpoint.Checkpoint) -> None:
-        """Continues from a checkpoint's step with its weights, moments and guard."""
-        self.resumed = from_checkpoint
-        checkpoint.load_training_state(from_checkpoint, self.model, self.optimizer)
-        self.first_step = self.step = self.saved_step = from_checkpoint.step
-        self.data_offset = from_checkpoint.state.get("data_offset", 0)
-        self.guard.load_state_dict(from_checkpoint.state.get("guard", {}))
+    def resume(self, resumed: checkpoint.Checkpoint) -> None:
+        """Continues from a checkpoint's step with its weights, moments and guard.
 
-    def run(self, signals: StopSignals | None = None) -> None:
-        """Trains to max_steps; everything it writes lies in the run folder.
+        With the sample after the last one that it has seen, also where the size of a step or of a
+        row is another now. Raises ValueError where the data cannot be continued so.
+        """
+        checkpoint.load_training_state(resumed, self.model, self.optimizer)
+        self.first_step = self.step = self.saved_step = resumed.step
+        self.guard.load_state_dict(resumed.state.get("guard", {}))
+        self.offset = resumed.state.get("offset", 0)
+        tokens, block_size = self.config.tokens_per_step, self.train_data.block_size
+        before = resumed.train.get("tokens_per_step", tokens)
+        rows = before // (resumed.state.get("block_size") or block_size)
+        self.offset += self.step * (rows - self.rows_per_step)
+        self.offset += resumed.state.get("data_offset", 0) * rows  # format 1, in steps
+        if rows != self.rows_per_step:
+            self.train_data.check_resizable()
 
-        signals: what asks for an early stop, if the caller has installed it already.
+    def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
+        """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
+        batch where that is auto."""
+        self.config, self.plan = preflight(
+            self.config, self.objective, self.optimizer, self.train_data, self.execution,
+            self.group, trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
+        )  # fmt: skip
+        self.due = Due(self.config, self.due.has_val)
+        self._divide_step()
+
+    def run(self, folder: RunFolder | None, signals: StopSignals) -> None:
+        """Trains to max_steps, after check_resources; everything it writes lies in the folder.
+
+        folder: begun; None on all processes but the main one. signals: what asks for an early stop.
         Raises Interrupted (a SystemExit with status 75) after a signal, once everything is saved.
         """
-        if signals is None:
-            with StopSignals() as signals:
-                return self.run(signals)
-        self.config, self.preflight = preflight(
-            self.config, self.model, self.optimizer, self.group,
-            block_size=self.train_data.block_size, bfloat16=self.execution.dtype == torch.bfloat16,
-            compiled=self.execution.compiled, doc_mask=getattr(self.train_data, "doc_mask", False),
-            reference=_n_numbers(self.objective) - _n_numbers(self.model),
-            full_rows=not getattr(self.train_data, "trim", False), resumed=self.resumed,
-        )  # fmt: skip
-        self._divide_step()
-        config, group, end = self.config, self.group, "failed"
-        self.signals, self.metrics, self.saver = signals, None, None
+        group, self.signals, self.folder, end = self.group, signals, folder, "failed"
+        if folder is not None:
+            self._open(folder)
         self.heartbeat = Heartbeat(group)
-        if group.is_main:
-            self._open_run_folder()
         try:
             self._loop()
             end = "finished"
@@ -138,8 +136,8 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             raise ValueError(
                 f"out of memory on {group.device}: lower micro_batch_size "
-                f"{config.micro_batch_size} (the result stays the same); checkpoints so far lie in "
-                f"{self.folder}"
+                f"{self.config.micro_batch_size} (the result stays the same); checkpoints so far "
+                f"lie in {self.config.folder}"
             ) from error
         except RuntimeError as error:
             if not _lost_connection(error):
@@ -154,14 +152,118 @@ class Trainer:
             self.train_feed.close()
             if self.val_feed is not None:
                 self.val_feed.close()
-            if self.metrics is not None:
-                try:
-                    self.saver.close()
-                finally:
-                    self._report(end)
-                    self.metrics.close()
-        if group.is_main:
-            show_result(self)
+            if folder is not None:
+                folder.close(self.step, end)
+
+    def repeat(self, to: int) -> dict[int, float]:
+        """Trains to step `to` and writes nothing; the loss of each step (1, 2 ...) not skipped."""
+        if self.config.micro_batch_size == "auto":
+            raise ValueError("micro_batch_size auto: name the number that the run had")
+        found = {}
+        while self.step < to:
+            self.train_step(self.step)
+            self.step += 1
+            for verdict in self.guard.verdicts(all_steps=True):
+                if not verdict.reason:
+                    found[verdict.step + 1] = verdict.loss
+        return found
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        config, group, due = self.config, self.group, self.due
+        stop_asked = group.vote(self._signalled)
+        busy_s, steps = 0.0, 0
+        while True:
+            step, last = self.step, self.step >= config.max_steps
+            if stop_asked() and not last:
+                if self._settle(all_steps=True):
+                    continue
+                self._save()
+                self._leave()
+            if due.save(step) and step > self.first_step:
+                self._save()
+            if due.validation(step) and not self._validate():
+                self._leave()
+            if due.hellaswag(step) and not self._ask_hellaswag():
+                self._leave()
+            if due.sample(step):
+                self._sample()
+            if last:
+                return
+            if config.guard == "rollback" and (due.snapshot(step) or step == self.first_step):
+                self.snapshots.take(step, self.model, self.optimizer)
+            # A vote begins with a step and is read after it, so that no one waits for it.
+            stop_asked = group.vote(self._signalled)
+            started = time.perf_counter()
+            self.train_step(step)
+            self.step = self.heartbeat.step = step + 1
+            log_is_due = due.log(self.step)
+            # Reading a step's numbers waits for the device, so it happens only where they are used.
+            if self._settle(all_steps=log_is_due or due.save(self.step)):
+                busy_s, steps = 0.0, 0
+                continue
+            busy_s, steps = busy_s + time.perf_counter() - started, steps + 1
+            if log_is_due:
+                self._log(busy_s / steps, steps)
+                busy_s, steps = 0.0, 0
+            if self.folder is not None:
+                self.folder.saver.poll()
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step, which the guard may keep from being applied."""
+        config, group = self.config, self.group
+        batch = self._batch(self.train_feed, step)
+        n_units = group.sum(self.objective.count(batch))
+        total = torch.zeros((), device=group.device)
+        sums: dict[str, Tensor] = {}
+        for micro_step in range(self.grad_accum_steps):
+            start = micro_step * config.micro_batch_size
+            micro_batch = {k: v[start : start + config.micro_batch_size] for k, v in batch.items()}
+            if self.has_dropout:
+                torch.manual_seed(self._dropout_seed(step, start))
+            self.layout.begin(micro_step)
+            with self.execution.autocast():
+                loss_sum, metrics = self.layout.train_forward(micro_batch)
+                loss = loss_sum / n_units
+            self.layout.backward(loss)
+            total += loss.detach()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / n_units
+        total = self.layout.finish(total)
+        grad_norm = self.layout.clip(config.grad_clip or math.inf)
+        for param_group in self.optimizer.param_groups:
+            param_group["lr"] = learning_rate(step, config)
+        skip = self.optimizer.found_inf = self.guard.judge(step, total, grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.where(skip == 0, 0.0)
+
+    def _batch(self, feed: Feed, step: int) -> Batch:
+        group = self.group
+        parts = feed.batch(
+            step, self.rows_per_step, group.rank, group.world_size, offset=self.offset
+        )
+        return dict(zip(self.train_data.names, parts, strict=True))
+
+    def _dropout_seed(self, step: int, row: int) -> int:
+        """A function of (seed, sample), so that no random state needs saving."""
+        first = self.group.rank * self.rows_per_step // self.group.world_size
+        sample = step * self.rows_per_step + self.offset + first + row
+        return int(np.random.SeedSequence([self.config.seed, sample]).generate_state(1)[0])
+
+    def _trial(self, rows: int) -> None:
+        """The forward and backward pass of full rows, for the memory that they take."""
+        group, data = self.group, self.train_data
+        parts = data.batch(0, rows * group.world_size, group.rank, group.world_size)
+        # A batch may be shorter than the longest one.
+        length = data.block_size // math.prod(parts[0].shape[1:-1])
+        parts = [F.pad(part, (0, length - part.shape[-1])).to(group.device) for part in parts]
+        with self.execution.autocast():
+            loss_sum, _ = self.layout.train_forward(dict(zip(data.names, parts, strict=True)))
+        loss_sum.backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _divide_step(self) -> None:
         """Into micro steps; micro_batch_size is a number by now."""
@@ -170,109 +272,7 @@ class Trainer:
         )
         self.layout.divide_step(self.grad_accum_steps)
 
-    def _open_run_folder(self) -> None:
-        config = self.config
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for path in checkpoint.set_aside(self.folder, self.first_step):
-            print(f"not part of what goes on from step {self.first_step}, kept as {path}")
-        write_yaml(config, self.folder / "config.yaml")
-        for name, value in derived(self):
-            print(f"{name:<22}{value}")
-        self.metrics = Metrics(self.folder, config, dataclasses.asdict(config), self.first_step)
-        self.receipt = Receipt(
-            self.folder, config, self.model, self.group, unit=self.objective.unit,
-            first_step=self.first_step, predicted=self.preflight.predicted(),
-        )  # fmt: skip
-        self.saver = Saver(
-            self.folder,
-            keep_last=config.keep_last,
-            keep_going=config.on_save_error == "continue",
-            on_saved=self._on_saved,
-            on_failed=self._on_save_failed,
-        )
-
-    def _loop(self) -> None:
-        config, group = self.config, self.group
-        self.losses: list[float] = []  # of the steps applied since the last log line
-        self.sums: dict[str, Tensor] = {}  # of the objective's metrics since then
-        stop_asked = group.vote(self._signalled)
-        busy_s, steps = 0.0, 0
-        while True:
-            step, last = self.step, self.step == config.max_steps
-            if stop_asked() and not last:
-                if self._settle(all_steps=True):
-                    continue
-                self._save()
-                self._leave()
-            if self._save_is_due(step) and step > self.first_step:
-                self._save()
-            # Weights that were trained before are validated as they come, too.
-            is_start = step == 0 and config.eval_every and config.init_from
-            if (self._is_due(config.eval_every) or is_start) and self.val_data is not None:
-                if not evaluation.validate(self):
-                    self._leave()
-            if self._is_due(config.hellaswag_every):
-                if not evaluation.ask_hellaswag(self):
-                    self._leave()
-            if _due(step, config.sample_every):
-                evaluation.sample(self)
-            if last:
-                break
-            if config.guard == "rollback" and step % config.snapshot_every == 0:
-                self.snapshots.take(step, self.model, self.optimizer)
-            # A vote begins with a step and is read after it, so that no one waits for it.
-            stop_asked = group.vote(self._signalled)
-            started = time.perf_counter()
-            self.train_step(step, self.params)
-            self.step = self.heartbeat.step = step + 1
-            log_is_due = self.step % config.log_every == 0 or self.step in (1, config.max_steps)
-            # Reading a step's numbers waits for the device, so it happens only where they are used.
-            if self._settle(all_steps=log_is_due or self._save_is_due(self.step)):
-                busy_s, steps = 0.0, 0
-                continue
-            busy_s, steps = busy_s + time.perf_counter() - started, steps + 1
-            if log_is_due:
-                self._log(busy_s / steps, steps)
-                busy_s, steps = 0.0, 0
-            if self.saver is not None:
-                self.saver.poll()
-
-    def train_step(self, step: int, params: list[Tensor]) -> None:
-        """One optimizer step, which the guard may keep from being applied."""
-        config, group = self.config, self.group
-        data_step = step + self.data_offset
-        batch = self.name(
-            self.train_feed.batch(data_step, self.rows_per_step, group.rank, group.world_size)
-        )
-        n_units = group.sum(self.objective.count(batch))
-        total = torch.zeros((), device=group.device)
-        first_row = group.rank * self.rows_per_step // group.world_size
-        for micro_step in range(self.grad_accum_steps):
-            start = micro_step * config.micro_batch_size
-            micro_batch = {k: v[start : start + config.micro_batch_size] for k, v in batch.items()}
-            if self.has_dropout:
-                # A function of (seed, step, row), so no random state needs saving.
-                key = (config.seed, data_step, first_row + start)
-                torch.manual_seed(hash(key) & (1 << 62) - 1)
-            self.layout.begin(micro_step)
-            with self.execution.autocast():
-                loss_sum, metrics = self.layout.train_forward(micro_batch)
-                loss = loss_sum / n_units
-            self.layout.backward(loss)
-            total += loss.detach()
-            for name, value in metrics.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value.detach() / n_units
-        total = self.layout.finish(total)
-        grad_norm = self.layout.clip(config.grad_clip or math.inf)
-        for param_group in self.optimizer.param_groups:
-            param_group["lr"] = learning_rate(step, config)
-        self.optimizer.found_inf = self.guard.judge(step, data_step, total, grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def name(self, parts: tuple[Tensor, ...]) -> Batch:
-        """The parts of a batch by their names."""
-        return dict(zip(self.names, parts, strict=False))
+    # -- what the guard found, and what a signal asks for -----------------------------------------
 
     def is_stop_asked(self) -> bool:
         """Whether a signal came to any rank; a collective."""
@@ -281,108 +281,142 @@ class Trainer:
     def _signalled(self) -> bool:
         return self.signals.received is not None
 
-    def _is_due(self, every: int) -> bool:
-        """Whether what happens every so many steps, and at the end, happens now."""
-        return _due(self.step, every) or self.step == self.config.max_steps and every > 0
-
-    def _save_is_due(self, step: int) -> bool:
-        c = self.config
-        eval_every = c.eval_every if self.val_data is not None else 0
-        every = (c.save_every, eval_every, c.hellaswag_every, c.sample_every)
-        return step == c.max_steps or any(_due(step, n) for n in every)
-
     def _settle(self, *, all_steps: bool) -> bool:
         """Acts on what the guard found; whether that led back to an earlier step."""
-        for verdict in self.guard.verdicts(all_steps=all_steps):
-            if not verdict.reason:
-                self.losses.append(verdict.loss)
-                self.grad_norm = verdict.grad_norm
-                continue
-            blame.tell_of_skipped(self, verdict)
-            if self.config.guard == "rollback":
-                self._roll_back(verdict)
-                return True
-            if self.config.guard == "stop":
-                self.guard.verdicts(all_steps=True)
-                self._save()
-                raise ValueError(
-                    f"step {verdict.step} was skipped as {verdict.reason}, and guard is stop; the "
-                    "run is saved, and goes on behind that step with --resume auto"
-                )
+        try:
+            for verdict in self.guard.verdicts(all_steps=all_steps):
+                if not verdict.reason:
+                    self.losses.append(verdict.loss)
+                    self.grad_norm = verdict.grad_norm
+                    continue
+                self._tell_of_skipped(verdict)
+                if self.config.guard == "rollback":
+                    self._roll_back(verdict)
+                    return True
+                if self.config.guard == "stop":
+                    raise guard.GaveUp(
+                        f"step {verdict.step} was skipped as {verdict.reason}, and guard is stop"
+                    )
+        except guard.GaveUp as error:
+            self.guard.verdicts(all_steps=True)
+            self._save()  # the weights are clean: bad steps are not applied
+            raise ValueError(
+                f"{error}; the run is saved at step {self.step} and goes on with --resume auto"
+            ) from error
         return False
 
-    def _roll_back(self, verdict: Verdict) -> None:
-        """Goes back to the older snapshot, and behind the data of the step that was skipped."""
-        step = self.step = self.snapshots.restore(self.model, self.optimizer)
+    def _tell_of_skipped(self, verdict: guard.Verdict) -> None:
+        """Logs a skipped step, and the rows and documents of its batch; a collective."""
+        batch = self._batch(self.train_feed, verdict.step)
+        losses = guard.row_losses(self.objective, batch, self.execution.autocast)
+        every = self.group.gather(losses)
+        if self.folder is None:
+            return
+        what, rows = guard.suspects(
+            every, self.train_data, verdict.step, self.rows_per_step, self.offset
+        )
+        text = [f"step {verdict.step:>6}  skipped: {verdict.reason}", f"  {what}:"]
+        self.folder.say("\n".join(text + [f"  {guard.spell(row)}" for row in rows]))
+        event = {"reason": verdict.reason, "offset": self.offset, "rows": rows, "skipped": 1}
+        self.folder.log(verdict.step + 1, {f"guard/{k}": v for k, v in event.items()})
+
+    def _roll_back(self, verdict: guard.Verdict) -> None:
+        """Goes back to the older snapshot, and past the data of the step that was skipped."""
+        step = self.snapshots.restore(self.model, self.optimizer)
         self.guard.forget(step)
-        self.saved_step = -1  # what is saved of later steps is of what was left
-        self.data_offset = verdict.data_step + 1 - step
+        self.offset += (verdict.step + 1 - step) * self.rows_per_step
+        self.step, self.saved_step = step, -1  # what is saved of later steps is of what was left
         self.losses, self.sums = [], {}
-        if self.metrics is not None:
-            self.metrics.say(f"rolled back to step {step}, to go on behind that batch")
-            self.metrics.log(step, {"guard/rolled_back_from": verdict.step})
+        if self.folder is not None:
+            self.folder.metrics.rewind(step)
+            self.folder.say(f"rolled back to step {step}, to go on after that batch")
+            self.folder.log(step, {"guard/rolled_back_from": verdict.step})
 
     def _save(self) -> None:
         """Starts writing a checkpoint of this step, unless there is one."""
-        if self.step == self.saved_step or self.step == 0:
+        if self.step in (self.saved_step, 0):
             return
         self.saved_step = self.step
-        if self.saver is not None:
-            state = {"data_offset": self.data_offset, "guard": self.guard.state_dict()}
-            meta = checkpoint.describe(
-                self.model, tokenizer=self.tokenizer.to_dict(),
-                train=dataclasses.asdict(self.config), state=state,
-                chat_template=getattr(self.train_data, "chat_template", None),
+        if self.folder is not None:
+            state = {"offset": self.offset, "block_size": self.train_data.block_size}
+            self.folder.save(
+                self.step, self.model, self.optimizer, tokenizer=self.tokenizer.to_dict(),
+                state=state | {"guard": self.guard.state_dict()},
+                chat_template=self.train_data.chat_template,
             )  # fmt: skip
-            self.saver.save(self.step, self.model, self.optimizer, meta)
         elif self.layout.sharded:
             checkpoint.snapshot(self.model, self.optimizer, keep=False)
 
     def _leave(self) -> None:
         """Ends the run after a signal; what is to be saved has been handed to the saver."""
-        if self.saver is not None:
-            self.saver.wait()
-            found = checkpoint.list_checkpoints(self.folder)
+        if self.folder is not None:
+            self.folder.stopping = True
+            self.folder.saver.wait()
+            found = checkpoint.list_checkpoints(self.folder.path)
             where = f"everything is in {found[-1]}" if found else "no step was finished"
-            self.metrics.say(f"stopped at step {self.step}; {where}; go on with --resume auto")
+            self.folder.say(f"stopped at step {self.step}; {where}; go on with --resume auto")
         raise Interrupted(self.signals.received or "a signal to another rank")
 
-    def _report(self, end: str) -> None:
-        """Brings receipt and report up to date; end: how the launch ended, or "running"."""
-        running, now = end == "running", time.monotonic()
-        try:
-            self.receipt.update(self.step, end)
-            if running and now - self.reported < REPORT_EVERY_S:
-                return
-            self.reported = now
-            write_report(self.folder, png=not running)
-        except (OSError, ImportError) as error:
-            self.metrics.say(f"no report: {error}")
+    # -- what is measured and said between two steps ----------------------------------------------
 
-    def _on_saved(self, step: int, path: Path, times: dict) -> None:
-        self.metrics.log(step, times)
-        self._report("running")
-        self.metrics.say(
-            f"step {step:>6}/{self.config.max_steps}  saved {path}  (held training "
-            f"{times['checkpoint/held_ms']:.0f} ms, took {times['checkpoint/write_ms']:.0f} ms)"
-        )
+    def mean_losses(self) -> dict[str, float] | None:
+        """Validation over eval_steps * tokens_per_step tokens; None where a signal came."""
+        n_rows, steps = self.val_data.n_windows, self.config.eval_steps
+        return evaluation.mean_losses(
+            self.layout, self.objective, self.val_feed, self.execution, self.group,
+            n_rows=min(n_rows, steps * self.rows_per_step) if steps else n_rows,
+            micro_batch_size=self.config.micro_batch_size, stop_asked=self.is_stop_asked,
+        )  # fmt: skip
 
-    def _on_save_failed(self, step: int, error: OSError) -> None:
-        if step == self.config.max_steps or self.signals.received:
-            raise error  # there is no later one
-        self.metrics.say(
-            f"step {step:>6}/{self.config.max_steps}  NOT saved: {error.strerror or error}; "
-            "training goes on (on_save_error)"
-        )
+    def _validate(self) -> bool:
+        """Logs mean_losses; whether it came to its end."""
+        started, found = time.perf_counter(), self.mean_losses()
+        if found is not None:
+            shown = [name for name in found if name != "loss"][:SHOWN]
+            text = "".join(f"  {name} {found[name]:.4f}" for name in shown)
+            values = {f"val/{name}": value for name, value in found.items()}
+            self._tell(values, f"val loss {found['loss']:.4f}{text}", started)
+        return found is not None
+
+    def _ask_hellaswag(self) -> bool:
+        """Logs HellaSwag's acc_norm and acc; whether it came to its end."""
+        started = time.perf_counter()
+        found = self.layout.call_model(partial(
+            hellaswag_accuracy, self.model, self.hellaswag, self.group,
+            autocast=self.execution.autocast, poll=self.is_stop_asked,
+        ))  # fmt: skip
+        if found is not None:
+            values = {"": found["acc_norm"], "_acc": found["acc"], "_examples": found["examples"]}
+            text = f"HellaSwag {found['acc_norm']:.2%} acc_norm, {found['acc']:.2%} acc"
+            values = {f"eval/hellaswag{name}": value for name, value in values.items()}
+            self._tell(values, f"{text} of {found['examples']:,}", started)
+        return found is not None
+
+    def _sample(self) -> None:
+        started = time.perf_counter()
+        text = evaluation.sample_text(self.layout, self.model, self.tokenizer)
+        self._tell({"sample": text}, f"sample: {text!r}", started)
+
+    def _tell(self, values: dict, text: str, started: float) -> None:
+        """Logs what was measured at this step, once, and says it."""
+        if self.folder is None or self.folder.metrics.logged(self.step, next(iter(values))):
+            return
+        self.folder.log(self.step, values)
+        place = f"step {self.step:>6}/{self.config.max_steps}"
+        self.folder.say(f"{place}  {text}  ({time.perf_counter() - started:.1f} s)")
 
     def _log(self, seconds: float, steps: int) -> None:
+        """A line on the steps since the last one; seconds: of each."""
+        losses, self.losses = self.losses, []
         sums, self.sums = self.sums, {}
         if sums:
             values = self.group.sum(torch.stack(list(sums.values()))).tolist()
-            sums = {f"train/{k}": v / steps for k, v in zip(sums, values, strict=True)}
+            sums = {
+                f"train/{name}": value / max(len(losses), 1)
+                for name, value in zip(sums, values, strict=True)
+            }
         data_ms, self.train_feed.waited_s = self.train_feed.waited_s / steps * 1e3, 0.0
-        losses, self.losses = self.losses, []
-        if self.metrics is None or not losses:
+        if self.folder is None or not losses:
             return
         step, tokens_per_s = self.step, self.config.tokens_per_step / seconds
         values = {
@@ -394,18 +428,29 @@ class Trainer:
         if peak := self.execution.peak_flops:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (peak * self.group.world_size)
-        self.metrics.log(step, values)
+        self.folder.log(step, values)
         eta_s = (self.config.max_steps - step) * seconds
-        predicted = self.preflight.predicted()["step_ms"]
-        self.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[: evaluation.SHOWN])
+        predicted = self.plan.predicted()["step_ms"]
+        self.folder.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
 
-
-def _n_numbers(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step > 0 and step % every == 0
+    def _open(self, folder: RunFolder) -> None:
+        """Says what the run is, and opens what it writes."""
+        group, model = self.group, self.model
+        table = derived(
+            self.config, model, self.train_data, self.tokenizer, self.execution, self.layout,
+            self.plan, grad_accum_steps=self.grad_accum_steps, first_step=self.first_step,
+        )  # fmt: skip
+        say("\n".join(f"{name:<22}{value}" for name, value in table))
+        shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
+        folder.open(
+            self.config, self.first_step,
+            {"model": shape, "data": self.train_data.identity(), "unit": self.objective.unit},
+            {
+                "first_step": self.first_step, "world_size": group.world_size,
+                "device": group.device.type, "hardware": hardware(group.device),
+                "predicted": self.plan.predicted(),
+            },
+        )  # fmt: skip
 
 
 def _lost_connection(error: RuntimeError) -> bool:

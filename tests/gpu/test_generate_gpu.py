@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt2.config import PRESETS, GPTConfig
-from gpt2.generate import complete, generate
+from gpt2.generate import Pace, complete, generate
 from gpt2.model import GPT
 from gpt2.options import Sampling
 
@@ -17,6 +17,8 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
 ]
+module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
+EAGER = Pace(fixed=True, captured=False, poll=8)
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]
 
 
@@ -39,8 +41,7 @@ def test_graph_gives_the_eager_tokens(model, monkeypatch, temperature, prompts):
         stop=lambda row, tokens: len(tokens) == 20 + 10 * row,
     )  # fmt: skip
     graph = complete(model, prompts, **options)
-    module = importlib.import_module("gpt2.generate")
-    monkeypatch.setattr(module, "captures", lambda device: False)
+    monkeypatch.setattr(module, "pace", lambda device: EAGER)
     eager = complete(model, prompts, **options)
     assert [row.tokens for row in graph] == [row.tokens for row in eager]
     assert len({tuple(row.tokens) for row in graph}) > 1
@@ -51,24 +52,31 @@ def test_graph_gives_the_eager_tokens(model, monkeypatch, temperature, prompts):
 def test_window_captures_again(model, monkeypatch):
     options = dict(max_new_tokens=400, window=True, seed=0)
     graph = generate(model, PROMPTS, **options)
-    module = importlib.import_module("gpt2.generate")
-    monkeypatch.setattr(module, "captures", lambda device: False)
+    monkeypatch.setattr(module, "pace", lambda device: EAGER)
     assert graph == generate(model, PROMPTS, **options)
 
 
 def test_weights_that_changed_are_seen(model):
     """In-training samples: a graph must not outlive the weights that it has read."""
-    before = generate(model, PROMPTS, max_new_tokens=30, temperature=0)
+    options = dict(max_new_tokens=30, temperature=0, vocab_size=1000)
+    before = generate(model, PROMPTS, **options)
     torch.manual_seed(1)
     for p in model.parameters():
         p.data = torch.randn_like(p) * 0.1
-    assert generate(model, PROMPTS, max_new_tokens=30, temperature=0) != before
+    assert generate(model, PROMPTS, **options) != before
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_nan_is_an_error_and_no_device_assert(model, temperature):
+    model.transformer.ln_f.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        generate(model, PROMPTS, max_new_tokens=30, temperature=temperature, top_p=0.9)
+    torch.cuda.synchronize()
 
 
 def test_the_host_does_not_wait_between_polls(model, monkeypatch):
     """No synchronising call in a decode step, its sampling included."""
-    module = importlib.import_module("gpt2.generate")
-    monkeypatch.setattr(module, "poll_every", lambda device: 10**6)
+    monkeypatch.setattr(module, "pace", lambda device: Pace(True, True, 10**6))
     step, steps = module._Decoder.step, []
 
     def watched(self, token):

@@ -1,4 +1,5 @@
-"""Layouts of several ranks (over gloo) and activation checkpointing: the same training."""
+"""Layouts of several ranks (over gloo, started by torchrun) and activation checkpointing: the same
+training."""
 
 import json
 import re
@@ -7,36 +8,40 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from gpt2.checkpoint import list_checkpoints
 from gpt2.config import TrainConfig
+from gpt2.data import TokenLoader, write_shard
 from gpt2.dist import Distributed
 from gpt2.model import GPT
+from gpt2.train.layouts import ShardedAdamW
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
-from gpt2.train.parallel import ShardedAdamW
 from gpt2.train.pretrain import open_data, pretrain
 
-from .conftest import losses
+from .conftest import command_line, losses
 from .test_evaluation import write_questions
 
-WORKER = Path(__file__).parent / "parallel_worker.py"
+ROOT = Path(__file__).parent.parent
+
+
+def torchrun(n: int, port: int, *words: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n),
+        "--master-port", str(port), *words,
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT)
 
 
 def start(n: int, port: int, runs: list[dict], folder: Path) -> subprocess.CompletedProcess:
     """Trains them on n ranks, one after the other."""
     (folder / "runs.json").write_text(json.dumps(runs))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n),
-        "--master-port", str(port), "-m", "tests.parallel_worker", str(folder / "runs.json"),
-    ]  # fmt: skip
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=580, cwd=WORKER.parent.parent
-    )
+    return torchrun(n, port, "-m", "tests.parallel_worker", str(folder / "runs.json"))
 
 
 def row_of(config: TrainConfig, step: int, row: int) -> list[int]:
@@ -63,29 +68,56 @@ def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 @pytest.mark.ddp
+def test_two_ranks_give_the_losses_of_one(train_config, free_port, tmp_path):
+    """Equal to the order of additions; with exact_reduction the same bits; also by the kernels."""
+    plain = replace(train_config, micro_batch_size=2, schedule="constant")
+    exact = replace(plain, exact_reduction=True, dropout=0.1, run_name="exact")
+    triton = replace(plain, max_steps=2, eval_every=0, run_name="triton", kernels="triton")
+    # One rank goes on where two stopped, too.
+    runs = [replace(c, run_name=f"{c.run_name}2") for c in (plain, triton)]
+    runs.append(replace(exact, run_name="exact2", max_steps=4))
+    done = start(2, free_port, [asdict(run) for run in runs], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks x 2 micro steps x 2 rows x 32" in done.stdout
+    assert "kernels               triton (asked for)" in done.stdout
+    for config in (plain, exact, replace(triton, kernels="torch")):
+        pretrain(config)
+    pretrain(replace(exact, run_name="exact2", resume="auto"))
+    for name, max_steps in (("run", 8), ("run2", 8)):
+        pretrain(replace(plain, run_name=name, resume="auto", max_steps=max_steps))
+    out = Path(train_config.out_dir)
+    for key, tolerance in (("train/loss", 1e-5), ("val/loss", 1e-5), ("train/grad_norm", 1e-4)):
+        assert losses(out / "run2", key) == pytest.approx(losses(out / "run", key), rel=tolerance)
+        if key != "val/loss":  # it was interrupted at another step than those
+            assert losses(out / "exact2", key) == losses(out / "exact", key)
+    assert losses(out / "triton2") == pytest.approx(losses(out / "triton"), rel=1e-4)
+    assert equal(files(out / "exact2", 6), files(out / "exact", 6))
+
+
+@pytest.mark.ddp
 def test_layouts_train_alike(train_config, free_port, tmp_path):
     """Losses, weights, moments and checkpoints; a step that is skipped; going on in another."""
     base = replace(
         train_config, micro_batch_size=2, schedule="constant", warmup_steps=0, save_every=1,
         keep_last=0, sample_every=3, eval_every=3, hellaswag_every=3,
-        eval_data=str(tmp_path / "eval"),
     )  # fmt: skip
     write_questions(tmp_path / "eval")
     poisoned = [row_of(base, 3, 5)]
     pretrain(replace(base, run_name="mixed", max_steps=1, hellaswag_every=0))
     layouts = ("none", "optimizer", "full")
-    runs = [asdict(replace(base, run_name=s, sharding=s)) | {"poisoned": poisoned} for s in layouts]
+    more = {"poisoned": poisoned, "eval_data": str(tmp_path / "eval")}
+    runs = [asdict(replace(base, run_name=s, sharding=s)) | more for s in layouts]
     again = replace(base, run_name="again", sharding="full", activation_checkpointing=True)
-    runs.append(asdict(again) | {"poisoned": poisoned})
+    runs.append(asdict(again) | more)
     for stop, sharding in ((2, "full"), (3, "optimizer"), (5, "full"), (6, "none")):
         mixed = replace(
             base, run_name="mixed", resume="auto", max_steps=stop, sharding=sharding,
             activation_checkpointing=stop > 3, eval_every=0,  # so that it samples before all else
         )  # fmt: skip
-        runs.append(asdict(mixed) | {"poisoned": poisoned})
+        runs.append(asdict(mixed) | more)
     for s in layouts:
         back = replace(base, run_name=f"back_{s}", sharding=s, guard="rollback", snapshot_every=2)
-        runs.append(asdict(back) | {"poisoned": poisoned})
+        runs.append(asdict(back) | more)
     done = start(2, free_port, runs, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -131,15 +163,16 @@ def test_layouts_train_alike(train_config, free_port, tmp_path):
     for name in ("full", "mixed"):
         assert close(files(out / name, 6), files(out / "none", 6)), name
     assert equal(files(out / "again", 6), files(out / "full", 6))
-    assert done.stdout.count("sample: ") == 2 * 10
-    # Back to step 2, on with the batches behind the poisoned one: 6 steps that count.
+    assert done.stdout.count("sample: ") == 2 * 10 - 1  # a step that has its sample gets no other
+    # Back to step 2, on with the batches after the poisoned one: 6 steps that count.
     assert len(losses(out / "back_none")) > 5
     assert equal(files(out / "back_optimizer", 6), files(out / "back_none", 6))
     assert close(files(out / "back_full", 6), files(out / "back_none", 6))
     # One process goes on with either.
     ends = []
     for name in ("none", "full"):
-        pretrain(replace(base, run_name=name, resume="auto", max_steps=8, micro_batch_size=8))
+        pretrain(replace(base, run_name=name, resume="auto", max_steps=8, micro_batch_size=8,
+                         hellaswag_every=0))  # fmt: skip
         ends.append(losses(out / name)[-2:])
     assert ends[1] == pytest.approx(ends[0], rel=1e-5)
 
@@ -240,3 +273,28 @@ def test_activation_checkpointing_keeps_less(tiny, ops):
         objective.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
     assert kept[1] < 0.5 * kept[0]
+
+
+@pytest.mark.ddp
+def test_a_rank_that_fails_alone_ends_the_run(train_config, free_port, tmp_path):
+    """Only rank 1 meets the bad token; rank 0 must not wait for it for ever."""
+    data = tmp_path / "bad"
+    data.mkdir()
+    (data / "manifest.json").write_text('{"tokenizer": {"name": "byte"}}')
+    tokens = np.arange(2000) % 250
+    tokens[1000] = 300
+    write_shard(data / "train_000000.bin", tokens)
+
+    def first_to_meet_it(seed: int) -> int:
+        loader = TokenLoader(data / "train_000000.bin", 32, seed)
+        for step in range(100):
+            ranks = [r for r in (0, 1) if (torch.stack(loader.batch(step, 8, r, 2)) == 300).any()]
+            if ranks:
+                return ranks[0] if len(ranks) == 1 else -1
+        return -1
+
+    seed = next(seed for seed in range(100) if first_to_meet_it(seed) == 1)
+    config = replace(train_config, data=str(data), seed=seed, max_steps=99, eval_every=0)
+    done = torchrun(2, free_port, "scripts/train_gpt2.py", *command_line(config))
+    assert done.returncode != 0
+    assert "error (rank 1): shard" in done.stderr and "token 1000 is 300" in done.stderr
