@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from pathlib import Path
@@ -24,9 +25,8 @@ import numpy as np
 import pytest
 
 from gpt2.data import datasets as registry
-from gpt2.data import find_shards, open_shards, read_manifest, write_shard
+from gpt2.data import find_shards, open_shards, read_manifest, readers, write_shard
 from gpt2.data import prepare as module
-from gpt2.data import readers
 from gpt2.data.prepare import prepare
 from gpt2.data.progress import Progress
 from gpt2.data.readers import JsonRows, TextFile, TextFiles, find_files
@@ -243,7 +243,8 @@ def test_bytes_of_an_archive_on_the_web(tmp_path, monkeypatch):
     entry = vars(registry.DATASETS["enwik8"]) | {"tokens": 1}
     entry["source"] = (tmp_path / "enwik8.zip").as_uri()
 
-    def fetch(name, sha1=hashlib.sha1(data).hexdigest()):
+    def fetch(name, sha1=""):
+        sha1 = sha1 or hashlib.sha1(data).hexdigest()
         changed = registry.Dataset(**{**entry, "sha1": sha1})
         monkeypatch.setitem(registry.DATASETS, "enwik8", changed)
         return prepare(PrepareConfig(name="enwik8", out=str(tmp_path / name)))
@@ -331,7 +332,7 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch, source):
     elif source in ("text", "marked"):
         between = "\n" if source == "text" else "\n<|endoftext|>\n\n"
         (files / "a.txt").write_text(between.join(rows))
-        options |= {"text": files / "a.txt", "max_documents": 350}
+        options["text"] = files / "a.txt"
     elif source == "texts":
         for i in range(8):
             (files / f"{i}.txt").write_text("\n".join(rows[50 * i :][:50]))
@@ -480,7 +481,8 @@ def test_progress_in_lines_and_in_a_terminal(capsys, monkeypatch):
     progress = Progress("x")
     progress.update(1000, 2_000_000, 42, 0.5)
     progress.close()
-    assert capsys.readouterr().err == "\rx: 1,000 documents, 2,000,000 tokens, 42,000,000,000/s, 50.0%\x1b[K\r\x1b[K"
+    text = "x: 1,000 documents, 2,000,000 tokens, 42,000,000,000/s, 50.0%"
+    assert capsys.readouterr().err == f"\r{text}\x1b[K\r\x1b[K"
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path):
@@ -547,52 +549,204 @@ def test_room_is_checked_before_a_large_download(tmp_path, monkeypatch):
     assert error.value.errno == errno.ENOSPC and not list(tmp_path.glob("f*"))
 
 
-# What is wrong with the input
+# What people bring, and what is wrong with it
+
+
+def tar_gz() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return file.getvalue()
+
+
+def zipped(**members) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(name, text)
+    return file.getvalue()
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
 
 
 @pytest.mark.parametrize(
-    "content, options, message",
+    "name, content, message",
     [
-        (b'{"a": 1, "b": 2}\n', {}, "line 1: no field 'text'; its fields are 'a', 'b'"),
-        (b'{"text": "x"}\n{"text": 3}\n', {}, "line 2: field 'text' holds int, not text"),
-        (b'{"text": "x"}\n\n{"text": \n', {}, "line 3 is not UTF-8 JSON"),
-        (b'{"text": "\xff"}\n', {}, "line 1 is not UTF-8 JSON"),
-        (b"3\n", {}, "line 1 is a int, not an object"),
-        (b'[{"text": "x"}, {"text"', {}, "element 2 of the list"),
-        (b'[{"text": "x"}, {"x": 1}]', {}, "element 2: no field 'text'; its fields are 'x'"),
-        (b'[{"text": "\xff"}]', {}, "element 1 is not UTF-8"),
-        (b"", {}, "too little text"),
-        (b"[]", {}, "too little text"),
-        (b'{"text": "x"}\n', {}, "the val split would be empty"),
-        (lzma.compress(b'{"text": "x"}\n' * 99)[:-20], {}, "damaged compressed file"),
-        (gzip.compress(b'{"text": "x"}\n' * 99)[:-9], {}, "damaged compressed file"),
-        (b"\x28\xb5\x2f\xfd....", {}, "zstd files are not read"),
-        (b'{"text": "x"}', {"tokenizer": "char", "max_documents": 1}, "would be empty"),
-        (b'{"text": ""}', {"tokenizer": "char"}, "there is not one character"),
+        ("a.jsonl", b'{"a": 1, "b": 2}\n', "line 1: no field 'text'; its fields are 'a', 'b'"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": 3}\n', "line 2: field 'text' holds int, not text"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3 is not UTF-8 JSON.*--bad_rows skip"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not UTF-8 JSON"),
+        ("a.jsonl", b"3\n", "line 1 is a int, not an object"),
+        ("a.jsonl", b'{"text": ' + DEEP + b"}", "line 1 is nested too deeply"),
+        ("a.jsonl", b'{"text": "' + b"x" * 600_000, "line 1 has more than 524,288 bytes"),
+        ("a.json", b'[{"text": "x"}, {"text"', "element 2 of the list"),
+        ("a.json", b'[{"text": "x"}, {"x": 1}]', "element 2: no field 'text'; its fields are 'x'"),
+        ("a.json", b'[{"text": "\xff"}]', "element 1 of the list is not UTF-8"),
+        ("a.json", b"[" + DEEP + b"]", "element 1 of the list is nested too deeply"),
+        ("a.json", b'["' + b"x" * 2_000_000, "element 1 of the list: Unterminated string"),
+        ("a.json", b'[{"text": "x"}] {"text"', "more stands after the list's end .after element 1"),
+        ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', "line 1 is a list, not an object"),
+        ("a.jsonl", b"", "too little text"),
+        ("a.jsonl", b"[]", "too little text"),
+        ("a.jsonl", b'{"text": ""}', "too little text.*left out 1: no text, first .*line 1"),
+        ("a.jsonl", b'{"text": "x"}\n', "the val split would be empty"),
+        ("a.jsonl", lzma.compress(b'{"text": "x"}\n' * 99)[:-20], "damaged compressed file"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "damaged compressed file"),
+        ("a.jsonl", bz2.compress(b"1" * 99)[:8] + b"....", "damaged compressed file"),
+        ("a.jsonl", b"\x28\xb5\x2f\xfd....", "damaged compressed file"),
+        ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16, not JSON: convert it first .iconv"),
+        ("a.jsonl", b'{"text": "\0"}', "binary, not JSON: byte 10 is NUL"),
+        ("a.jsonl", b"PAR1....", "a parquet file, not JSON: use --parquet"),
+        ("a.txt", "x".encode("utf-16"), "UTF-16, not text: convert it first .iconv"),
+        ("a.txt", b"text\n" * 99 + b"\0", "binary, not text: byte 495 is NUL"),
+        ("a.txt", "\u00e9".encode() * 500 + b"\xe9", "not UTF-8 text, byte 1000 is 0xe9; convert"),
+        ("a.txt", b'{"text": "x"}\n{"text": "y"}\n', "JSON, not text: use --jsonl"),
+        ("a.txt", b'[\n {"text": "x"}', "JSON, not text: use --jsonl"),
+        ("a.json.gz", b"3", "JSON, not text: use --jsonl"),
+        ("a.csv", b"id,text\n", "a table, not text: write its rows as JSON lines and use --jsonl"),
+        ("a.txt", b"PAR1....", "a parquet file, not text: use --parquet"),
+        ("a.txt.gz", tar_gz(), "a tar archive, not text: unpack it first"),
+        ("a.zip", zipped(a="1", b="2"), "holds 2 files .a, b.: unpack it"),
+        ("a.zip", zipped(**{"x/": ""}), "damaged|holds 0 files"),
+        ("a.txt", b"", "too little text"),
+        ("a.parquet", b"PAR1 and nothing more", "not a parquet file that is read"),
     ],
 )  # fmt: skip
-def test_bad_rows(tmp_path, content, options, message):
-    (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        make(tmp_path, jsonl=tmp_path / "a.jsonl", **options)
-    assert [f.name for f in tmp_path.iterdir()] == ["a.jsonl"]
+def test_what_cannot_be_read_is_named_and_leaves_nothing(
+    tmp_path, monkeypatch, name, content, message
+):
+    monkeypatch.setattr(readers, "LONGEST", 1 << 19)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 512)
+    path = tmp_path / name
+    path.write_bytes(content)
+    kind = {"a.jsonl": "jsonl", "a.json": "jsonl", "a.parquet": "parquet"}.get(name, "text")
+    with pytest.raises(ValueError, match=f"^{path}.*{message}"):
+        make(tmp_path, **{kind: path})
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_text_that_is_not_utf8_far_inside(tmp_path, monkeypatch):
-    monkeypatch.setattr("gpt2.data.readers.BLOCK_BYTES", 64)
-    text = ("\u00e9" * 500).encode()
-    (tmp_path / "a.txt").write_bytes(text + b"\xe9")
-    with pytest.raises(ValueError, match="not UTF-8 text, byte 1000 is 0xe9; convert it"):
-        make(tmp_path, text=tmp_path / "a.txt")
+def test_files_of_a_folder_and_what_is_left_out(tmp_path):
+    """Hidden ones, pipes and other kinds are named; links are followed, loops once."""
+    folder, said = tmp_path / "in", []
+    for name in (".ipynb_checkpoints/a.txt", "._a.txt", "b/a.txt", "a.txt", "a.txt.bak", "a.txt~"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "b/loop").symlink_to(folder)
+    (folder / "nowhere.txt").symlink_to("nowhere.txt")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/z.md").write_text("z")
+    (folder / "link").symlink_to(tmp_path / "far")
+    os.mkfifo(folder / "pipe.txt")
+    found = find_files(folder, (".txt", ".md"), "text", said.append)
+    assert [str(f.relative_to(folder)) for f in found] == ["a.txt", "b/a.txt", "link/z.md"]
+    assert sorted(said) == [
+        f"{folder}: left out 2: hidden, first {folder}/._a.txt",
+        f"{folder}: left out 2: not a regular file, first {folder}/nowhere.txt",
+        f"{folder}: left out 2: of another kind, first {folder}/a.txt.bak",
+    ]
+    with pytest.raises(OSError, match="a pipe or device, not a file"):
+        make(tmp_path, text=folder / "pipe.txt")
 
 
-def test_bad_parquet(tmp_path):
+def test_byte_order_marks_and_archives_of_one_file(tmp_path):
+    text = "\n".join(texts(50))
+    (tmp_path / "plain.txt").write_text(text)
+    expected = hashes(make(tmp_path, "plain", text=tmp_path / "plain.txt"))
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    members = {"__MACOSX/._a.txt": "Mac OS X", "corpus/": "", "corpus/a.txt": text}
+    (tmp_path / "a.zip").write_bytes(zipped(**members))
+    for name in ("bom.txt", "a.zip"):
+        assert hashes(make(tmp_path, f"out {name}", text=tmp_path / name)) == expected
+
+
+def test_separators_written_out_in_a_text(tmp_path, capsys):
+    """As TinyStories has them; documents are split and counted, and another mark can be named."""
+    rows = [f"{t.strip()}\n" for t in texts(200)]
+    path = tmp_path / "stories.txt"
+    path.write_text("<|endoftext|>\n".join(rows))
+    out = make(tmp_path, text=path, val_fraction=0.5)
+    assert "'<|endoftext|>' is taken to stand between documents, of which there are 199 more" in (
+        capsys.readouterr().out
+    )
+    train, val = (documents_of(stream(out, split)) for split in ("train", "val"))
+    assert [*train[:-1], train[-1] + val[0], *val[1:]] == rows  # the cut is within a document
+    (tmp_path / "val.txt").write_text("val")
+    few = make(tmp_path, "few", text=path, max_documents=7, val=tmp_path / "val.txt")
+    assert documents_of(stream(few, "train")) == rows[:7]
+    path.write_text("\n###\n".join(rows))
+    other = make(tmp_path, "other", text=path, val_fraction=0.5, separator="###")
+    assert [d.rstrip() for d in documents_of(stream(other, "train"))][:-1] == (
+        [d.rstrip() for d in train[:-1]]
+    )
+    path.write_text("a <|endoftext|> b " * 20)
+    plain = make(tmp_path, "none", text=path, separator="")
+    tokens = stream(plain, "train") + stream(plain, "val")
+    assert EOT not in tokens and GPT2.decode(tokens) == "a <|endoftext|> b " * 20
+
+
+def test_bad_rows_are_skipped_and_counted_and_work_is_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "CHUNK_CHARS", 400)
+    monkeypatch.setattr(module, "CHECKPOINT_S", 0.0)
+    rows = texts(200)
+    lines = [json.dumps({"text": t}) for t in rows]
+    clean = make(tmp_path, "clean", jsonl=write_jsonl(tmp_path / "clean.jsonl", rows))
+    path = tmp_path / "a.jsonl"
+    bad = ["{", '{"text": ""}', '{"text": null}', '{"a": 1}', "{", "[1]", '{"text": 5}']
+    path.write_text("\n".join(lines[:150] + bad + lines[150:]))
+    with pytest.raises(ValueError, match="line 151 is not UTF-8 JSON.*; --bad_rows skip leaves"):
+        make(tmp_path, jsonl=path)
+    assert "what is finished is kept" in capsys.readouterr().out
+    out = make(tmp_path, jsonl=path, bad_rows="skip")
+    assert hashes(out) == hashes(clean)
+    assert {kind: n for kind, (n, _) in read_manifest(out)["left_out"].items()} == {
+        "not JSON": 2, "no text": 2, "no field 'text'": 1, "not an object": 1,
+        "field 'text' is not text": 1,
+    }  # fmt: skip
+    said = capsys.readouterr().out
+    assert "going on after" in said
+    assert f"left out 2: not JSON, first {path}: line 151 is not UTF-8 JSON" in said
+    assert f"left out 2: no text, first {path}: line 152\n" in said
+    few = make(tmp_path, "few", jsonl=path, bad_rows="skip", max_documents=170)
+    assert sum(s["documents"] for s in read_manifest(few)["splits"].values()) == 170
+
+
+def test_lines_that_are_lists(tmp_path):
+    """Of messages, one conversation a line; bad lines are the caller's to count."""
+    path, refused = tmp_path / "a.jsonl", []
+    path.write_text('[{"role": "user"}, 1]\n[{"role": "user"}]\n{\n')
+    rows = [row for _, row in JsonRows([path]).objects(refused.append)]
+    assert rows == [[{"role": "user"}, 1], [{"role": "user"}]]
+    assert [(bad.kind, str(bad)[: len(str(path)) + 8]) for bad in refused] == [
+        ("not JSON", f"{path}: line 3")
+    ]
+    with pytest.raises(ValueError, match="line 3 is not UTF-8 JSON"):
+        list(JsonRows([path]).objects())
+
+
+def test_a_text_that_changes_while_it_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    item = TextFile(tmp_path / "a.txt", TextFiles([tmp_path / "a.txt"]))
+    assert item.length() == 6
+    (tmp_path / "a.txt").write_text("after!")
+    with pytest.raises(ValueError, match="a.txt: changed while it was read"):
+        list(item.parts())
+
+
+def test_columns_of_parquet(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["a"])
     with pytest.raises(ValueError, match="no field 'txt'; its fields are 'text', 'id'"):
         make(tmp_path, parquet=tmp_path / "a.parquet", field="txt")
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(ValueError, match="b.parquet: not a parquet file"):
-        make(tmp_path, parquet=tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="row 1: field 'id' holds int, not text"):
+        make(tmp_path, parquet=tmp_path / "a.parquet", field="id")
+
+
+def test_a_folder_of_something_else_is_not_worked_in(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("precious")
+    with pytest.raises(OSError, match="holds something else, and would be the place to work in"):
+        make(tmp_path, jsonl=write_jsonl(tmp_path / "a.jsonl", texts(9)))
+    assert (tmp_path / "out.partial" / "mine").read_text() == "precious"
 
 
 def test_missing_files_and_bad_options(tmp_path):
@@ -611,6 +765,7 @@ def test_missing_files_and_bad_options(tmp_path):
         (dict(text="a", val="b", val_fraction=0.1), "not both"),
         (dict(text="a", field="b"), "field goes with"),
         (dict(jsonl="a", split="b"), "split goes with hf"),
+        (dict(jsonl="a", separator="b"), "separator goes with text"),
         (dict(jsonl="a", val_fraction=1.0), r"must lie in \(0, 1\)"),
         (dict(jsonl="a", workers=-1), "workers must not be negative"),
         (dict(jsonl="a", max_documents=0), "max_documents must be at least 1"),
@@ -622,14 +777,15 @@ def test_missing_files_and_bad_options(tmp_path):
 def test_no_network(tmp_path):
     """HF_HUB_OFFLINE is set for all tests."""
     pytest.importorskip("datasets")
-    with pytest.raises(OSError, match="wikitext-2-raw-v1: the hub cannot be reached .*--parquet"):
+    with pytest.raises(OSError, match="Salesforce/wikitext: the hub cannot be reached .*--parquet"):
         prepare(PrepareConfig(name="wikitext2", out=str(tmp_path / "w")))
     assert not list(tmp_path.iterdir())
 
 
 def test_network_that_fails_later_goes_on(tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "t", texts(300))
-    local_hub(monkeypatch, {"train": path})
+    calls, commits = local_hub(monkeypatch, {"train": path}), iter("123")
+    monkeypatch.setattr("gpt2.data.sources.hub_commit", lambda repo, revision: next(commits))
     monkeypatch.setattr(module, "CHUNK_CHARS", 400)
     monkeypatch.setattr("gpt2.data.readers.BOOKMARK_EVERY", 50)
     expected = hashes(make(tmp_path, "whole", hf="a/b", shard_tokens=500))
@@ -650,6 +806,7 @@ def test_network_that_fails_later_goes_on(tmp_path, monkeypatch):
     out = make(tmp_path, hf="a/b", shard_tokens=500)
     assert hashes(out) == expected
     assert rows[0] < 300 + 199 - 100  # it did not begin at the first row
+    assert [call[-1] for call in calls] == ["1", "2", "2"]  # it went on with the same commit
 
 
 # Verification
@@ -721,9 +878,9 @@ def test_alpaca(tmp_path):
     path = shared("sft/alpaca_data.json.xz")
     out = make(tmp_path, jsonl=path, field="output", max_documents=3000)
     with lzma.open(path) as file:
-        rows = [row["output"] for row in json.load(file)[:3000]]
+        rows = [row["output"] for row in json.load(file) if row["output"]][:3000]
     found = documents_of(stream(out, "train")) + documents_of(stream(out, "val"))
-    assert sorted(found) == sorted(row for row in rows if row)
+    assert sorted(found) == sorted(rows)
 
 
 def test_tinystories(tmp_path):

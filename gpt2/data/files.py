@@ -67,7 +67,7 @@ def find_files(
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
-        for entry in sorted(folder.iterdir(), reverse=True):
+        for entry in sorted(folder.iterdir()):
             if entry.name.startswith("."):
                 left_out.add("hidden", str(entry))
             elif entry.is_dir():
