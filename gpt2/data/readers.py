@@ -210,7 +210,7 @@ class LocalFiles(Reader):
         for path in self.files:
             self.bytes_in_file = 0
             yield path
-            self.bytes_before += path.stat().st_size
+            self.bytes_before, self.bytes_in_file = self.bytes_before + path.stat().st_size, 0
 
     @cached_property
     def bytes(self) -> int:
