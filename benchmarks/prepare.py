@@ -5,12 +5,12 @@ python benchmarks/prepare.py TEXT.jsonl [--repeats 5] [--workers 2] [--megabytes
 Text: the `text` field of the file's rows (JSON lines, compressed or not), over again up to a size.
 Bare: the documents are in each process already, an equal share each; the time is from the moment
 when all are ready to the last one's end, and the tokens are thrown away. By encode_ordinary_batch,
-as people do it, and by encode_to_numpy, which is faster and what the workers here use.
+as people do it, and by encode_to_numpy, which is faster and what is used here.
 prepare: scripts/prepare_data.py's function on the same documents in a file of JSON lines: reading,
-parsing, splitting by hash, starting and feeding the processes, writing, syncing and hashing the
-shards are all in its time. Its tokens are compared with tiktoken's first.
-Memory: the sum of the processes' proportional set sizes (a page shared by n counts 1/n in each),
-at its highest of a look every 50 ms; the page cache of files is not part of it.
+parsing, splitting by hash, feeding the threads, writing, syncing and hashing the shards are all in
+its time. Its tokens are compared with tiktoken's first.
+Memory: the process's proportional set size at its highest of a look every 50 ms; the page cache of
+files is not part of it.
 """
 
 import argparse
@@ -71,13 +71,12 @@ def main() -> None:
               f"{max(s['all']) / 1e6:.2f} M", f"{s['median'] / base:.0%}"] for s in speeds],
         ),
         markdown_table(
-            ["text", "peak, all processes", "peak, main process", "seconds", "tokens/s"],
-            [[f"{m['megabytes']} MB, {m['form']}", f"{m['peak_mb']:.0f} MB",
-              f"{m['main_mb']:.0f} MB", f"{m['seconds']:.1f}",
+            ["text", "peak memory", "seconds", "tokens/s"],
+            [[f"{m['megabytes']} MB, {m['form']}", f"{m['peak_mb']:.0f} MB", f"{m['seconds']:.1f}",
               f"{m['tokens'] / m['seconds'] / 1e6:.2f} M"] for m in memory],
         ),
     ]  # fmt: skip
-    text = "\n\n".join([f"{about['cpu']}, {about['workers']} processes", *tables])
+    text = "\n\n".join([f"{about['cpu']}, {about['workers']} processes or threads", *tables])
     options.out.with_suffix(".md").write_text(text + "\n")
     print(text)
 
@@ -111,7 +110,7 @@ def compare_speeds(text: Path, folder: Path, workers: int, repeats: int) -> list
 
 
 def measure_memory(text: Path, folder: Path, workers: int, megabytes: int, form: str) -> dict:
-    """Peak memory of scripts/prepare_data.py and its processes on so much text."""
+    """Peak memory of scripts/prepare_data.py on so much text."""
     path, out = folder / f"memory.{form}", folder / f"memory_{form}_{megabytes}"
     documents = _documents(text, megabytes * 1_000_000)
     if form == "jsonl":
@@ -126,11 +125,9 @@ def measure_memory(text: Path, folder: Path, workers: int, megabytes: int, form:
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ,
         "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
-    peak = main_peak = 0.0
+    peak = 0.0
     while process.poll() is None:
-        main_mb = _pss_mb(process.pid)
-        main_peak = max(main_peak, main_mb)
-        peak = max(peak, main_mb + sum(map(_pss_mb, _children(process.pid))))
+        peak = max(peak, _pss_mb(process.pid))
         time.sleep(0.05)
     seconds = time.perf_counter() - start
     if process.returncode:
@@ -138,7 +135,7 @@ def measure_memory(text: Path, folder: Path, workers: int, megabytes: int, form:
     shards = [s for split in ("train", "val") for s in open_shards(find_shards(out, split))]
     path.unlink()
     return {
-        "form": form, "megabytes": megabytes, "peak_mb": peak, "main_mb": main_peak,
+        "form": form, "megabytes": megabytes, "peak_mb": peak,
         "seconds": seconds, "tokens": sum(s.n_tokens for s in shards),
     }  # fmt: skip
 
@@ -193,13 +190,6 @@ def _pss_mb(pid: int) -> float:
     except OSError:
         pass  # it has ended
     return 0.0
-
-
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def _cpu() -> str:

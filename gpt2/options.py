@@ -130,6 +130,9 @@ class PrepareConfig:
     hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
     verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
     field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
+    separator: str = "<|endoftext|>"  # of --text: what stands between documents; "": nothing does
+    # A row without that field, or that is no JSON: error ends here, skip leaves it out and counts.
+    bad_rows: Literal["error", "skip"] = "error"
     split: str = "train"  # of --hf: the split to read
     val: str = ""  # a file or folder (for --hf a split) that is val; default: see val_fraction
     # Below 100 text files each gives its end to val; otherwise a hash of a document's text decides.
@@ -139,7 +142,7 @@ class PrepareConfig:
     out: str = ""  # folder to write; default data/NAME
     tokenizer: Literal["", "gpt2", "byte", "char"] = ""  # default: the data set's own, or gpt2
     shard_tokens: int = 100_000_000  # tokens in a shard; the last one of a split has fewer
-    workers: int | None = None  # tokenizing processes; 0: none besides this; default: one a CPU
+    workers: int | None = None  # tokenizing threads; 0: none besides the main; default: one a CPU
 
     def __post_init__(self):
         sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
@@ -156,6 +159,8 @@ class PrepareConfig:
             raise ValueError("give either val or val_fraction, not both")
         if self.field != "text" and not (self.jsonl or self.parquet or self.hf):
             raise ValueError("field goes with jsonl, parquet and hf")
+        if self.separator != PrepareConfig.separator and not self.text:
+            raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
         for name in ("shard_tokens", "max_documents", "max_shards"):

@@ -1,6 +1,8 @@
 """The data sets that prepare_data knows, and how its options name a source of text."""
 
 import errno
+import hashlib
+import http.client
 import shutil
 import urllib.request
 from dataclasses import dataclass, replace
@@ -8,15 +10,8 @@ from importlib import resources
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.readers import (
-    JSON_SUFFIXES,
-    TEXT_SUFFIXES,
-    HubRows,
-    JsonRows,
-    ParquetRows,
-    TextFiles,
-    find_files,
-)
+from gpt2.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, find_files, opened
+from gpt2.data.readers import HubRows, JsonRows, ParquetRows, TextFiles
 from gpt2.data.sources import ByHash, Source, Tail, Whole
 from gpt2.options import PrepareConfig
 
@@ -53,6 +48,7 @@ class Dataset:
     revision: str | None = None
     starts: str | None = None  # of a row that starts a document; None: each row is one
     train_shards: int = 0  # kind "shards": how many there are, numbered from 1
+    sha1: str = ""  # kind "url": of the text in the archive
 
 
 def _shakespeare(tokenizer: str, tokens: int) -> Dataset:
@@ -103,12 +99,12 @@ DATASETS = {
     "enwik8": Dataset(
         "100 MB of Wikipedia's XML as bytes; 90/5/5 train, val, test", "url",
         "http://mattmahoney.net/dc/enwik8.zip", "CC BY-SA 3.0", 100_000_000, "byte", val="tail",
-        fractions=(0.9, 0.95),
+        fractions=(0.9, 0.95), sha1="57b8363b814821dc9d47aa4d41f58733519076b2",
     ),
     "text8": Dataset(
         "100 MB of Wikipedia, a-z and space, as bytes; 90/5/5 train, val, test", "url",
         "http://mattmahoney.net/dc/text8.zip", "CC BY-SA 3.0", 100_000_000, "byte", val="tail",
-        fractions=(0.9, 0.95),
+        fractions=(0.9, 0.95), sha1="0dc3edebc970dcc96137e7deda4d9995af9d93de",
     ),
 }  # fmt: skip
 
@@ -134,12 +130,13 @@ class UrlText(TextFiles):
     """One archive of the web with one text file, read as bytes; fetch() comes first."""
 
     url: str = ""
+    sha1: str = ""  # of the text; none: not checked
 
     def fingerprint(self) -> dict:
         return {"url": self.url}
 
     def fetch(self, folder: Path) -> None:
-        """Brings the archive into the folder, unless it is there. Raises OSError."""
+        """Brings the archive into the folder, unless it is there. Raises OSError, ValueError."""
         path = folder / "download"
         if not path.exists():
             partial = folder / "download.partial"
@@ -147,19 +144,29 @@ class UrlText(TextFiles):
                 with urllib.request.urlopen(self.url, timeout=60) as response:
                     with open(partial, "wb") as file:
                         shutil.copyfileobj(response, file, 1 << 20)
-            except OSError as error:
+                    size = response.headers.get("Content-Length", partial.stat().st_size)
+                if partial.stat().st_size != int(size):
+                    raise OSError(f"{partial.stat().st_size} of {size} bytes came")
+            except (OSError, http.client.HTTPException) as error:
                 raise OSError(
                     f"{self.url} cannot be fetched ({error}); check the network, or fetch and "
                     "unpack it elsewhere and read it with --text"
                 ) from error
+            with opened(partial) as (stream, _):
+                found = hashlib.file_digest(stream, "sha1").hexdigest()
+            if self.sha1 and found != self.sha1:
+                raise ValueError(
+                    f"{self.url}: another file than it was: the text's SHA-1 is {found} and not "
+                    f"{self.sha1}; to use it all the same, unpack it and read it with --text"
+                )
             partial.replace(path)
         self.files = [path]
 
 
 def make_source(config: PrepareConfig) -> Source:
-    """The source that the options name, without reading any text.
+    """The source that the options name; of text files, each is read once, for a Survey.
 
-    Raises ValueError (unknown data set) and OSError (missing files).
+    Raises ValueError (unknown data set, files of another kind) and OSError (missing files).
     """
     if config.name:
         source = _registered(find_dataset(config.name))
@@ -167,7 +174,7 @@ def make_source(config: PrepareConfig) -> Source:
         source = _texts(config)
     else:
         source = _rows(config)
-    return replace(source, max_documents=config.max_documents)
+    return replace(source, max_documents=config.max_documents, bad_rows=config.bad_rows)
 
 
 def _registered(d: Dataset) -> Source:
@@ -176,7 +183,7 @@ def _registered(d: Dataset) -> Source:
         path = resources.files("gpt2") / "assets" / d.source
         return Source([(TextFiles([Path(str(path))]), Tail(d.fractions))], names, separate=False)
     if d.kind == "url":
-        reader = UrlText([], encoding="latin-1", url=d.source)
+        reader = UrlText([], "latin-1", url=d.source, sha1=d.sha1)
         return Source([(reader, Tail(d.fractions))], names, separate=False)
     readers = [
         HubRows(d.source, d.config, split, d.field, d.revision, d.starts) for split in d.splits
@@ -189,17 +196,21 @@ def _registered(d: Dataset) -> Source:
 
 
 def _texts(config: PrepareConfig) -> Source:
-    files = find_files(config.text, TEXT_SUFFIXES, "text")
-    if config.val:
-        val = find_files(config.val, TEXT_SUFFIXES, "text")
-        files = _without(files, val, config.text)
-        separate = len(files) > 1 or len(val) > 1
-        parts = [(TextFiles(files), Whole(0)), (TextFiles(val), Whole(1))]
-        return Source(parts, separate=separate)
-    by_hash = len(files) >= FEW_TEXTS
-    fraction = _fraction(config)
-    rule = ByHash(fraction) if by_hash else Tail((1 - fraction,))
-    return Source([(TextFiles(files), rule)], separate=len(files) > 1)
+    files, val = _find(config, config.text, TEXT_SUFFIXES, "text")
+    if val:
+        parts = [(files, Whole(0)), (val, Whole(1))]
+    elif len(files) >= FEW_TEXTS:
+        parts = [(files, ByHash(_fraction(config)))]
+    else:
+        parts = [(files, Tail((1 - _fraction(config),)))]
+    parts = [(TextFiles(f, separator=config.separator), rule) for f, rule in parts]
+    marked = sum(max(0, r.survey().documents - len(r.files)) for r, _ in parts)
+    if marked:
+        print(
+            f"{config.text}: {config.separator!r} is taken to stand between documents, of which "
+            f"there are {marked:,} more than files; --separator '' reads it as text"
+        )
+    return Source(parts, separate=bool(marked) or len(files) > 1 or len(val) > 1)
 
 
 def _rows(config: PrepareConfig) -> Source:
@@ -216,22 +227,25 @@ def _rows(config: PrepareConfig) -> Source:
         if config.jsonl
         else (config.parquet, ParquetRows, (".parquet",), "parquet")
     )
-    files = find_files(path, suffixes, what)
-    if config.val:
-        val = find_files(config.val, suffixes, what)
-        train = kind(_without(files, val, path), field=config.field)
-        return Source([(train, Whole(0)), (kind(val, field=config.field), Whole(1))])
-    return Source([(kind(files, field=config.field), rule)])
+    files, val = _find(config, path, suffixes, what)
+    reader = kind(files, field=config.field)
+    if val:
+        return Source([(reader, Whole(0)), (kind(val, field=config.field), Whole(1))])
+    return Source([(reader, rule)])
 
 
 def _fraction(config: PrepareConfig) -> float:
     return VAL_FRACTION if config.val_fraction is None else config.val_fraction
 
 
-def _without(files: list[Path], val: list[Path], path: str) -> list[Path]:
-    """The files that are not also for validation."""
-    val = [v.resolve() for v in val]
-    rest = [f for f in files if f.resolve() not in val]
-    if not rest:
+def _find(
+    config: PrepareConfig, path: str, suffixes: tuple[str, ...], what: str
+) -> tuple[list[Path], list[Path]]:
+    """The files that are not for validation, and those that are."""
+    files = find_files(path, suffixes, what, say=print)
+    val = find_files(config.val, suffixes, what, say=print) if config.val else []
+    resolved = {v.resolve() for v in val}
+    files = [f for f in files if f.resolve() not in resolved]
+    if not files:
         raise OSError(errno.ENOENT, "no files besides those of --val here", path)
-    return rest
+    return files, val

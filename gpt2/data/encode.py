@@ -1,6 +1,7 @@
 """Text in any number and size of documents to tokens: in parallel, in order, in bounded memory.
 
-pieces -> chunks -> worker processes -> tokens, in the order of the pieces.
+pieces -> chunks -> threads -> tokens, in the order of the pieces. (Threads: tiktoken and numpy let
+go of Python's lock, and nothing has to be sent to processes, watched or ended.)
 
 A document may be longer than memory: it then comes in several pieces and is cut where GPT-2's
 pattern provably cuts, so that the tokens are those of the whole document, whatever the sizes of
@@ -19,48 +20,30 @@ letter or digit, for the same reasons: no token holds a letter and then a mark.
 
 import os
 import re
-import socket
-import subprocess
-import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
-from itertools import chain, islice
-from multiprocessing.connection import Connection, wait
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
-from gpt2.data import encode_worker
-from gpt2.data.encode_worker import Encoded, Segments, encode_chunk, make_encode
-from gpt2.tokenizer import Tokenizer
+import numpy as np
 
-# About 0.1 s of work: small beside the memory of a process, large beside a message's cost.
-CHUNK_CHARS = 1 << 19
-# Starting processes pays from about here on.
-INLINE_CHUNKS = 4
+from gpt2.data.sources import Piece, Position
+from gpt2.tokenizer import Tokenizer, split_long_blanks
+
+CHUNK_CHARS = 1 << 19  # about 0.1 s of work
+# Characters without a place to cut: tiktoken needs about 60 bytes and a microsecond for each.
+LONGEST_UNCUT = 1 << 24
 CUT_BEFORE_SPACE = re.compile(r"(?<=\S)[ \n]")
 CUT_BEFORE_MARK = re.compile(
     "(?<=[A-Za-z0-9\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])[!-/:-@\\[-`{-~\u3001\u3002\uff0c]"
 )
-
-
-class Position(NamedTuple):
-    """A place in a source: `chars` characters into item number `items` of its part `part`."""
-
-    part: int = 0
-    items: int = 0
-    chars: int = 0
-
-
-class Piece(NamedTuple):
-    """Text from `at` on, of one split; starts: a document starts with it."""
-
-    split: int
-    starts: bool
-    text: str
-    at: Position
+Encode = Callable[[str], np.ndarray]
+Segments = list[tuple[int, bool, str]]  # split, whether a document starts, text
+Encoded = dict[int, tuple[np.ndarray, np.ndarray]]  # split: uint16 tokens, where documents start
 
 
 class Chunk(NamedTuple):
-    """Work for one process; end: the source's position behind it."""
+    """Work for one thread; end: the source's position after it."""
 
     segments: Segments
     end: Position
@@ -79,11 +62,23 @@ def find_cut(text: str, limit: int) -> int:
     return later.start() if later else 0
 
 
-def make_chunks(pieces: Iterable[Piece], chunk_chars: int = CHUNK_CHARS) -> Iterator[Chunk]:
-    """Joins small documents and cuts large ones into chunks of about chunk_chars characters."""
+def cut_anywhere(text: str, limit: int) -> int:
+    """find_cut for tokens that are bytes or characters."""
+    return limit if len(text) > limit else 0
+
+
+def make_chunks(
+    pieces: Iterable[Piece],
+    chunk_chars: int = CHUNK_CHARS,
+    cut: Callable[[str, int], int] = find_cut,
+) -> Iterator[Chunk]:
+    """Joins small documents and cuts large ones into chunks of about chunk_chars characters.
+
+    Raises ValueError where a document has no place to cut in LONGEST_UNCUT characters.
+    """
     segments: Segments = []
     size = 0
-    for split, starts, text, end in _segments(pieces, chunk_chars):
+    for split, starts, text, end in _segments(pieces, chunk_chars, cut):
         segments.append((split, starts, text))
         size += len(text)
         if size >= chunk_chars:
@@ -94,25 +89,31 @@ def make_chunks(pieces: Iterable[Piece], chunk_chars: int = CHUNK_CHARS) -> Iter
 
 
 def _segments(
-    pieces: Iterable[Piece], limit: int
-) -> Iterator[tuple[int, bool, str, Position]]:  # split, starts, text, position behind it
+    pieces: Iterable[Piece], limit: int, find: Callable[[str, int], int]
+) -> Iterator[tuple[int, bool, str, Position]]:  # split, starts, text, position after it
     held: list[Piece] = []  # the pieces of one document that are not handed on yet
     size, enough = 0, limit  # enough: characters at which to look for a cut
 
-    def end() -> Position:
+    def rest_of_document() -> tuple[int, bool, str, Position]:
         at = held[-1].at
-        return at._replace(chars=at.chars + len(held[-1].text))
+        end = at._replace(chars=at.chars + len(held[-1].text))
+        return held[0].split, held[0].starts, "".join(p.text for p in held), end
 
     for piece in pieces:
         if piece.starts and held:
-            yield held[0].split, held[0].starts, "".join(p.text for p in held), end()
+            yield rest_of_document()
             held, size, enough = [], 0, limit
         held.append(piece)
         size += len(piece.text)
         while size >= enough:
             first, text = held[0], "".join(p.text for p in held)
-            cut = find_cut(text, limit)
+            cut = find(text, limit)
             if not cut:
+                if size > LONGEST_UNCUT:
+                    raise ValueError(
+                        f"{_place(first.at)}: {size:,} characters without a break between words, "
+                        f"above {LONGEST_UNCUT:,}: not text? Leave it out, or use --tokenizer byte"
+                    )
                 enough = 2 * size  # looking again after each piece would take quadratic time
                 break
             rest = cut  # of the characters to hand on, those in the pieces not looked at yet
@@ -124,112 +125,109 @@ def _segments(
             size, enough = size - cut, limit
             yield first.split, first.starts, text[:cut], at
     if held:
-        yield held[0].split, held[0].starts, "".join(p.text for p in held), end()
+        yield rest_of_document()
 
 
-class _Worker:
-    """A tokenizing process and the numbers of the chunks that it has yet to answer, in order."""
-
-    def __init__(self, setup):
-        here, there = socket.socketpair()
-        with there:
-            # -P: the folder of the script is no place to import from.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", encode_worker.__file__, str(there.fileno())],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-            )
-        self.connection = Connection(here.detach())
-        self.owes: deque[int] = deque()
-        self.call(self.connection.send, setup)
-
-    def call(self, method, *arguments):
-        try:
-            return method(*arguments)
-        except (EOFError, ConnectionError) as error:
-            status = self.process.wait()
-            raise OSError(
-                f"a tokenizing process ended with status {status}"
-                + (" (out of memory? fewer --workers need less)" if status == -9 else "")
-                + "; the same command goes on where this one stopped"
-            ) from error
+def _place(at: Position) -> str:
+    return f"file or row {at.items + 1:,}, character {at.chars:,}"
 
 
-class Encoder:
-    """Tokenizes chunks in worker processes; use it in a `with` block, which ends them.
+def make_encode(tokenizer: Tokenizer, text_encoding: str = "utf-8") -> Encode:
+    """The function text -> tokens (n,) uint16; it raises ValueError for what has no token.
 
-    workers: number of processes; 0 tokenizes here.  eot: put before each document, if not None.
     text_encoding: what the byte tokenizer counts as the bytes of a text.
     """
-
-    def __init__(
-        self, tokenizer: Tokenizer, *, eot: int | None, workers: int, text_encoding: str = "utf-8"
-    ):
-        data = {"gpt2": "encoding", "char": "chars"}.get(tokenizer.name)
-        self._setup = (
-            (tokenizer.name, getattr(tokenizer, data) if data else text_encoding), eot
+    if tokenizer.name == "gpt2":
+        # Skips the list of Python ints that encode_ordinary makes.
+        encode = tokenizer.encoding.encode_to_numpy
+        return lambda text: np.concatenate(
+            [encode(part, disallowed_special=()) for part in split_long_blanks(_valid(text))],
+            dtype="<u2", casting="unsafe",
         )  # fmt: skip
-        self._n_workers = workers
-        self._workers: list[_Worker] = []
+    if tokenizer.name == "byte":
+        return lambda text: np.frombuffer(_valid(text).encode(text_encoding), "u1").astype("<u2")
+    ids = np.full(0x110000, -1, np.int32)
+    ids[_points(tokenizer.chars)] = np.arange(tokenizer.vocab_size)
 
-    def __enter__(self) -> "Encoder":
-        return self
+    def encode_characters(text: str) -> np.ndarray:
+        tokens = ids[_points(text)]
+        if tokens.min(initial=0) < 0:
+            tokenizer.encode(text)  # raises, with the character
+        return tokens.astype("<u2")
 
-    def __exit__(self, *exception) -> None:
-        for worker in self._workers:
-            worker.connection.close()
-        for worker in self._workers:
-            try:
-                worker.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-                worker.process.wait()
-        self._workers = []
+    return encode_characters
 
-    def encode(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, Encoded]]:
-        """Each chunk with its tokens, in order. Raises OSError where a process dies."""
-        chunks = iter(chunks)
-        first = list(islice(chunks, INLINE_CHUNKS))
-        few = len(first) < INLINE_CHUNKS
-        chunks = chain(first, chunks)
-        if few or self._n_workers == 0:
-            encode, eot = make_encode(*self._setup[0]), self._setup[1]
-            for chunk in chunks:
-                yield chunk, encode_chunk(encode, eot, chunk.segments)
-        else:
-            yield from self._encode_in_workers(chunks)
 
-    def _encode_in_workers(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Chunk, Encoded]]:
-        self._workers = [_Worker(self._setup) for _ in range(self._n_workers)]
-        by_connection = {w.connection: w for w in self._workers}
-        window = 4 * len(self._workers)  # chunks in memory at most
-        given: dict[int, Chunk] = {}
-        done: dict[int, Encoded] = {}
-        n_given = n_out = 0
-        more = True
-        while True:
-            while more and n_given - n_out < window:
-                worker = min(self._workers, key=lambda w: len(w.owes))
-                if len(worker.owes) >= 2:  # one in work, one at hand
-                    break
-                chunk = next(chunks, None)
-                if chunk is None:
-                    more = False
-                    break
-                worker.call(worker.connection.send, chunk.segments)
-                worker.owes.append(n_given)
-                given[n_given] = chunk
-                n_given += 1
-            if not more and n_out == n_given:
-                return
-            for connection in wait([w.connection for w in self._workers if w.owes]):
-                worker = by_connection[connection]
-                done[worker.owes.popleft()] = worker.call(connection.recv)
-            while n_out in done:
-                yield given.pop(n_out), done.pop(n_out)
-                n_out += 1
+def _points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def _valid(text: str) -> str:
+    """text with lone surrogates (JSON can hold them, UTF-8 cannot) replaced by U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def encode_chunk(encode: Encode, eot: int | None, segments: Segments) -> Encoded:
+    """Tokens of each split in a chunk; eot, if not None, stands before each document."""
+    parts: dict[int, list[np.ndarray]] = {}
+    starts: dict[int, list[int]] = {}
+    lengths: dict[int, int] = {}
+    separator = np.array([] if eot is None else [eot], "<u2")
+    for split, is_start, text in segments:
+        tokens = parts.setdefault(split, [])
+        length = lengths.get(split, 0)
+        if is_start:
+            starts.setdefault(split, []).append(length)
+            tokens.append(separator)
+            length += separator.size
+        tokens.append(encode(text))
+        lengths[split] = length + tokens[-1].size
+    return {
+        split: (np.concatenate(p), np.array(starts.get(split, []), np.int64))
+        for split, p in parts.items()
+    }
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk], encode: Encode, *, eot: int | None, workers: int
+) -> Iterator[tuple[Chunk, Encoded]]:
+    """Each chunk with its tokens, in order.
+
+    workers: number of threads; 0 tokenizes in this one. eot: put before each document, if not None.
+    Raises ValueError, with the place, for text that has no tokens.
+    """
+    # Each thread has one in work and one at hand; those done wait for their turn.
+    pending: deque = deque()
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        for chunk in chunks:
+            if workers == 0:
+                yield chunk, _encode_or_say_where(encode, eot, chunk)
+                continue
+            pending.append((chunk, pool.submit(_encode_or_say_where, encode, eot, chunk)))
+            if len(pending) >= 4 * workers:
+                chunk, done = pending.popleft()
+                yield chunk, done.result()
+        while pending:
+            chunk, done = pending.popleft()
+            yield chunk, done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _encode_or_say_where(encode: Encode, eot: int | None, chunk: Chunk) -> Encoded:
+    try:
+        return encode_chunk(encode, eot, chunk.segments)
+    except ValueError as error:
+        raise ValueError(f"before {_place(chunk.end)}: {error}") from error
 
 
 def default_workers() -> int:
-    """One for each CPU that this process may use; the parent needs a few percent of one."""
+    """One for each CPU that this process may use; the reading thread needs a few percent of one."""
     return len(os.sched_getaffinity(0))

@@ -6,25 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from gpt2.data.datasets import Dataset
+from gpt2.data.files import train_extra
 from gpt2.data.shard_writer import file_hashes
 from gpt2.data.shards import open_shards
 
 EOT = 50256  # these are all GPT-2 tokens
 
 
-def fetch_shards(dataset: Dataset, folder: Path, n_train: int) -> dict:
+def fetch_shards(dataset: Dataset, commit: str, folder: Path, n_train: int) -> dict:
     """Downloads val and n_train shards, unless they are here; returns the manifest's splits.
 
     A file in the folder is complete: a download ends with its renaming. Raises ImportError, OSError
-    (no network, no room) and ValueError (not a shard).
+    (no network, no room) and ValueError (not a shard; it alone is removed).
     """
-    try:
-        from huggingface_hub import hf_hub_download
-    except ImportError as error:
-        raise ImportError(
-            "the hub's files need huggingface_hub, which comes with the train extra: "
-            "pip install 'gpt2-triton[train]'"
-        ) from error
+    hub = train_extra("huggingface_hub", "the hub's files")
     prefix = re.match(r".*/(\w+?)10B", dataset.source).group(1)
     names = [("val", 0)] + [("train", i) for i in range(1, n_train + 1)]
     splits = {s: {"tokens": 0, "documents": 0, "shards": []} for s in ("train", "val")}
@@ -33,7 +28,10 @@ def fetch_shards(dataset: Dataset, folder: Path, n_train: int) -> dict:
         if not path.exists():
             print(f"fetching {path.name}, {done} of {len(names)} are here", flush=True)
             try:
-                hf_hub_download(dataset.source, path.name, repo_type="dataset", local_dir=folder)
+                hub.hf_hub_download(
+                    dataset.source, path.name, repo_type="dataset", local_dir=folder,
+                    revision=commit,
+                )  # fmt: skip
             except Exception as error:  # whatever the network libraries of the hub raise
                 raise OSError(
                     f"{dataset.source}: {path.name} cannot be fetched ({error}); check the network "
@@ -44,12 +42,11 @@ def fetch_shards(dataset: Dataset, folder: Path, n_train: int) -> dict:
         except ValueError as error:
             path.unlink()
             raise ValueError(f"{error}; it was removed, run the same command again") from error
-        tokens = shard.tokens()
         record = {
             "file": path.name, "tokens": shard.n_tokens,
-            "documents": int(np.count_nonzero(tokens == EOT)),
+            "documents": int(np.count_nonzero(shard.tokens() == EOT)),
         }  # fmt: skip
         splits[split]["shards"].append(record | file_hashes(path))
-        splits[split]["tokens"] += record["tokens"]
-        splits[split]["documents"] += record["documents"]
+        for key in ("tokens", "documents"):
+            splits[split][key] += record[key]
     return splits

@@ -4,8 +4,9 @@ A folder that exists is complete. A preparation works in FOLDER.partial beside i
 
     train_000000.bin ...  shards, of which the last of each split may still grow
     journal.json          what was asked for, the shards that are finished, how much of the others
-                          counts, and the place in the source behind it; replaced atomically after
-                          each shard, every CHECKPOINT_S seconds, and when interrupted
+                          counts, and the place in the source after it; replaced atomically after
+                          each shard, every CHECKPOINT_S seconds, and when it is interrupted or ends
+                          with an error: what is finished is never removed
     lock                  held (flock) by the process that writes, and names it
 
 and ends by writing manifest.json and renaming the folder. A restart cuts the growing shards to what
@@ -30,20 +31,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 import gpt2.tokenizer as tok
 from gpt2.data.datasets import Dataset, UrlText, find_dataset, make_source
-from gpt2.data.encode import Encoder, Position, default_workers, make_chunks
-from gpt2.data.encode_worker import Encoded
+from gpt2.data.encode import (
+    CHUNK_CHARS,
+    cut_anywhere,
+    default_workers,
+    encode_chunks,
+    find_cut,
+    make_chunks,
+    make_encode,
+)
 from gpt2.data.hub_shards import fetch_shards
 from gpt2.data.progress import Progress
+from gpt2.data.readers import hub_commit
 from gpt2.data.shard_writer import ShardWriter, write_json
 from gpt2.data.shards import open_shards, read_manifest
-from gpt2.data.sources import Source
+from gpt2.data.sources import Position, Source
 from gpt2.options import PrepareConfig
 
-FORMAT = 1  # of manifest and journal
+MANIFEST_FORMAT, JOURNAL_FORMAT = 1, 2
 CHECKPOINT_S = 30.0
 
 
@@ -70,16 +77,15 @@ def prepare(config: PrepareConfig) -> Path:
         if not mine:
             return _check_done(out, made_from)
         start = time.monotonic()
-        job.begin(partial, made_from, _read_journal(partial, made_from))
+        journal = _read_journal(partial, made_from)
         try:
-            splits = job.finish()
-        except BaseException as error:
-            # With a source that is wrong it cannot go on, and without a journal there is nothing.
-            if isinstance(error, ValueError) or not (partial / "journal.json").exists():
+            found = job.run(partial, made_from, journal)
+        except BaseException:
+            if not (partial / "journal.json").exists():  # nothing is finished
                 shutil.rmtree(partial)
             raise
         manifest = {
-            "format": FORMAT,
+            "format": MANIFEST_FORMAT,
             "made_from": made_from,
             "tokenizer": job.tokenizer.to_dict(),
             "tokenizer_sha256": tokenizer_sha256(job.tokenizer),
@@ -87,14 +93,14 @@ def prepare(config: PrepareConfig) -> Path:
             "licence": dataset.licence if dataset else "that of the text",
             "command": shlex.join(["python", *sys.argv]),
             "version": _version(),
-            "splits": splits,
+            **found,
         }
         write_json(partial / "manifest.json", manifest)
         os.rename(partial, out)
         for leftover in ("journal.json", "lock", "download"):
             (out / leftover).unlink(missing_ok=True)
         shutil.rmtree(out / ".cache", ignore_errors=True)  # huggingface_hub's
-    _report(out, splits, job.tokenizer, time.monotonic() - start)
+    _report(out, found["splits"], job.tokenizer, time.monotonic() - start)
     return out
 
 
@@ -121,12 +127,13 @@ class _Tokens:
         self.n_train = min(config.max_shards or dataset.train_shards, dataset.train_shards)
         self.made_from = {"max_shards": self.n_train}
 
-    def begin(self, folder: Path, made_from: dict, journal: dict | None) -> None:
-        self.folder = folder
-        write_json(folder / "journal.json", _journal(made_from, Position(), None, []))
-
-    def finish(self) -> dict:
-        return fetch_shards(self.dataset, self.folder, self.n_train)
+    def run(self, folder: Path, made_from: dict, journal: dict | None) -> dict:
+        """The rest of the work; returns its part of the manifest."""
+        source = self.dataset.source
+        commits = journal["commits"] if journal else {source: hub_commit(source)}
+        _write_journal(folder, made_from, commits, Position(), None, [])
+        splits = fetch_shards(self.dataset, commits[source], folder, self.n_train)
+        return {"commits": commits, "splits": splits}
 
 
 class _Texts:
@@ -148,75 +155,76 @@ class _Texts:
             "max_documents": config.max_documents, "parts": self.source.fingerprint(),
         }  # fmt: skip
 
-    def begin(self, folder: Path, made_from: dict, journal: dict | None) -> None:
+    def run(self, folder: Path, made_from: dict, journal: dict | None) -> dict:
+        """Tokenizes the rest; returns its part of the manifest."""
         self.folder, self.full_made_from = folder, made_from
         names = [None] if self.source.first_val else self.source.splits
         self.writers = [ShardWriter(folder, name, self.shard_tokens) for name in names]
-        self.position, self.bookmark = Position(), None
+        position, bookmark = Position(), None
         if journal:
             for writer, state in zip(self.writers, journal["streams"], strict=True):
                 writer.resume(state)
-            self.position, self.bookmark = Position(*journal["position"]), journal["bookmark"]
+            position, bookmark = Position(*journal["position"]), journal["bookmark"]
             documents, tokens = self._counts()
             print(f"going on after {documents:,} documents, {tokens:,} tokens", flush=True)
-
-    def finish(self) -> dict:
-        """Tokenizes the rest; returns the manifest's splits."""
         try:
+            self.commits = self.source.pin(journal["commits"] if journal else {})
             for reader, _ in self.source.parts:
                 if isinstance(reader, UrlText):
-                    reader.fetch(self.folder)
+                    reader.fetch(folder)
             self.tokenizer = _make_tokenizer(self.kind, self.source, self.name)
-            self._tokenize()
-            return self._close()
+            self._tokenize(position, bookmark)
+            splits = self._close()
         finally:
             for writer in self.writers:
                 writer.abandon()
+        for line in self.source.left_out.lines():
+            print(line)
+        return {"commits": self.commits, "left_out": self.source.left_out, "splits": splits}
 
-    def _tokenize(self) -> None:
+    def _tokenize(self, position: Position, bookmark: dict | None) -> None:
         source, before, saved = self.source, self._counts()[1], time.monotonic()
         raw = any(getattr(reader, "encoding", "") == "latin-1" for reader, _ in source.parts)
-        encoder = Encoder(
-            self.tokenizer, eot=self.tokenizer.eot if source.separate else None,
-            workers=self.workers, text_encoding="latin-1" if raw else "utf-8",
+        cut = find_cut if self.tokenizer.name == "gpt2" else cut_anywhere
+        chunks = encode_chunks(
+            make_chunks(source.pieces(position, bookmark), CHUNK_CHARS, cut),
+            make_encode(self.tokenizer, "latin-1" if raw else "utf-8"),
+            eot=self.tokenizer.eot if source.separate else None, workers=self.workers,
         )  # fmt: skip
-        pieces = source.pieces(self.position, self.bookmark)
+        progress = Progress(self.folder.name.removesuffix(".partial"))
         # After each chunk; what a later, interrupted chunk has written does not count.
         state = None
-        with encoder, Progress(self.folder.name.removesuffix(".partial")) as progress:
-            try:
-                for chunk, encoded in encoder.encode(make_chunks(pieces)):
-                    finished = self._write(encoded)
-                    state = chunk.end, [writer.state() for writer in self.writers]
-                    if finished or time.monotonic() - saved > CHECKPOINT_S:
-                        self._checkpoint(*state)
-                        saved = time.monotonic()
-                    documents, tokens = self._counts()
-                    progress.update(documents, tokens, tokens - before, self._fraction(tokens))
-            except (KeyboardInterrupt, OSError):
-                if state is not None:
-                    with contextlib.suppress(OSError):  # the disk may be full
-                        self._checkpoint(*state)
-                raise
+        try:
+            for chunk, encoded in chunks:
+                full = [self.writers[split].append(*found) for split, found in encoded.items()]
+                state = chunk.end, [writer.state() for writer in self.writers]
+                if any(full) or time.monotonic() - saved > CHECKPOINT_S:
+                    self._checkpoint(*state)
+                    saved = time.monotonic()
+                documents, tokens = self._counts()
+                progress.update(documents, tokens, tokens - before, self._fraction(tokens))
+        except (KeyboardInterrupt, OSError, ValueError):
+            if state is not None:
+                with contextlib.suppress(OSError):  # the disk may be full
+                    self._checkpoint(*state)
+                    print(f"{self.folder}: what is finished is kept, the same command goes on from "
+                          "there", flush=True)  # fmt: skip
+            raise
+        finally:
+            progress.close()
+            chunks.close()
 
     def _fraction(self, tokens: int) -> float | None:
         read = self.source.fraction_read()
         return min(1.0, tokens / self.expected) if read is None and self.expected else read
 
-    def _write(self, encoded: Encoded) -> bool:
-        finished = False
-        for split, (tokens, starts) in encoded.items():
-            finished |= self.writers[split].append(
-                np.frombuffer(tokens, "<u2"), np.frombuffer(starts, "<i8")
-            )
-        return finished
-
     def _checkpoint(self, position: Position, streams: list[dict]) -> None:
         for writer in self.writers:
             writer.sync()
         bookmark = self.source.bookmark(position)
-        journal = _journal(self.full_made_from, position, bookmark, streams)
-        write_json(self.folder / "journal.json", journal)
+        _write_journal(
+            self.folder, self.full_made_from, self.commits, position, bookmark, streams
+        )
 
     def _counts(self) -> tuple[int, int]:
         return sum(w.n_documents for w in self.writers), sum(w.n_tokens for w in self.writers)
@@ -231,10 +239,11 @@ class _Texts:
                 splits[split]["documents"] += shard["documents"]
         for name, split in splits.items():
             if not split["tokens"]:
+                reasons = "; ".join([f"{self._counts()[0]} documents in all",
+                                     *self.source.left_out.lines()])  # fmt: skip
                 raise ValueError(
-                    f"{self.name}: too little text, the {name} split would be empty "
-                    f"({self._counts()[0]} documents in all); take more text, another "
-                    "--val_fraction or --val, or smaller --shard_tokens"
+                    f"{self.name}: too little text, the {name} split would be empty ({reasons}); "
+                    "take more text, another --val_fraction or --val, or smaller --shard_tokens"
                 )
         return splits
 
@@ -252,9 +261,15 @@ def _make_tokenizer(kind: str, source: Source, name: str) -> tok.Tokenizer:
 def _locked(partial: Path, out: Path) -> Iterator[bool]:
     """Makes the working folder this process's own; yields False where `out` got done meanwhile.
 
-    Raises OSError where another process has it. The lock goes with the process, however it ends.
+    Raises OSError where another process has it, or where it is a folder of something else. The lock
+    goes with the process, however it ends.
     """
     while True:
+        if partial.exists() and not (partial / "lock").exists() and any(partial.iterdir()):
+            raise OSError(
+                errno.EEXIST, "holds something else, and would be the place to work in: choose "
+                "another --out", str(partial)
+            )  # fmt: skip
         partial.mkdir(parents=True, exist_ok=True)
         try:
             file = open(partial / "lock", "a+")
@@ -309,9 +324,12 @@ def _check_done(out: Path, made_from: dict) -> Path:
     return out
 
 
-def _journal(made_from: dict, position: Position, bookmark, streams: list[dict]) -> dict:
-    return {"format": FORMAT, "made_from": made_from, "position": list(position),
-            "bookmark": bookmark, "streams": streams}  # fmt: skip
+def _write_journal(
+    folder: Path, made_from: dict, commits: dict, position: Position, bookmark, streams: list[dict]
+) -> None:
+    journal = {"format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
+               "position": list(position), "bookmark": bookmark, "streams": streams}  # fmt: skip
+    write_json(folder / "journal.json", journal)
 
 
 def _read_journal(partial: Path, made_from: dict) -> dict | None:
@@ -321,12 +339,12 @@ def _read_journal(partial: Path, made_from: dict) -> dict | None:
     try:
         journal = json.loads(path.read_text())
         before = journal["made_from"]
-        complete = {"position", "bookmark", "streams"} <= journal.keys()
+        complete = {"commits", "position", "bookmark", "streams"} <= journal.keys()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path}: damaged ({error!r}); delete {partial} and start again"
         ) from error
-    if not complete or journal.get("format") != FORMAT:
+    if not complete or journal.get("format") != JOURNAL_FORMAT:
         raise ValueError(f"{path}: of another version; delete {partial} and start again")
     if before != made_from:
         raise OSError(

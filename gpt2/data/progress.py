@@ -1,70 +1,39 @@
-"""Progress of a long preparation: a live bar in a terminal, else a line now and then."""
+"""Progress of a long preparation on stderr: a line, rewritten in a terminal, else now and then."""
 
 import sys
 import time
 
-LINE_S = 10.0  # seconds between lines where there is no terminal
-
 
 class Progress:
-    """documents, tokens, tokens/s and the time left, on stderr; use it in a `with` block."""
+    """documents, tokens, tokens/s and the time left."""
 
     def __init__(self, title: str):
-        self.title = title
-        self._start = self._shown = time.monotonic()
-        # What a run that goes on skipped says nothing about the time left: it counts from its first
-        # tokens on.
+        self._title, self._start = title, time.monotonic()
+        self._live = sys.stderr.isatty()
+        self._next = self._start + (0.0 if self._live else 10.0)
+        # What a run that goes on skipped says nothing about the time left, nor about the speed.
         self._first: tuple[float, float] | None = None
-        self._bar = _live_bar(title) if sys.stderr.isatty() else None
-
-    def __enter__(self) -> "Progress":
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def update(self, documents: int, tokens: int, new_tokens: int, fraction: float | None) -> None:
-        """new_tokens: of this run, for the speed; fraction: done of all, None where not known."""
+        """new_tokens: of this run; fraction: done of all, None where not known."""
         now = time.monotonic()
-        seconds = now - self._start
         if self._first is None and fraction is not None:
             self._first = now, fraction
-        if self._bar is None and now - self._shown < LINE_S:
+        if now < self._next:
             return
-        self._shown = now
-        speed = new_tokens / max(seconds, 1e-9)
-        text = f"{documents:,} documents, {tokens:,} tokens, {speed:,.0f}/s"
+        self._next = now + (0.25 if self._live else 10.0)
+        speed = new_tokens / max(now - self._start, 1e-9)
+        text = f"{self._title}: {documents:,} documents, {tokens:,} tokens, {speed:,.0f}/s"
         if fraction is not None:
             since, first = self._first
             text += f", {fraction:.1%}"
             if fraction > first:
-                text += f", ETA {_clock((now - since) * (1 - fraction) / (fraction - first))}"
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=fraction or 0.0, text=text)
-        else:
-            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
+                left = int((now - since) * (1 - fraction) / (fraction - first))
+                text += f", ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        print(f"\r{text}\x1b[K" if self._live else text, end="" if self._live else "\n",
+              file=sys.stderr, flush=True)  # fmt: skip
 
-
-def _live_bar(title: str):
-    """rich's display, or None where rich is not installed."""
-    try:
-        from rich.console import Console
-        from rich.progress import BarColumn, TextColumn
-        from rich.progress import Progress as Bar
-    except ImportError:
-        return None
-    bar = Bar(
-        TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[text]}"),
-        console=Console(stderr=True), refresh_per_second=4, transient=True,
-    )  # fmt: skip
-    bar.add_task(title, total=1.0, text="")
-    return bar
-
-
-def _clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+    def close(self) -> None:
+        """Takes the live line away."""
+        if self._live:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -57,7 +57,9 @@ class ShardWriter:
     def sync(self) -> None:
         """Makes what was written durable. Raises OSError."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            # By name: an interrupt within close() may have closed it before it was synced.
+            with self._open("rb") as file:
+                os.fsync(file.fileno())
 
     def abandon(self) -> None:
         """Lets go of the open file, whatever state it is in."""

@@ -1,14 +1,39 @@
 """A source of text: readers, and the rules that give their text to splits.
 
-Text comes item by item as pieces; a Position says where a preparation stopped, and reading goes on
-from there.
+Text comes item by item as pieces, each with its Position: reading goes on from where a preparation
+stopped, and what was counted up to there is in it.
 """
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
-from gpt2.data.encode import Piece, Position
+from gpt2.data.files import LeftOut
+from gpt2.data.readers import BadRow, HubRows, hub_commit
+
+
+class Position(NamedTuple):
+    """A place in a source: `chars` characters into item number `items` of its part `part`.
+
+    documents: that started in this part, up to here. left_out: (kind, how many, the first) of what
+    was read before and not used, in all parts.
+    """
+
+    part: int = 0
+    items: int = 0
+    chars: int = 0
+    documents: int = 0
+    left_out: tuple[tuple[str, int, str], ...] = ()
+
+
+class Piece(NamedTuple):
+    """Text from `at` on, of one split; starts: a document starts with it."""
+
+    split: int
+    starts: bool
+    text: str
+    at: Position
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,8 @@ class Source:
     """parts: readers with their rules, in the order in which they are read.
 
     splits: names.  separate: whether end-of-text stands before each document.  first_val: there is
-    one stream, and its first shard is val.  max_documents: of each part.
+    one stream, and its first shard is val.  max_documents: of each part.  bad_rows: "error" ends at
+    a row that cannot be used, "skip" counts it.  left_out: what was read and not used, so far.
     """
 
     parts: list[tuple]
@@ -56,19 +82,59 @@ class Source:
     separate: bool = True
     first_val: bool = False
     max_documents: int | None = None
+    bad_rows: Literal["error", "skip"] = "error"
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     def pieces(self, start: Position, bookmark: dict | None = None) -> Iterator[Piece]:
-        """The text from a position on; bookmark: what bookmark() gave for that position."""
+        """The text from a position on; bookmark: what bookmark() gave for that position.
+
+        Raises ValueError for a row that cannot be used, as configured.
+        """
+        self.left_out = LeftOut({kind: (n, first) for kind, n, first in start.left_out})
         for part, (reader, rule) in enumerate(self.parts):
             if part < start.part:
                 continue
             here = start if part == start.part else Position(part)
-            items = reader.items(here.items, bookmark if part == start.part else None)
+            at = Position(part, 0, 0, here.documents, self._tally())
+            items = reader.read(here.items, bookmark if part == start.part else None)
             for number, item in enumerate(items, here.items):
-                if self.max_documents is not None and number >= self.max_documents:
-                    break
+                at = at._replace(items=number)
+                if isinstance(item, BadRow) or item.length() == 0:
+                    self._leave_out(item)
+                    at = at._replace(left_out=self._tally())
+                    continue
                 skip = here.chars if number == here.items else 0
-                yield from _item_pieces(item, rule.cuts(item), Position(part, number), skip)
+                for piece in _item_pieces(item, rule.cuts(item), at, skip):
+                    at = at._replace(documents=piece.at.documents)
+                    if self.max_documents is not None and at.documents > self.max_documents:
+                        break
+                    yield piece
+                else:
+                    continue
+                break
+
+    def _leave_out(self, item) -> None:
+        if not isinstance(item, BadRow):
+            self.left_out.add("no text", item.where)
+        elif self.bad_rows == "error":
+            raise ValueError(
+                f"{item}; --bad_rows skip leaves such rows out, and counts them"
+            ) from item
+        else:
+            self.left_out.add(item.kind, str(item))
+
+    def _tally(self) -> tuple[tuple[str, int, str], ...]:
+        return tuple((kind, n, first) for kind, (n, first) in self.left_out.items())
+
+    def pin(self, known: dict[str, str]) -> dict[str, str]:
+        """Makes readers of the hub read one commit, those known if any; returns all commits."""
+        commits = dict(known)
+        for reader, _ in self.parts:
+            if isinstance(reader, HubRows):
+                if reader.repo not in commits:
+                    commits[reader.repo] = hub_commit(reader.repo, reader.revision)
+                reader.commit = commits[reader.repo]
+        return commits
 
     def bookmark(self, position: Position) -> dict | None:
         return self.parts[position.part][0].bookmark(position.items)
@@ -94,17 +160,15 @@ def _item_pieces(item, cuts, at: Position, skip: int) -> Iterator[Piece]:
     """An item's text as pieces that end where its splits do, without its first skip characters."""
     cuts = iter(cuts)
     end, split = next(cuts)
-    offset = begin = 0  # begin: where the part of this split began
-    for block in item.blocks():
-        while block:
+    for offset, starts, text in item.parts():
+        at = at._replace(documents=at.documents + (starts and offset >= skip))
+        while text:
             while offset >= end:
-                begin = end
                 end, split = next(cuts, (math.inf, split))
-            text = block[: int(end - offset)] if end - offset < len(block) else block
-            block = block[len(text) :]
-            new = text[max(0, skip - offset) :]
-            if new:
-                place = offset + len(text) - len(new)
-                starts = place == begin and (begin > 0 or item.starts)
-                yield Piece(split, starts, new, at._replace(chars=place))
-            offset += len(text)
+                starts = True
+            n = min(len(text), end - offset)
+            done = min(n, max(0, skip - offset))  # before the position to start from
+            if done < n:
+                here = at._replace(chars=offset + done)
+                yield Piece(split, starts and not done, text[done:n], here)
+            offset, text, starts = offset + n, text[n:], False
