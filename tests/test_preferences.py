@@ -171,7 +171,7 @@ def test_batches_are_pure_and_cover_each_pair_once_an_epoch(pairs):
         assert place.shard.endswith(f"line {pair + 1} {half}")
     assert loader.provenance(2, 5, 8, 192, offset=8).offset == pairs.lengths[2 * pair + 1] - 1
     assert PairLoader(pairs, 96, shuffle=False).index(24) == 1
-    with pytest.raises(ValueError, match="row 8, token 0 is not in a step of 8 rows"):
+    with pytest.raises(ValueError, match="row 8 is not one of the 8 rows of a step"):
         loader.provenance(3, 8, 8)
 
 

@@ -18,8 +18,8 @@ import xxhash
 from gpt2.config import IGNORE_INDEX
 from gpt2.data.chat import ChatError, Message, encode_chat
 from gpt2.data.conversations import CHAT_DATASETS, ChatDataset, Counts, read_rows
-from gpt2.data.loader import Batch, Provenance, rank_rows
-from gpt2.data.numpy_backend import epoch_key, permute
+from gpt2.data.loader import Batch, Provenance, rank_rows, row_sample
+from gpt2.data.order import epoch_key, permute
 from gpt2.data.readers import Row
 from gpt2.tokenizer import Tokenizer
 
@@ -245,10 +245,10 @@ class RowLoader(ABC):
         number, from 1. Filling counts as the end of the conversation before it. Raises as batch
         does.
         """
-        first, rows = rank_rows(step, global_batch_size, offset=offset)
-        if not 0 <= row < rows or not 0 <= token <= self.block_size:
-            raise ValueError(f"row {row}, token {token} is not in a step of {rows} rows")
-        spans = self.spans(self.index(first + row))
+        sample = row_sample(step, row, global_batch_size, offset)
+        if not 0 <= token <= self.block_size:
+            raise ValueError(f"token {token} lies outside a row of {self.block_size}")
+        spans = self.spans(self.index(sample))
         start, stop, i = next(span for span in reversed(spans) if span[0] <= token)
         return Provenance(self.data.where[i], min(token, stop) - start, i + 1)
 

@@ -55,14 +55,20 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     """
     bins: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins by the room left in them
+    rooms = 0  # bit r: there is a bin with room r
     for item in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[item])
-        room = next((r for r in range(length, capacity) if with_room[r]), capacity)
-        if room == capacity:
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1  # the lowest bit
+            chosen = with_room[room].pop()
+            rooms ^= (not with_room[room]) << room
+        else:
+            room, chosen = capacity, len(bins)
             bins.append([])
-        chosen = len(bins) - 1 if room == capacity else with_room[room].pop()
         bins[chosen].append(item)
         with_room[room - length].append(chosen)
+        rooms |= 1 << room - length
     return bins
 
 
