@@ -24,7 +24,8 @@ class KVCache:
     """Keys and values of all layers for the `length` tokens seen so far, `capacity` at most.
 
     Attention sees the part in use. fixed: it sees all, under a mask, and the place to write is a
-    tensor on the device, so that all steps are the same operations on the same memory (CUDA graphs).
+    tensor on the device, so that all steps are the same operations on the same memory, as a CUDA
+    graph needs.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds k, v (B, H, T, D) of one layer; returns what attention is to see, (B, H, S, D)."""
-        keys, values = self.keys_values[layer]  # (B, H, capacity, D) each
+        keys, values = self.keys_values[layer, 0], self.keys_values[layer, 1]  # (B, H, capacity, D)
         if self.fixed:
             keys.index_copy_(2, self.position, k.to(keys.dtype))
             values.index_copy_(2, self.position, v.to(values.dtype))
