@@ -227,6 +227,7 @@ def _read_newest(path: Path, use: Callable):
     """use(checkpoint) for a checkpoint, or for the newest one of a run, which may go meanwhile."""
     while True:
         found = [path] if (path / META).exists() else list_checkpoints(path)
+        found = found or list_checkpoints(path)  # keep_last may act while a folder is listed
         if not found:
             raise OSError(errno.ENOENT, "no checkpoint and no run with checkpoints here", str(path))
         try:

@@ -275,7 +275,7 @@ def compare(config: TrainConfig, resumed, before: dict, now: dict) -> list[str]:
             asked = any(resumed.train.get(o) != options.get(o) for o in DATA_OPTIONS)
             asked |= bool(resumed.train.get("eval_every")) != bool(options["eval_every"])
             text = f"{options.get(name) or options['data']}: other {name.replace('_', ' ')} than at"
-            text += f" step {resumed.step} (prepared again, or another folder)"
+            text += f" step {resumed.step} (prepared again, another folder, or other weights)"
             if not asked and name == "data":
                 raise ValueError(f"{text}: {restore}, or name a folder of another name as data")
             lines.append(f"{text}; the steps so far have seen the other")
