@@ -230,9 +230,9 @@ def test_training_on_a_mixture(train_config, shakespeare, tmp_path, capsys):
     assert losses(runs / "mixed")[3:] != losses(runs / "later")[3:]
     pretrain(replace(later, max_steps=7, resume="auto"))
     out = capsys.readouterr().out
-    assert "changed since the checkpoint: max_steps" in out and "the steps so far have seen the other" not in out
+    assert "changed since the checkpoint: max_steps" in out and "seen the other" not in out
     pretrain(replace(config, max_steps=8, resume="auto", run_name="later"))
-    assert "the steps so far have seen the other" in capsys.readouterr().out
+    assert "seen the other" in capsys.readouterr().out
 
 
 def test_one_tokenizer_for_all_sources(shakespeare, train_config, tmp_path):

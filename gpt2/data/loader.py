@@ -68,6 +68,9 @@ class BatchSource(Protocol):
     ) -> Provenance:
         """Where token `token` of a row of the global batch came from. Raises as batch does."""
 
+    def finish(self, timeout_s: float = 10.0) -> None:
+        """Waits for a check of the data that goes on in the background; raises what it finds."""
+
     def identity(self) -> list[dict]:
         """What the data is, for each folder or file {"path", "tokens", "hash", ...}, fit for JSON.
 

@@ -192,6 +192,9 @@ class RowLoader(ABC):
     def spans(self, row: int) -> list[tuple[int, int, int]]:
         """(first position, position after the last, conversation) of those in a row, in order."""
 
+    def finish(self, timeout_s: float = 10.0) -> None:
+        """Nothing is checked in the background."""
+
     def index(self, sample: int) -> int:
         """The row that is a sample of the run."""
         epoch, index = divmod(sample, self.n_windows)

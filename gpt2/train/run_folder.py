@@ -181,6 +181,12 @@ class RunFolder:
         )  # fmt: skip
         self.saver.save(step, model, optimizer, meta)
 
+    def go_back(self, step: int) -> None:
+        """Sets aside what was saved and logged of later steps."""
+        self.saver.wait()
+        checkpoint.set_aside(self.path, step)
+        self.metrics.rewind(step)
+
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
         try:

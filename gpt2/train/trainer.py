@@ -133,6 +133,7 @@ class Trainer:
         self.heartbeat = Heartbeat(group)
         try:
             self._loop()
+            self.train_data.finish()  # what a check in the background finds at last
             end = "finished"
         except Interrupted as interrupted:
             end = f"stopped by {interrupted.signal_name}"
@@ -332,7 +333,7 @@ class Trainer:
         self.step, self.saved_step = step, -1  # what is saved of later steps is of what was left
         self.losses, self.sums = [], {}
         if self.folder is not None:
-            self.folder.metrics.rewind(step)
+            self.folder.go_back(step)
             self.folder.say(f"rolled back to step {step}, to go on after that batch")
             self.folder.log(step, {"guard/rolled_back_from": verdict.step})
 
