@@ -194,6 +194,7 @@ class RowLoader(ABC):
 
     def finish(self, timeout_s: float = 10.0) -> None:
         """Nothing is checked in the background."""
+        return None
 
     def index(self, sample: int) -> int:
         """The row that is a sample of the run."""
