@@ -1,8 +1,6 @@
 """triton_kernels.attention against the fp64 reference, through Triton's interpreter on a CPU.
 
-The rule for every number: the kernel's error is at most twice that of PyTorch's own operation at
-the same dtype, plus a floor of one ulp of the largest element (four at fp32, in which p is
-recomputed from scores and lse).
+The rule for every number: tests/kernel_rule.py.
 """
 
 import sys
@@ -13,6 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from tests.kernel_rule import (
+    assert_as_exact_as_torch,
+    attention_bounds,
+    by_name,
+    packed_documents,
+)
 from triton_kernels import launch, reference
 from triton_kernels.attention import INTERPRETED, attention
 
@@ -23,14 +27,6 @@ pytestmark = needs_interpreter
 # Dynamo and Inductor call deprecated parts of PyTorch (instances of autograd.Function, torch.jit).
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 HALF_AND_FULL = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def packed_documents(B: int, T: int, seed: int = 0) -> torch.Tensor:
-    """doc_start (B, T) of documents with random lengths, several a row where T allows."""
-    generator = torch.Generator().manual_seed(seed)
-    begins = torch.rand(B, T, generator=generator) < max(3 / T, 0.03)
-    position = torch.arange(T).expand(B, T)
-    return torch.where(begins, position, 0).cummax(1).values.int()
 
 
 def make_qkv(B, T, H, D, dtype=torch.float32, seed=0):
@@ -53,15 +49,9 @@ def assert_as_good_as_torch(qkv, dout=None, **kwargs):
     torchs = gradients(reference.attention, qkv, dout, **kwargs)
     exact = gradients(reference.attention, qkv.double(), dout.double(), **kwargs)
     assert ours[0].dtype == ours[1].dtype == qkv.dtype
-    parts = [("out", *(x[0] for x in (ours, torchs, exact)))]
-    for i, name in enumerate(("dq", "dk", "dv")):
-        parts.append((name, *(x[1][:, :, i] for x in (ours, torchs, exact))))
-    for name, our, torch_, true in parts:
-        error = (our.double() - true).abs().max().item()
-        allowed = 2 * (torch_.double() - true).abs().max().item()
-        ulp = max(torch.finfo(qkv.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-        floor = ulp * true.abs().max().clamp(min=1).item()
-        assert error <= allowed + floor, f"{name}: error {error}, torch's {allowed / 2}"
+    bounds = attention_bounds(qkv, dout, **kwargs)
+    for name, *results in zip(bounds, *map(by_name, (ours, torchs, exact)), strict=True):
+        assert_as_exact_as_torch(*results, name, bounds[name])
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)

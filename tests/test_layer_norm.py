@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from tests.kernel_rule import assert_as_exact_as_torch, leaf
+from tests.kernel_rule import assert_as_exact_as_torch, layer_norm_bounds, leaf
 from triton_kernels import reference
 from triton_kernels.layer_norm import MAX_WIDTH, layer_norm
 
@@ -49,13 +49,15 @@ def outputs_and_gradients(function, tensors, upstream, dtype=None):
 
 def check(tensors, seed=1):
     g = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(tensors["x"].shape, generator=g, dtype=torch.float64) for _ in range(2)]
+    shape, dtype = tensors["x"].shape, tensors["x"].dtype
+    upstream = [torch.randn(shape, generator=g).to(dtype).double() for _ in range(2)]
     ours = outputs_and_gradients(layer_norm, tensors, upstream)
     theirs = outputs_and_gradients(reference.layer_norm, tensors, upstream)
     exact = outputs_and_gradients(reference.layer_norm, tensors, upstream, torch.float64)
+    bounds = layer_norm_bounds(tensors, upstream)
     for name in exact:
         assert ours[name].dtype == theirs[name].dtype, name
-        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name)
+        assert_as_exact_as_torch(ours[name], theirs[name], exact[name], name, bounds[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -79,14 +81,15 @@ def test_low_precision_branch_on_fp32_stream(dtype):
     tensors = make(
         (7, 80), dtype, residual=True, weight_dtype=torch.float32, residual_dtype=torch.float32
     )
-    upstream = [torch.randn(7, 80, dtype=torch.float64) for _ in range(2)]
+    upstream = [torch.randn(7, 80).to(dtype).double() for _ in range(2)]
     ours = outputs_and_gradients(layer_norm, tensors, upstream)
     exact = outputs_and_gradients(reference.layer_norm, tensors, upstream, torch.float64)
     assert ours["sum"].dtype == ours["dresidual"].dtype == torch.float32
     assert ours["dx"].dtype == dtype
+    bounds = layer_norm_bounds(tensors, upstream)
     for name in exact:
         rounded = exact[name].to(ours[name].dtype)
-        assert_as_exact_as_torch(ours[name], rounded, exact[name], name)
+        assert_as_exact_as_torch(ours[name], rounded, exact[name], name, bounds[name])
 
 
 def test_far_mean_keeps_its_digits():

@@ -1,12 +1,18 @@
 """triton_kernels.attention on a GPU, compiled: bf16, full size, the tiles that are shipped.
 
-TRITON_INTERPRET=0 pytest -m gpu tests/gpu. The rule is that of tests/test_attention.py. The fp64
+TRITON_INTERPRET=0 pytest -m gpu tests/gpu. The rule is tests/kernel_rule.py's. The fp64
 reference runs on one batch row at a time, since it holds (H, T, T).
 """
 
 import pytest
 import torch
 
+from tests.kernel_rule import (
+    assert_as_exact_as_torch,
+    attention_bounds,
+    by_name,
+    packed_documents,
+)
 from triton_kernels import reference
 from triton_kernels.attention import INTERPRETED, attention
 
@@ -27,12 +33,6 @@ def exact_torch():
     torch.backends.cuda.matmul.allow_tf32 = False
     yield
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def packed_documents(B, T, mean, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    begins = torch.rand(B, T, generator=generator) < 1 / mean
-    return torch.where(begins, torch.arange(T).expand(B, T), 0).cummax(1).values.int().cuda()
 
 
 def make(B, T, H, D, dtype, seed=0):
@@ -57,15 +57,10 @@ def assert_as_good_as_torch(qkv, dout, doc_start=None, rows=None):
         first = None if doc_start is None else doc_start[row]
         torchs = gradients(reference.attention, qkv[row], dout[row], first)
         exact = gradients(reference.attention, qkv[row].double(), dout[row].double(), first)
-        parts = [("out", ours[0][row], torchs[0], exact[0])]
-        for i, name in enumerate(("dq", "dk", "dv")):
-            parts.append((name, ours[1][row, :, i], torchs[1][:, :, i], exact[1][:, :, i]))
-        for name, our, torch_, true in parts:
-            error = (our.double() - true).abs().max().item()
-            allowed = 2 * (torch_.double() - true).abs().max().item()
-            ulp = max(torch.finfo(qkv.dtype).eps, 4 * torch.finfo(torch.float32).eps)
-            floor = ulp * true.abs().max().clamp(min=1).item()
-            assert error <= allowed + floor, f"{name}: error {error}, torch's {allowed / 2}"
+        bounds = attention_bounds(qkv[row], dout[row], first)
+        mine = ours[0][row], ours[1][row]
+        for name, *results in zip(bounds, *map(by_name, (mine, torchs, exact)), strict=True):
+            assert_as_exact_as_torch(*results, name, bounds[name])
 
 
 @pytest.mark.parametrize("D", [5, 16, 32, 64, 80, 128])
@@ -83,7 +78,7 @@ def test_matches_reference_in_every_dtype(T, H, D, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("T, mean", [(257, 20), (1024, 100), (1000, 700), (4096, 500)])
 def test_packed_documents(T, mean, dtype):
-    assert_as_good_as_torch(*make(2, T, 2, 64, dtype), packed_documents(2, T, mean))
+    assert_as_good_as_torch(*make(2, T, 2, 64, dtype), packed_documents(2, T, mean=mean).cuda())
 
 
 def test_left_padding():
