@@ -1,4 +1,4 @@
-"""The rule that every kernel test goes by, and what the tests share.
+"""The rule that every kernel test goes by, on a CPU through Triton's interpreter and on a GPU.
 
 The error of a kernel against the same operation in fp64 is, for each element, at most twice torch's
 own at the same dtype, or what the arithmetic allows, whichever is more. What it allows is known
@@ -8,9 +8,13 @@ by its eps. So no verdict depends on the BLAS that torch or Triton's interpreter
 functions follow those errors through an operation, in fp64.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import triton_kernels
 from triton_kernels import reference
 
 EPS = torch.finfo(torch.float32).eps
@@ -49,9 +53,36 @@ def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.finfo(dtype).eps * x.abs().clamp(min=torch.finfo(dtype).smallest_normal)
 
 
-def leaf(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of t that collects its own gradient."""
-    return t.detach().to(dtype or t.dtype, copy=True).requires_grad_()
+def results(
+    function: Callable, tensors: list[Tensor], upstream: list, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The outputs of function(*tensors) and the gradients of tensors, upstream being the outputs'
+    own. dtype: compute with copies of that dtype.
+    """
+    leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [
+        torch.as_tensor(u, device=o.device).to(o.dtype).expand(o.shape)
+        for u, o in zip(upstream, outputs, strict=True)
+    ]
+    kept = [o.detach().clone() for o in outputs]
+    return kept + list(torch.autograd.grad(outputs, leaves, upstream))
+
+
+def check(
+    call: Callable, tensors: list[Tensor], upstream: list, bounds: dict[str, Tensor]
+) -> list[Tensor]:
+    """Results of call(triton_kernels, *tensors) by the rule; bounds in their order."""
+
+    def of(module, dtype=None):
+        return results(lambda *leaves: call(module, *leaves), tensors, upstream, dtype)
+
+    ours, theirs, exact = of(triton_kernels), of(reference), of(reference, torch.float64)
+    for name, *values in zip(bounds, ours, theirs, exact, strict=True):
+        assert values[0].dtype == values[1].dtype, name
+        assert_as_exact_as_torch(*values, name, bounds[name])
+    return ours
 
 
 def packed_documents(B: int, T: int, seed: int = 0, mean: float = 30.0) -> Tensor:
@@ -61,12 +92,39 @@ def packed_documents(B: int, T: int, seed: int = 0, mean: float = 30.0) -> Tenso
     return torch.where(begins, torch.arange(T).expand(B, T), 0).cummax(1).values.int()
 
 
+def check_attention(
+    qkv: Tensor, dout: Tensor | None = None, doc_start: Tensor | None = None, rows=None
+) -> None:
+    """Output and the gradients of q, k and v; against the oracle, which holds (H, T, T), one row
+    of the batch at a time, those in rows.
+    """
+    if dout is None:
+        B, T, _, H, D = qkv.shape
+        dout = torch.randn(B, T, H, D, generator=torch.Generator().manual_seed(1)).to(qkv)
+    out, dqkv = results(
+        lambda qkv: triton_kernels.attention(qkv, doc_start=doc_start), [qkv], [dout]
+    )
+    for row in range(len(qkv)) if rows is None else rows:
+        at = slice(row, row + 1)
+        first = None if doc_start is None else doc_start[at]
+
+        def plain(qkv, first=first):
+            return reference.attention(qkv, doc_start=first)
+
+        theirs = results(plain, [qkv[at]], [dout[at]])
+        exact = results(plain, [qkv[at]], [dout[at]], torch.float64)
+        bounds = attention_bounds(qkv[at], dout[at], first)
+        parts = ((o, *d.unbind(2)) for o, d in ((out[at], dqkv[at]), theirs, exact))
+        for name, *values in zip(bounds, *parts, strict=True):
+            assert_as_exact_as_torch(*values, f"{name} of row {row}", bounds[name])
+
+
 def attention_bounds(
-    qkv: Tensor, dout: Tensor, doc_start: Tensor | None = None, scale: float | None = None
+    qkv: Tensor, dout: Tensor, doc_start: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """For out, dq, dk and dv, each (B, T, H, D). p and ds are rounded to qkv's dtype."""
-    scale = qkv.shape[4] ** -0.5 if scale is None else scale
+    """Of out, dq, dk and dv, each (B, T, H, D). p and ds are rounded to qkv's dtype."""
     B, T, _, H, D = qkv.shape
+    scale = D**-0.5
     eps = EPS * max(T, D) ** 0.5
     seen = reference.doc_mask(qkv.new_zeros(B, T) if doc_start is None else doc_start, T)[:, 0]
     found: dict[str, list[Tensor]] = {"out": [], "dq": [], "dk": [], "dv": []}
@@ -90,9 +148,21 @@ def attention_bounds(
     return {name: torch.stack(bounds, 2) for name, bounds in found.items()}
 
 
-def by_name(out_and_dqkv: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """out, dq, dk and dv, as attention_bounds has them."""
-    return out_and_dqkv[0], *out_and_dqkv[1].unbind(2)
+def check_cross_entropy(
+    buffer: Tensor, targets: Tensor, V: int, dloss: Tensor | float = 1.0, *,
+    inplace_backward: bool = False, **options,
+) -> None:  # fmt: skip
+    """Loss and gradient of buffer[:, :V], which are intermediate and may be overwritten."""
+
+    def call(module, buffer):
+        logits = (buffer * 1)[:, :V]
+        return module.cross_entropy(logits, targets, inplace_backward=inplace_backward, **options)
+
+    loss, dlogits = loss_bounds(buffer[:, :V], targets, dloss, **options)
+    dlogits = F.pad(dlogits, (0, buffer.shape[1] - V))
+    ours = check(call, [buffer], [dloss], {"loss": loss, "dlogits": dlogits})
+    assert ours[0].dtype == torch.float32
+    assert not ours[1][:, V:].any()
 
 
 def loss_bounds(
@@ -120,40 +190,72 @@ def loss_bounds(
     return loss[:, 0] if reduction == "none" else loss.sum(), dlogits
 
 
+def check_linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, dloss: Tensor | float = 1.0, **options
+) -> None:
+    """Loss, dx and dweight; logits and their gradients are rounded to x's dtype, or autocast's."""
+    dtype, device = x.dtype, x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+
+    def call(module, x, weight):
+        if x.dtype == torch.float64:
+            with torch.autocast(device, enabled=False):
+                return module.linear_cross_entropy(x, weight, targets, **options)
+        return module.linear_cross_entropy(x, weight, targets, **options)
+
+    bounds = linear_loss_bounds(x, weight, targets, dloss, dtype, **options)
+    ours = check(call, [x, weight], [dloss], bounds)
+    assert ours[0].dtype == torch.float32
+    assert not ours[2][options.get("vocab_size") or len(weight) :].any()
+
+
 def linear_loss_bounds(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    dloss: Tensor | float,
-    *,
-    vocab_size: int | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Of the loss, dx and dweight; logits and their gradients are rounded to dtype, else x's."""
-    dtype = dtype or x.dtype
+    x: Tensor, weight: Tensor, targets: Tensor, dloss: Tensor | float, dtype: torch.dtype, *,
+    vocab_size: int | None = None, reduction: str = "mean", ignore_index: int = -100,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Of the loss, dx and dweight, with logits and their gradients in dtype."""
     (N, C), rows = x.shape, slice(vocab_size)
     x_, w = x.double(), weight[rows].double()
-    z, eps = x_ @ w.mT, EPS * max(N, C, w.shape[0]) ** 0.5
-    dz = EPS * C**0.5 * x_.abs() @ w.abs().mT + rounding(z, dtype)
-    if dtype != x.dtype:
-        dz = dz + 2 * torch.finfo(dtype).eps * x_.abs() @ w.abs().mT
+    cast = 0.0 if dtype == x.dtype else 2 * torch.finfo(dtype).eps  # of each product
+    z = x_ @ w.mT
+    dz = (EPS * C**0.5 + cast) * x_.abs() @ w.abs().mT + rounding(z, dtype)
     options = dict(reduction=reduction, ignore_index=ignore_index)
     loss, dg = loss_bounds(z, targets, dloss, dz=dz, **options)
     counted = targets != ignore_index
     is_target = torch.arange(z.shape[1], device=z.device) == targets[:, None]
-    dloss = torch.as_tensor(dloss, device=z.device).double().expand(N) * counted
+    dloss = torch.as_tensor(dloss, device=z.device).double().abs().expand(N) * counted
     if reduction == "mean":
         dloss = dloss / counted.sum()
-    g = (z.softmax(-1) - is_target.double()) * dloss[:, None]
-    smallest = torch.finfo(dtype).smallest_normal * dloss.abs()[:, None]
-    dg = dg + eps * g.abs() + torch.finfo(dtype).eps * g.abs().clamp(min=smallest)
-    if dtype != x.dtype:
-        dg = dg + 2 * torch.finfo(dtype).eps * g.abs()
-    dw = torch.zeros_like(weight, dtype=torch.float64)
-    dw[rows] = dg.mT @ x_.abs()
+    g = (z.softmax(-1) - is_target.double()).abs()
+    # rounded while it is p - 1 [j = t], before dloss comes
+    dg = dg + dloss[:, None] * (rounding(g, dtype) + (EPS * max(N, len(w)) ** 0.5 + cast) * g)
+    dw = F.pad(dg.mT @ x_.abs(), (0, 0, 0, len(weight) - len(w)))
     return {"loss": loss, "dx": dg @ w.abs(), "dweight": dw}
+
+
+def check_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
+    seed: int = 1,
+) -> None:  # fmt: skip
+    """y, the sum if there is a residual, and the gradients of all that is given."""
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(x.shape, generator=generator).to(x) for _ in range(2)]
+    tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    given = [name for name, t in tensors.items() if t is not None]
+
+    def call(module, *leaves):
+        t = dict(zip(given, leaves, strict=True))
+        return module.layer_norm(
+            t["x"], t["weight"], t.get("bias"), residual=t.get("residual")
+        )
+
+    bounds = layer_norm_bounds(tensors, upstream)
+    names = ["y", *["sum"] * (residual is not None), *("d" + name for name in given)]
+    check(
+        call, [tensors[name] for name in given], upstream[: 1 + (residual is not None)],
+        {name: bounds[name] for name in names},
+    )  # fmt: skip
 
 
 def layer_norm_bounds(tensors: dict, upstream: list[Tensor]) -> dict[str, Tensor]:
