@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -35,11 +36,12 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import common  # noqa: E402
+
 MODULES = ("attention", "layer_norm", "cross_entropy", "linear_cross_entropy")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# H200, measured: device-to-device copy and the best large bf16 matrix product.
-COPY_BYTES_PER_S = 4.3e12
-MATRIX_FLOP_PER_S = 790e12
 FP32_FLOP_PER_S = 67e12  # without tensor cores; NVIDIA's H200 data sheet
 # Per multiprocessor: registers, shared memory in bytes, warps (CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability"); gfx942: AMD CDNA3 ISA, per compute unit.
@@ -72,7 +74,7 @@ class Recorder:
     def __init__(self, kernel: Any, launches: list):
         self.kernel, self.launches = kernel, launches
 
-    def __getitem__(self, grid: tuple):
+    def __getitem__(self, grid: tuple) -> Callable:
         return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
 
 
@@ -93,14 +95,14 @@ def specialised(kernel: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
             divisible.append(name)
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if type(value) is int and number % 16 == 0 and not parameter.do_not_specialize:
+            if type(value) is int and value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
     return dict(kernel=kernel, signature=signature, constexprs=constexprs, options=options,
                 divisible_by_16=tuple(divisible))  # fmt: skip
 
 
 def attention_launches(meta):
-    """(operator, its arguments, then of each launch: name, shape, bytes, FLOPs)."""
+    """With and without documents; the first shapes are GPT-2 124M's."""
     shapes = [(BF16, 32, 1024, 12, 64), (BF16, 128, 256, 12, 64), (FP16, 32, 1024, 12, 64)]
     shapes += [(BF16, 32, 1024, 24, 32), (BF16, 32, 1024, 10, 80), (BF16, 32, 1024, 6, 128)]
     shapes += [(FP32, 32, 1024, 12, 64), (FP32, 32, 1024, 6, 128)]
@@ -138,8 +140,12 @@ def layer_norm_launches(meta):
             ]  # fmt: skip
 
 
-def loss_launches(meta):
-    """GPT-2's vocabulary, whole and padded rows, in bf16."""
+def every_launch(meta):
+    """(operator, its arguments, then of each launch: name, shape, bytes, FLOPs). Losses: of GPT-2's
+    vocabulary, in bf16.
+    """
+    yield from attention_launches(meta)
+    yield from layer_norm_launches(meta)
     N, V, width = 32768, 50257, 50304
     text, size = f"{N} x {V} in rows of {width}", N * V * 2
     logits, rows = meta(N, width, dtype=BF16)[:, :V], meta(N)
@@ -166,8 +172,6 @@ def loss_launches(meta):
 @cache
 def shipped(arch: str) -> tuple[Config, ...]:
     """Every launch of every operator at GPT-2's sizes. For this process, kernels are recorders."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
     from triton_kernels import launch
 
     launches: list = []
@@ -182,20 +186,16 @@ def shipped(arch: str) -> tuple[Config, ...]:
     def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    configs, seen = [], []
-    for cases in (attention_launches, layer_norm_launches, loss_launches):
-        for operator, args, expected in cases(meta):
-            launches.clear()
-            list(launch.OPERATORS[operator](*args))
-            for (kernel, *given), (op, shape, n_bytes, flops) in zip(
-                launches, expected, strict=True
-            ):
-                fields = specialised(kernel, *given)
-                n_bytes = n_bytes or sum(t.nbytes for t in given[0] if isinstance(t, torch.Tensor))
-                if (op, fields) not in seen:  # layer norm's second stage does not know the stream
-                    seen.append((op, fields))
-                    configs.append(Config(op, shape, bytes=n_bytes, flops=flops, **fields))
-    return tuple(configs)
+    configs: dict[tuple[str, str], Config] = {}
+    for operator, args, expected in every_launch(meta):
+        launches.clear()
+        list(launch.OPERATORS[operator](*args))
+        for (kernel, *given), (op, shape, n_bytes, flops) in zip(launches, expected, strict=True):
+            fields = specialised(kernel, *given)
+            n_bytes = n_bytes or sum(t.nbytes for t in given[0] if isinstance(t, torch.Tensor))
+            # layer norm's second stage comes once with each stream, and is the same
+            configs[op, shape] = Config(op, shape, bytes=n_bytes, flops=flops, **fields)
+    return tuple(configs.values())
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def report(arch: str, index: int) -> Row | str:
         return f"{config.op}, {config.shape}: {type(error).__name__}: {str(error)[:300]}"
     registers, spill = resources(compiled, arch)
     mma, warps = tensor_core(compiled), config.options["num_warps"]
-    peak = FP32_FLOP_PER_S if mma == "-" else MATRIX_FLOP_PER_S
+    peak = FP32_FLOP_PER_S if mma == "-" else common.H200_BF16_FLOPS_PER_S
     constants = config.constexprs.items()
     blocks = [value for name, value in constants if name.startswith("BLOCK")]
     return Row(
@@ -314,32 +314,23 @@ def report(arch: str, index: int) -> Row | str:
         mma=mma,
         bytes=config.bytes,
         flops=config.flops,
-        floor_us=1e6 * max(config.bytes / COPY_BYTES_PER_S, config.flops / peak),
+        floor_us=1e6 * max(config.bytes / common.H200_COPY_BYTES_PER_S, config.flops / peak),
     )
 
 
 HEADER = "op shape tiles warps stages reg spill smem occ load store mma MB GFLOP floor".split()
 
 
-def cells(row: Row) -> list[str]:
-    return [
-        row.op, row.shape, row.tiles, str(row.warps), str(row.stages), str(row.registers),
-        str(row.spill), str(row.shared), f"{row.programs} ({row.programs * row.warps}w)",
-        str(row.load), str(row.store), row.mma, f"{row.bytes / 1e6:.0f}",
-        f"{row.flops / 1e9:.1f}", f"{row.floor_us:.0f}",
+def table(rows: list[Row]) -> str:
+    cells = [
+        [
+            r.op, r.shape, r.tiles, r.warps, r.stages, r.registers, r.spill, r.shared,
+            f"{r.programs} ({r.programs * r.warps}w)", r.load, r.store, r.mma,
+            f"{r.bytes / 1e6:.0f}", f"{r.flops / 1e9:.1f}", f"{r.floor_us:.0f}",
+        ]
+        for r in rows
     ]  # fmt: skip
-
-
-def table(rows: list[Row], *, markdown: bool) -> str:
-    lines = [HEADER] + [cells(row) for row in rows]
-    if markdown:
-        lines.insert(1, ["---"] * len(HEADER))
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return common.markdown_table(HEADER, [list(map(str, row)) for row in cells])
 
 
 def main() -> int:
@@ -353,19 +344,19 @@ def main() -> int:
 
     import triton
 
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     failed = False
     pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
     for arch in ARCHITECTURES if args.arch == "all" else [args.arch]:
         configs = shipped(arch)
-        if any(not isinstance(config.kernel, triton.JITFunction) for config in configs):
-            parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
         wanted = [i for i, c in enumerate(configs) if args.op in c.op and args.shape in c.shape]
         found = list(pool.map(report, [arch] * len(wanted), wanted))
         rows = [row for row in found if isinstance(row, Row)]
         errors = [row for row in found if isinstance(row, str)]
         failed |= bool(errors) or not wanted
         print(f"{arch}, Triton {triton.__version__}, ahead of time: nothing here was timed")
-        print(table(rows, markdown=False))
+        print(table(rows))
         print("\n".join(errors) if wanted else "no such operation")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -373,7 +364,7 @@ def main() -> int:
             content = dict(about, rows=[asdict(row) for row in rows], errors=errors)
             (args.out / f"static_{arch}.json").write_text(json.dumps(content, indent=1) + "\n")
             title = f"{arch}, Triton {triton.__version__}, compiled ahead of time\n\n"
-            (args.out / f"static_{arch}.md").write_text(title + table(rows, markdown=True) + "\n")
+            (args.out / f"static_{arch}.md").write_text(title + table(rows) + "\n")
     pool.shutdown()
     return int(failed)
 

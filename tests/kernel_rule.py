@@ -100,7 +100,8 @@ def check_attention(
     """
     if dout is None:
         B, T, _, H, D = qkv.shape
-        dout = torch.randn(B, T, H, D, generator=torch.Generator().manual_seed(1)).to(qkv)
+        generator = torch.Generator().manual_seed(1)
+        dout = torch.randn(B, T, H, D, generator=generator, device="cpu").to(qkv)
     out, dqkv = results(
         lambda qkv: triton_kernels.attention(qkv, doc_start=doc_start), [qkv], [dout]
     )
@@ -240,7 +241,7 @@ def check_layer_norm(
 ) -> None:  # fmt: skip
     """y, the sum if there is a residual, and the gradients of all that is given."""
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(x.shape, generator=generator).to(x) for _ in range(2)]
+    upstream = [torch.randn(x.shape, generator=generator, device="cpu").to(x) for _ in range(2)]
     tensors = {"x": x, "weight": weight, "bias": bias, "residual": residual}
     given = [name for name, t in tensors.items() if t is not None]
 

@@ -150,6 +150,13 @@ def test_equal_values_come_back(T, seed):
     torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)
 
 
+def test_sums_are_not_kept_in_fp16():
+    """The mean of equal values is that value, but for sums that are rounded to fp16 on the way."""
+    qkv = torch.zeros(1, 300, 3, 1, 16, dtype=torch.float16)
+    qkv[:, :, 2] = 1 / 3
+    assert torch.equal(attention(qkv), qkv[:, :, 2])
+
+
 @pytest.mark.parametrize("value", [5, -1])
 def test_doc_start_must_lie_in_its_row(value):
     doc_start = torch.full((2, 5), value, dtype=torch.int32)
