@@ -75,7 +75,7 @@ gpu-tests:
 tune:
 	@mkdir -p $(OUT)
 	@echo "== Other tiles than those shipped"
-	@$(PYTHON) benchmarks/tune.py --out $(OUT) 2>&1 | tee $(OUT)/tune.log
+	@$(PYTHON) benchmarks/kernels.py --tune --out $(OUT) 2>&1 | tee $(OUT)/tune.log
 
 gpu: gpu-tests
 	@echo "== Kernel benchmarks"

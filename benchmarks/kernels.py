@@ -1,28 +1,36 @@
 """Each kernel against PyTorch: first that it is right, then how long it takes and how near the
-hardware's limit that is.
+hardware's limit that is; and other tiles than those that triton_kernels/launch.py ships.
 
     python benchmarks/kernels.py                     all operations and shapes
     python benchmarks/kernels.py --quick             one shape each, those of the targets
     python benchmarks/kernels.py --op layer_norm     one operation (repeat the option for more)
+    python benchmarks/kernels.py --tune              other tiles, at GPT-2 124M's shapes
+    python benchmarks/kernels.py --tune --op attention --heads 25    gpt2-xl's, 1600 wide
 
 Runs from a checkout, without installing. On a CUDA GPU it prints a table and writes kernels.json,
-kernels.md and kernels.png under --out. On a CPU it times nothing: it runs the parity check at small
-shapes through Triton's interpreter and prints the static roofline.
+kernels.md and kernels.png, or tune.json and tune.md, under --out. On a CPU it times nothing: it
+runs the parity check at small shapes through Triton's interpreter and prints the static roofline.
 
-Timing and ceilings: benchmarks/common.py. Floor: for each phase of an operation the larger of its
-least bytes over the copy bandwidth and its FLOPs over the matmul rate, summed over phases; "of
-floor" is that time over the median. Attention counts 4 B H T^2 D / 2 FLOPs forward and 2.5 times
-that backward, the convention of its papers. SDPA and flex_attention get separate q, k and v and
-return three gradients, so they pay for no packing, which a model with one c_attn would; eager and
-torch.compile start from the packed tensor, as ours does.
+Parity: tests/kernel_rule.py. Timing and ceilings: benchmarks/common.py. Floor: for each phase of an
+operation the larger of its least bytes over the copy bandwidth and its FLOPs over the matmul rate,
+summed over phases; "of floor" is that time over the median. Attention counts 4 B H T^2 D / 2 FLOPs
+forward and 2.5 times that backward, the convention of its papers. SDPA and flex_attention get
+separate q, k and v and return three gradients, so they pay for no packing, which a model with one
+c_attn would; eager and torch.compile start from the packed tensor, as ours does.
+
+--tune takes one kernel after the other: each candidate takes the table's place, must pass the
+parity check, and is timed in the mode that the kernel decides (attention's dq and dk/dv in the
+whole backward pass). Then the fastest stays in place while the next kernel is tried. A candidate
+that does not compile, does not fit or is wrong says so instead of a time. Nothing is changed in
+launch.py: the last lines printed are the entries that would make it faster.
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,14 +44,17 @@ HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton_kernels is imported
 
+import triton_kernels  # noqa: E402
 from benchmarks import common  # noqa: E402
-from triton_kernels import reference  # noqa: E402
-from triton_kernels.cross_entropy import cross_entropy  # noqa: E402
-from triton_kernels.layer_norm import layer_norm  # noqa: E402
-from triton_kernels.linear_cross_entropy import linear_cross_entropy  # noqa: E402
+from tests import kernel_rule  # noqa: E402
+from triton_kernels import launch, reference  # noqa: E402
+from triton_kernels.launch import AttentionTiles, CrossEntropyTile  # noqa: E402
 
 V, PADDED_V = 50257, 50304
 OURS = "gpt2-triton"
+OPS = ("layer_norm", "cross_entropy", "linear_cross_entropy", "attention")
+WORTH = 0.98  # of the shipped tile's time: below it, a candidate is said to be better
+BF16 = torch.bfloat16
 Phases = dict[str, list[tuple[int, int]]]  # mode -> (bytes, FLOPs) of each phase
 
 
@@ -54,143 +65,113 @@ class Problem:
     op: str
     shape: str
     inputs: list[Tensor]  # all of them get a gradient
-    ours: dict[str, Callable]
-    baselines: dict[str, Callable]  # each of inputs -> tuple of outputs
-    plain: Callable  # the reference, the oracle of the parity check
+    providers: dict[str, Callable]  # each of inputs -> tuple of outputs; ours first
+    check: Callable[[], None]  # raises AssertionError where ours are not right
     phases: Phases
-    own_inputs: dict[str, list[Tensor]] = field(
-        default_factory=dict
-    )  # where a baseline needs others
+    own_inputs: dict[str, list[Tensor]] = field(default_factory=dict)  # where one needs others
 
 
-def _tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def _tensor(*shape: int, scale: float = 1.0, dtype: torch.dtype = BF16) -> Tensor:
     return (scale * torch.randn(shape)).to(dtype)  # on the default device, which main sets
 
 
-def _targets(n: int, vocabulary: int) -> Tensor:
-    return torch.randint(vocabulary, (n,))
+def _providers(call: Callable, liger: Callable, eager: Callable | None = None) -> dict:
+    """call(triton_kernels, ...), Liger's, and call(reference, ...) or eager, also compiled."""
+    eager = eager or partial(call, reference)
+    compiled = torch.compile(eager, dynamic=False)
+    ours = {OURS: partial(call, triton_kernels)}
+    return ours | {"eager": eager, "torch.compile": compiled, "Liger": liger}
 
 
-def layer_norm_problem(M: int, C: int, dtype: torch.dtype = torch.bfloat16) -> Problem:
-    def call(
-        function: Callable, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor
-    ) -> tuple:
-        return function(x, weight, bias, residual=residual)
+def layer_norm_problem(M: int, C: int, dtype: torch.dtype = BF16) -> Problem:
+    def call(module, x, residual, weight, bias) -> tuple:
+        return module.layer_norm(x, weight, bias, residual=residual)
 
-    def liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple:
+    def liger(x, residual, weight, bias) -> tuple:
         from liger_kernel.transformers.functional import liger_layer_norm
 
         summed = x + residual
         return liger_layer_norm(summed, weight, bias, 1e-5), summed
 
+    x, residual, weight, bias = (_tensor(*s, dtype=dtype) for s in ((M, C), (M, C), (C,), (C,)))
     once = [(4 * M * C * dtype.itemsize, 0)]
-    plain = partial(call, reference.layer_norm)
     return Problem(
-        "layer_norm",
-        f"{M} x {C}",
-        [
-            _tensor(M, C, dtype=dtype),
-            _tensor(M, C, dtype=dtype),
-            *(_tensor(C, dtype=dtype) for _ in "wb"),
-        ],
-        {OURS: partial(call, layer_norm)},
-        {"eager": plain, "torch.compile": _compiled(plain), "Liger": liger},
-        plain,
+        "layer_norm", f"{M} x {C}", [x, residual, weight, bias], _providers(call, liger),
+        partial(kernel_rule.check_layer_norm, x, weight, bias, residual),
         {"forward": once, "backward": once, "forward+backward": 2 * once},
-    )
+    )  # fmt: skip
 
 
-def cross_entropy_problem(
-    N: int, vocabulary: int, stride: int, dtype: torch.dtype = torch.bfloat16
-) -> Problem:
-    targets = _targets(N, vocabulary)
+def cross_entropy_problem(N: int, classes: int, stride: int, dtype: torch.dtype = BF16) -> Problem:
+    targets = torch.randint(classes, (N,))
 
-    def call(function: Callable, logits: Tensor, **options: bool) -> tuple:
-        return (function(logits, targets, **options),)
+    def call(module, logits, **options) -> tuple:
+        return (module.cross_entropy(logits, targets, **options),)
 
-    def liger(logits: Tensor) -> tuple:
+    def liger(logits) -> tuple:
         from liger_kernel.transformers.functional import liger_cross_entropy
 
         return (liger_cross_entropy(logits, targets),)
 
-    logits = _tensor(N, stride, scale=2.0, dtype=dtype)[:, :vocabulary]
-    size = N * vocabulary * dtype.itemsize
-    plain = partial(call, reference.cross_entropy)
+    def check() -> None:
+        for in_place in (False, True):
+            kernel_rule.check_cross_entropy(buffer, targets, classes, inplace_backward=in_place)
+
+    buffer = _tensor(N, stride, scale=2.0, dtype=dtype)
+    in_place = {f"{OURS} in place": partial(call, triton_kernels, inplace_backward=True)}
+    size = N * classes * dtype.itemsize
     return Problem(
-        "cross_entropy",
-        f"{N} x {vocabulary} in {stride}",
-        [logits],
-        {
-            f"{OURS} in place": partial(call, cross_entropy, inplace_backward=True),
-            OURS: partial(call, cross_entropy),
-        },
-        {"eager": plain, "torch.compile": _compiled(plain), "Liger": liger},
-        plain,
+        "cross_entropy", f"{N} x {classes} in {stride}", [buffer[:, :classes]],
+        in_place | _providers(call, liger), check,
         {"forward": [(size, 0)], "forward+backward": [(2 * size, 0)]},
-    )
+    )  # fmt: skip
 
 
 def linear_cross_entropy_problem(
-    N: int, C: int, vocabulary: int, rows: int, chunk_rows: int, dtype: torch.dtype = torch.bfloat16
+    N: int, C: int, classes: int, rows: int, dtype: torch.dtype = BF16
 ) -> Problem:
-    targets = _targets(N, vocabulary)
+    targets = torch.randint(classes, (N,))
 
-    def call(function: Callable, x: Tensor, weight: Tensor, **options: int) -> tuple:
-        return (function(x, weight, targets, vocab_size=vocabulary, **options),)
+    def call(module, x, weight) -> tuple:
+        return (module.linear_cross_entropy(x, weight, targets, vocab_size=classes),)
 
-    def torch_own(x: Tensor, weight: Tensor) -> tuple:
-        return (F.linear_cross_entropy(x, weight[:vocabulary], targets),)
+    def torch_own(x, weight) -> tuple:
+        return (F.linear_cross_entropy(x, weight[:classes], targets),)
 
-    def liger(x: Tensor, weight: Tensor) -> tuple:
+    def liger(x, weight) -> tuple:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-        return (LigerFusedLinearCrossEntropyLoss()(weight[:vocabulary], x, targets),)
+        return (LigerFusedLinearCrossEntropyLoss()(weight[:classes], x, targets),)
 
-    def all_rows(
-        x: Tensor, weight: Tensor
-    ) -> tuple:  # over the padding too, which costs less than cutting it off
+    def all_rows(x, weight) -> tuple:  # over the padding too, which costs less than cutting it off
         return (F.cross_entropy(F.linear(x, weight).float(), targets),)
 
-    matmul, logits = 2 * N * C * vocabulary, N * vocabulary * dtype.itemsize
-    baselines = {"eager": all_rows, "torch.compile": _compiled(all_rows), "Liger": liger}
+    providers = _providers(call, liger, all_rows)
     if hasattr(F, "linear_cross_entropy"):
-        baselines["F.linear_cross_entropy"] = torch_own
+        providers["F.linear_cross_entropy"] = torch_own
+    x, weight = _tensor(N, C, dtype=dtype), _tensor(rows, C, scale=0.05, dtype=dtype)
+    matmul, logits = 2 * N * C * classes, N * classes * dtype.itemsize
+    both = [(0, 3 * matmul), (2 * logits, 0)]
     return Problem(
-        "linear_cross_entropy",
-        f"{N} x {C} x {vocabulary} in {rows}",
-        [_tensor(N, C, dtype=dtype), _tensor(rows, C, scale=0.05, dtype=dtype)],
-        {
-            OURS: partial(call, linear_cross_entropy),
-            f"{OURS} chunks of {chunk_rows}": partial(
-                call, linear_cross_entropy, chunk_rows=chunk_rows
-            ),
-        },
-        baselines,
-        partial(call, reference.linear_cross_entropy),
-        {
-            "forward": [(0, matmul), (logits, 0)],
-            "forward+backward": [(0, 3 * matmul), (2 * logits, 0)],
-        },
-    )
+        "linear_cross_entropy", f"{N} x {C} x {classes} in {rows}", [x, weight], providers,
+        partial(kernel_rule.check_linear_cross_entropy, x, weight, targets, vocab_size=classes),
+        {"forward": [(0, matmul), (logits, 0)], "forward+backward": both},
+    )  # fmt: skip
 
 
-def attention_problem(
-    B: int, T: int, H: int, D: int, dtype: torch.dtype = torch.bfloat16
-) -> Problem:
+def attention_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16) -> Problem:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from triton_kernels.attention import attention
+    def call(module, qkv) -> tuple:
+        return (module.attention(qkv),)
 
-    def call(function: Callable, qkv: Tensor) -> tuple:
-        return (function(qkv),)
-
-    def sdpa(backend: SDPBackend, *qkv: Tensor) -> tuple:
+    def sdpa(backend, *qkv) -> tuple:
         q, k, v = (t.transpose(1, 2) for t in qkv)  # (B, H, T, D)
         with sdpa_kernel(backend):
             return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
 
-    plain = partial(call, reference.attention)
-    baselines = {"eager": plain, "torch.compile": _compiled(plain)}
+    providers = _providers(call, None)
+    del providers["Liger"]
     own_inputs = {}
     if HAS_CUDA:
         apart = {
@@ -198,20 +179,17 @@ def attention_problem(
             "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
             "flex_attention": _flex_attention(T),
         }
-        baselines |= apart
+        providers |= apart
         own_inputs = dict.fromkeys(apart, [_tensor(B, T, H, D, dtype=dtype) for _ in "qkv"])
+    qkv = _tensor(B, T, 3, H, D, dtype=dtype)
     size, flops = B * T * H * D * dtype.itemsize, 2 * B * H * T * T * D
     forward, backward = (4 * size, flops), (8 * size, flops * 5 // 2)
     return Problem(
-        "attention",
-        f"B{B} T{T} H{H} D{D}",
-        [_tensor(B, T, 3, H, D, dtype=dtype)],
-        {OURS: partial(call, attention)},
-        baselines,
-        plain,
+        "attention", f"B{B} T{T} H{H} D{D}", [qkv], providers,
+        partial(kernel_rule.check_attention, qkv),
         {"forward": [forward], "backward": [backward], "forward+backward": [forward, backward]},
         own_inputs,
-    )
+    )  # fmt: skip
 
 
 def _flex_attention(T: int) -> Callable:
@@ -227,27 +205,19 @@ def _flex_attention(T: int) -> Callable:
     return call
 
 
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
-
-
 def timed_problems(ops: list[str], quick: bool) -> Iterator[Callable[[], Problem]]:
     """Builders of the problems to time, the shapes of the targets first."""
     tokens = [32768] if quick else [32768, 8192, 65536]
     widths = [768] if quick else [768, 1024, 1280, 1600]
-    heads = [12] if quick else [12, 16, 20, 25]
+    sizes = [(32768, C) for C in widths] + [(N, 768) for N in tokens[1:]]
     if "layer_norm" in ops:
-        yield from (partial(layer_norm_problem, 32768, C) for C in widths)
-        yield from (partial(layer_norm_problem, M, 768) for M in tokens[1:])
+        yield from (partial(layer_norm_problem, M, C) for M, C in sizes)
     if "cross_entropy" in ops:
         yield from (partial(cross_entropy_problem, N, V, PADDED_V) for N in tokens)
     if "linear_cross_entropy" in ops:
-        sizes = [(32768, C) for C in widths] + [(N, 768) for N in tokens[1:]]
-        yield from (
-            partial(linear_cross_entropy_problem, N, C, V, PADDED_V, 8192) for N, C in sizes
-        )
+        yield from (partial(linear_cross_entropy_problem, N, C, V, PADDED_V) for N, C in sizes)
     if "attention" in ops:
-        yield from (partial(attention_problem, 32, 1024, H, 64) for H in heads)
+        yield from (partial(attention_problem, 32, 1024, C // 64, 64) for C in widths)
         lengths = [] if quick else [2048, 4096, 8192, 16384]
         yield from (partial(attention_problem, 32768 // T, T, 12, 64) for T in lengths)
 
@@ -256,59 +226,15 @@ def parity_problems(ops: list[str]) -> Iterator[Problem]:
     """Small problems of odd shape; bf16 on a GPU, fp32 and fp16 through the interpreter, whose bf16
     is not a GPU's.
     """
-    for dtype in (torch.bfloat16,) if HAS_CUDA else (torch.float32, torch.float16):
+    for dtype in (BF16,) if HAS_CUDA else (torch.float32, torch.float16):
         if "layer_norm" in ops:
             yield from (layer_norm_problem(67, C, dtype) for C in (768, 1600))
         if "cross_entropy" in ops:
             yield cross_entropy_problem(5, V, PADDED_V, dtype)
         if "linear_cross_entropy" in ops:
-            yield linear_cross_entropy_problem(7, 64, 5000, 5056, 4, dtype)
+            yield linear_cross_entropy_problem(7, 64, 5000, 5056, dtype)
         if "attention" in ops:
             yield attention_problem(1, 200, 2, 64, dtype)
-
-
-def check_parity(problem: Problem) -> list[str]:
-    """Each of ours' outputs and gradients by the rule: error <= 2 x torch's own at this dtype + 4
-    ulps. Failures as text.
-
-    The oracle is the reference on fp64 inputs; cross entropy computes in fp32 there.
-    """
-
-    def run(function: Callable, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [_same_layout(t, dtype).requires_grad_() for t in problem.inputs]
-        outputs = function(*leaves)
-        upstream = [
-            torch.linspace(-1, 2, max(o.numel(), 2))[: o.numel()].view(o.shape).to(o.dtype)
-            for o in outputs
-        ]
-        outputs_now = [o.detach().clone() for o in outputs]
-        return [*outputs_now, *torch.autograd.grad(outputs, leaves, upstream)]
-
-    dtype = problem.inputs[0].dtype
-    exact, theirs = run(problem.plain, torch.float64), run(problem.plain, dtype)
-    failures = []
-    for name, function in problem.ours.items():
-        for i, (a, b, c) in enumerate(zip(run(function, dtype), theirs, exact, strict=True)):
-            c = c.double()
-            error, allowed = (
-                (a.double() - c).abs().max().item(),
-                2 * (b.double() - c).abs().max().item(),
-            )
-            allowed += 4 * torch.finfo(a.dtype).eps * c.abs().max().item()
-            if not error <= allowed:
-                failures.append(
-                    f"{problem.op} {problem.shape} {name} result {i}: error {error:.3g} > "
-                    f"{allowed:.3g}"
-                )
-    return failures
-
-
-def _same_layout(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy with t's strides, so that padded rows stay padded."""
-    buffer = torch.zeros(
-        t.shape[:-1] + (max(t.stride(-2), t.shape[-1]),) if t.dim() == 2 else t.shape
-    )
-    return buffer.to(dtype)[..., : t.shape[-1]].copy_(t)
 
 
 def time_problem(problem: Problem, ceilings: dict[str, float]) -> list[dict]:
@@ -316,43 +242,34 @@ def time_problem(problem: Problem, ceilings: dict[str, float]) -> list[dict]:
     time.
     """
     records = []
-    for provider, function in {**problem.ours, **problem.baselines}.items():
+    for provider, function in problem.providers.items():
         for mode, phases in problem.phases.items():
             record = {"op": problem.op, "shape": problem.shape, "mode": mode, "provider": provider}
+            records.append(record)
             try:
                 timing = _time(function, problem.own_inputs.get(provider, problem.inputs), mode)
-            except (
-                ImportError,
-                RuntimeError,
-            ) as error:  # not installed, not supported, out of memory
-                reason = str(error).strip().splitlines()
-                records.append(
-                    record | {"error": f"{type(error).__name__}: {reason[0] if reason else ''}"}
-                )
+            except (ImportError, RuntimeError) as error:  # not installed or supported, no memory
+                record["error"] = _first_line(error)
                 torch.cuda.empty_cache()
                 continue
-            floor_ms = 1e3 * floor_seconds(
-                phases, ceilings["copy_bytes_per_s"], ceilings["bf16_flops_per_s"]
-            )
-            n_bytes, flops = (sum(phase[i] for phase in phases) for i in (0, 1))
-            records.append(
-                record
-                | {
-                    "timing_ms": timing,
-                    "gb_per_s": n_bytes / timing.median * 1e-6,
-                    "tflop_per_s": flops / timing.median * 1e-9,
-                    "floor_ms": floor_ms,
-                    "of_floor": floor_ms / timing.median,
-                }
-            )
+            floor = 1e3 * floor_seconds(phases, *ceilings.values())
+            n_bytes, flops = (sum(amounts) for amounts in zip(*phases, strict=True))
+            record |= {
+                "timing_ms": timing, "gb_per_s": n_bytes / timing.median * 1e-6,
+                "tflop_per_s": flops / timing.median * 1e-9, "floor_ms": floor,
+                "of_floor": floor / timing.median,
+            }  # fmt: skip
     return records
 
 
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 def _time(function: Callable, inputs: list[Tensor], mode: str) -> common.Timing:
+    leaves = [t.detach().requires_grad_(mode != "forward") for t in inputs]
     if mode == "forward":
-        leaves = [t.detach() for t in inputs]
         return common.measure(lambda: function(*leaves))
-    leaves = [t.detach().requires_grad_() for t in inputs]
     upstream = [torch.randn_like(o) if o.dim() else None for o in function(*leaves)]
 
     def backward(*outputs: Tensor) -> None:
@@ -368,18 +285,7 @@ def floor_seconds(phases: list[tuple[int, int]], bytes_per_s: float, flops_per_s
 
 
 def table(records: list[dict]) -> str:
-    header = [
-        "op",
-        "shape",
-        "mode",
-        "provider",
-        "median us",
-        "p20..p80",
-        "GB/s",
-        "TFLOP/s",
-        "of floor",
-        "peak MB",
-    ]
+    header = "op shape mode provider median_us p20..p80 GB/s TFLOP/s of_floor peak_MB".split()
     rows = []
     for r in records:
         row = [r["op"], r["shape"], r["mode"], r["provider"]]
@@ -394,25 +300,15 @@ def table(records: list[dict]) -> str:
 
 
 def static_table(problems: list[Problem]) -> str:
-    header = ["op", "shape", "mode", "least MB", "GFLOP", "floor us"]
+    ceilings = common.H200_COPY_BYTES_PER_S, common.H200_BF16_FLOPS_PER_S
     rows = []
     for p in problems:
         for mode, phases in p.phases.items():
-            n_bytes, flops = (sum(phase[i] for phase in phases) for i in (0, 1))
-            floor = floor_seconds(
-                phases, common.H200_COPY_BYTES_PER_S, common.H200_BF16_FLOPS_PER_S
-            )
-            rows.append(
-                [
-                    p.op,
-                    p.shape,
-                    mode,
-                    f"{n_bytes / 1e6:,.0f}",
-                    f"{flops / 1e9:,.0f}",
-                    f"{1e6 * floor:,.1f}",
-                ]
-            )
-    return common.markdown_table(header, rows)
+            n_bytes, flops = (sum(amounts) for amounts in zip(*phases, strict=True))
+            floor = f"{1e6 * floor_seconds(phases, *ceilings):,.1f}"
+            work = [f"{n_bytes / 1e6:,.0f}", f"{flops / 1e9:,.0f}", floor]
+            rows.append([p.op, p.shape, mode, *work])
+    return common.markdown_table("op shape mode least_MB GFLOP floor_us".split(), rows)
 
 
 def plot(records: list[dict], path: Path, title: str) -> None:
@@ -432,9 +328,8 @@ def plot(records: list[dict], path: Path, title: str) -> None:
         shape = next(r["shape"] for r in timed if r["op"] == op)
         bars = [r for r in timed if (r["op"], r["shape"]) == (op, shape)][::-1]
         colors = ["tab:orange" if r["provider"].startswith(OURS) else "tab:gray" for r in bars]
-        axis.barh(
-            [r["provider"] for r in bars], [r["timing_ms"].median for r in bars], color=colors
-        )
+        names, medians = [r["provider"] for r in bars], [r["timing_ms"].median for r in bars]
+        axis.barh(names, medians, color=colors)
         axis.axvline(bars[0]["floor_ms"], color="black", linestyle=":")
         axis.set_title(f"{op}, {shape}, forward+backward (dotted: floor)", fontsize=9)
         axis.set_xlabel("ms")
@@ -443,49 +338,166 @@ def plot(records: list[dict], path: Path, title: str) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main() -> int:
-    ops = ["layer_norm", "cross_entropy", "linear_cross_entropy", "attention"]
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--op", action="append", choices=ops, help="only this operation (may be repeated)"
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="one shape an operation, those of the targets"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=ROOT / "benchmarks" / "results", help="folder of the results"
-    )
-    arguments = parser.parse_args()
-    ops = arguments.op or ops
-    if "attention" in ops and importlib.util.find_spec("triton_kernels.attention") is None:
-        print("attention: skipped, triton_kernels has no attention module here")
-        ops.remove("attention")
+# --- other tiles ----------------------------------------------------------------------------------
 
-    device = torch.device("cuda" if HAS_CUDA else "cpu")
-    torch.manual_seed(0)
-    failures, n_checked = [], 0
-    with device:
-        for problem in parity_problems(ops):
-            failures += check_parity(problem)
-            n_checked += len(problem.ours)
-    print(f"parity: {n_checked} checks, {len(failures)} failed")
-    if failures:
-        print("\n".join(failures))
-        return 1
 
-    builders = timed_problems(ops, arguments.quick)
-    if not HAS_CUDA:
-        print(
-            "no CUDA device: nothing is timed here. Floors of an H200 from bytes / 4.3 TB/s and "
-            "FLOPs / 790 TFLOP/s:"
+@dataclass(frozen=True)
+class Kernel:
+    """A table entry that is tried. table[key] is the shipped one; mode: what is timed."""
+
+    name: str
+    table: dict
+    key: object
+    candidates: list
+    mode: str
+    problem: Callable[[], Problem]  # at full size
+    small: Callable[[], Problem]  # for the parity check
+
+
+def all_kernels(arch: str, heads: int, tokens: int) -> list[Kernel]:
+    """The kernels with their candidates; widths are 64 x heads, rows of 1,024 tokens."""
+    width = 64 * heads
+    dtype = BF16 if arch != "interpret" else torch.float16
+    attention = launch.for_architecture(launch.ATTENTION, arch)
+    norm = launch.for_architecture(launch.LAYER_NORM, arch)
+    losses, norm_key = launch.CROSS_ENTROPY, min(limit for limit in norm if limit >= width)
+    loss_key = next(a for a in losses if losses[a] is launch.for_architecture(losses, arch))
+
+    def tiles(kernel: str, *shapes: tuple[int, int, int, int]) -> Kernel:
+        table = attention[kernel][min(limit for limit in attention[kernel] if limit >= 64)]
+        return Kernel(
+            f"attention {kernel}", table, max(table), [AttentionTiles(*s) for s in shapes],
+            "forward" if kernel == "fwd" else "backward",
+            partial(attention_problem, tokens // 1024, 1024, heads, 64),
+            partial(attention_problem, 1, 200, 2, 64, dtype),
+        )  # fmt: skip
+
+    def norms(name: str, mode: str, **changes: tuple[int, ...]) -> Kernel:
+        candidates = [replace(norm[norm_key], **{k: v}) for k, vs in changes.items() for v in vs]
+        return Kernel(
+            name, norm, norm_key, candidates, mode, partial(layer_norm_problem, tokens, width),
+            partial(layer_norm_problem, 67, width, dtype),
+        )  # fmt: skip
+
+    loss_tiles = [
+        (4096, 2048, 8), (2048, 1024, 8), (2048, 2048, 4), (8192, 2048, 16), (8192, 4096, 32),
+        (4096, 1024, 32), (16384, 2048, 32),
+    ]  # fmt: skip
+    return [
+        # Queries x keys, warps, stages. Each compiles for sm_90 without a spill, with and without
+        # documents; dk/dv with 128 queries spills at any number of warps.
+        tiles(
+            "fwd", (128, 64, 4, 2), (128, 64, 4, 4), (64, 64, 4, 3), (64, 64, 4, 4),
+            (128, 64, 8, 3), (128, 128, 8, 2), (128, 128, 8, 3),
+        ),
+        tiles(
+            "dkv", (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 4, 3), (32, 128, 8, 2),
+            (64, 128, 8, 2), (64, 128, 8, 3),
+        ),
+        tiles(
+            "dq", (64, 64, 4, 2), (64, 64, 4, 4), (128, 64, 8, 2), (128, 64, 8, 3),
+            (128, 32, 4, 3), (64, 32, 4, 3),
+        ),
+        norms("layer_norm", "forward", fwd_rows=(1, 2, 8), fwd_warps=(2, 8)),
+        norms(
+            "layer_norm backward", "backward", bwd_stages=(1, 3), bwd_programs=(2, 3, 5, 8),
+            bwd_rows=(1, 4), bwd_warps=(8,), dw_parts=(64, 256), dw_cols=(32,),
+        ),
+        Kernel(
+            "cross_entropy", losses, loss_key, [CrossEntropyTile(*t) for t in loss_tiles],
+            "forward+backward", partial(cross_entropy_problem, tokens, V, PADDED_V),
+            partial(cross_entropy_problem, 5, V, PADDED_V, dtype),
+        ),
+    ]  # fmt: skip
+
+
+@contextmanager
+def in_place(kernel: Kernel, tile) -> Iterator[None]:
+    """tile where the shipped one stands."""
+    shipped = kernel.table[kernel.key]
+    kernel.table[kernel.key] = tile
+    try:
+        yield
+    finally:
+        kernel.table[kernel.key] = shipped
+
+
+def try_tile(kernel: Kernel, tile, device: torch.device, problem: Problem | None) -> dict:
+    """A record of one candidate: its time, or why it has none. problem None: parity alone."""
+    record = {"kernel": kernel.name, "tile": repr(tile)}
+    with in_place(kernel, tile):
+        try:
+            with device:
+                torch.manual_seed(0)
+                kernel.small().check()
+            if problem is None:
+                return record
+            timing = _time(next(iter(problem.providers.values())), problem.inputs, kernel.mode)
+        except Exception as error:  # Triton has many, for tiles that a device cannot have
+            return record | {"error": _first_line(error)}
+    return record | {"us": 1e3 * timing.median, "p20": 1e3 * timing.p20, "p80": 1e3 * timing.p80}
+
+
+def tune_kernel(kernel: Kernel, device: torch.device, timed: bool) -> list[dict]:
+    """Records of the shipped tile and of every candidate; leaves the fastest in place."""
+    problem = None
+    if timed:
+        with device:
+            problem = kernel.problem()
+    shipped = kernel.table[kernel.key]
+    tiles = [shipped, *(t for t in kernel.candidates if t != shipped)]
+    records = []
+    for tile in tiles:
+        records.append(try_tile(kernel, tile, device, problem))
+        shown = records[-1].get("error") or f"{records[-1].get('us', 0):,.1f} us" * timed or "right"
+        print(f"{kernel.name:<20} {tile}  {shown}", flush=True)
+    times = {i: r["us"] for i, r in enumerate(records) if "us" in r}
+    best = min(times, key=times.get, default=0)
+    if 0 in times and times[best] < WORTH * times[0]:
+        kernel.table[kernel.key] = tiles[best]
+        records[best]["better"] = times[0] / times[best]
+    return records
+
+
+def tune(options: argparse.Namespace, device: torch.device) -> int:
+    arch = launch.architecture(device)
+    found = all_kernels(arch, options.heads, options.tokens)
+    chosen = [k for k in found if k.name.split()[0] in (options.op or OPS)]
+    records = [record for k in chosen for record in tune_kernel(k, device, HAS_CUDA)]
+    wrong = [r for r in records if r.get("error", "").startswith("AssertionError")]
+    if HAS_CUDA:
+        about = {"architecture": arch, "heads": options.heads, "tokens": options.tokens}
+        common.write_json(
+            options.out / "tune.json", common.provenance() | about | {"records": records}
         )
-        print("each is the least that the operation can take, not a measurement.")
+        rows = [
+            [r["kernel"], r["tile"], r.get("error") or f"{r['us']:,.1f}",
+             f"{r['better']:.3f} x" if "better" in r else ""]
+            for r in records
+        ]  # fmt: skip
+        header = ["kernel", "tile", "us", "faster than shipped by"]
+        (options.out / "tune.md").write_text(common.markdown_table(header, rows) + "\n")
+    for record in records:
+        if "better" in record:
+            print(f"better on {arch}: {record['kernel']} {record['tile']}")
+    print(f"{len(records)} tiles of {len(chosen)} kernels, {len(wrong)} wrong")
+    return 1 if wrong else 0
+
+
+def compare(options: argparse.Namespace, device: torch.device) -> int:
+    ops = options.op or OPS
+    with device:
+        checked = list(parity_problems(ops))
+        for problem in checked:
+            problem.check()
+    print(f"parity: {len(checked)} problems are right")
+    builders = timed_problems(ops, options.quick)
+    if not HAS_CUDA:
+        print("Floors of an H200, from bytes / 4.3 TB/s and FLOPs / 790 TFLOP/s: each is the least")
+        print("that the operation can take, not a measurement.")
         with torch.device("meta"):
             print(static_table([build() for build in builders]))
         return 0
-
     ceilings = common.measure_ceilings()
     print({name: f"{value:.4g}" for name, value in ceilings.items()})
     records = []
@@ -497,18 +509,30 @@ def main() -> int:
         records += found
         del problem
         torch.cuda.empty_cache()
-    provenance = common.provenance()
-    common.write_json(
-        arguments.out / "kernels.json", provenance | {"ceilings": ceilings, "records": records}
-    )
-    (arguments.out / "kernels.md").write_text(table(records) + "\n")
-    plot(
-        records,
-        arguments.out / "kernels.png",
-        f"{provenance['hardware']}, torch {provenance['torch']}",
-    )
-    print(f"written: {arguments.out / 'kernels.json'}")
+    about, out = common.provenance(), options.out
+    common.write_json(out / "kernels.json", about | {"ceilings": ceilings, "records": records})
+    (out / "kernels.md").write_text(table(records) + "\n")
+    plot(records, out / "kernels.png", f"{about['hardware']}, torch {about['torch']}")
+    print(f"written: {out / 'kernels.json'}")
     return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", action="append", choices=OPS, help="only this (or several)")
+    parser.add_argument("--quick", action="store_true", help="one shape an operation")
+    parser.add_argument("--tune", action="store_true", help="time other tiles")
+    parser.add_argument("--heads", type=int, default=12, help="--tune: of 64; 12, 16, 20, 25")
+    parser.add_argument("--tokens", type=int, default=32768, help="--tune: of a micro batch")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options = parser.parse_args()
+    if not HAS_CUDA:
+        print("no CUDA device: nothing is timed; results are checked through the interpreter")
+    torch.manual_seed(0)
+    run = tune if options.tune else compare
+    return run(options, torch.device("cuda" if HAS_CUDA else "cpu"))
 
 
 if __name__ == "__main__":

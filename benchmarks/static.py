@@ -7,6 +7,9 @@ No GPU is used and nothing is timed: Triton's own compiler and the cuobjdump in 
 registers, spills, shared memory and instructions. This rules out bad configurations; it does not
 rank good ones (latency, L2 and bank conflicts are not in it).
 
+What is compiled is what is launched: each operator runs on tensors without data, and its launches
+are recorded instead of made, then specialised as Triton does at run time.
+
 Columns. tiles: the kernel's BLOCK_ values in its order (attention: D, then M queries, N keys). reg:
 registers a thread. spill: bytes of stack a thread. smem: bytes a program. occ: programs and warps a
 multiprocessor. load, store: widest global access in bytes. mma: tensor-core instruction. MB, GFLOP:
@@ -15,8 +18,6 @@ H200, in microseconds, which no kernel can beat.
 """
 
 import argparse
-import importlib
-import importlib.util
 import json
 import math
 import multiprocessing
@@ -24,23 +25,177 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import common  # noqa: E402
+
 MODULES = ("attention", "layer_norm", "cross_entropy", "linear_cross_entropy")
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-# H200, measured: device-to-device copy and the best large bf16 matrix product.
-COPY_BYTES_PER_S = 4.3e12
-MATRIX_FLOP_PER_S = 790e12
 FP32_FLOP_PER_S = 67e12  # without tensor cores; NVIDIA's H200 data sheet
 # Per multiprocessor: registers, shared memory in bytes, warps (CUDA C++ Programming Guide, table
 # "Technical Specifications per Compute Capability"); gfx942: AMD CDNA3 ISA, per compute unit.
 REGISTERS = 65536
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}
 WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48, "gfx942": 32}
+MULTIPROCESSORS = 132  # an H200's
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TYPES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One launch, as Triton's compiler takes it."""
+
+    op: str  # "attention fwd", "layer_norm bwd", ...
+    shape: str  # the GPT-2 shape that the figures below are for, as text
+    kernel: Any  # the @triton.jit function
+    signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
+    constexprs: dict[str, Any]
+    divisible_by_16: tuple[str, ...]  # arguments known to be so, in value or address
+    options: dict[str, int]  # num_warps, num_stages
+    bytes: int  # least memory traffic of the operation at that shape
+    flops: int  # tensor-core work at that shape
+
+
+class Recorder:
+    """Stands where a kernel stood, and keeps what it is launched with."""
+
+    def __init__(self, kernel: Any, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple) -> Callable:
+        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+
+
+def specialised(kernel: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The fields of Config that a launch decides: None and 1 become constants, multiples of 16 are
+    known as such, as at run time.
+    """
+    options = {key: kwargs.pop(key, 3) for key in ("num_warps", "num_stages")}
+    given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constexprs, divisible = {}, {}, []
+    for parameter in kernel.params:
+        name, value = parameter.name, given[parameter.name]
+        number = value if type(value) is int and not parameter.do_not_specialize else 0
+        if parameter.is_constexpr or value is None or number == 1:
+            signature[name], constexprs[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = "*" + TYPES[value.dtype]
+            divisible.append(name)
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+            if type(value) is int and value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(name)
+    return dict(kernel=kernel, signature=signature, constexprs=constexprs, options=options,
+                divisible_by_16=tuple(divisible))  # fmt: skip
+
+
+def attention_launches(meta):
+    """With and without documents; the first shapes are GPT-2 124M's."""
+    shapes = [(BF16, 32, 1024, 12, 64), (BF16, 128, 256, 12, 64), (FP16, 32, 1024, 12, 64)]
+    shapes += [(BF16, 32, 1024, 24, 32), (BF16, 32, 1024, 10, 80), (BF16, 32, 1024, 6, 128)]
+    shapes += [(FP32, 32, 1024, 12, 64), (FP32, 32, 1024, 6, 128)]
+    for dtype, B, T, H, D in shapes:
+        qkv, lse = meta(B, T, 3, H, D, dtype=dtype), meta(B, H, T)
+        out = meta(B, T, H, D, dtype=dtype)
+        head, products = B * T * H * D * dtype.itemsize, B * H * T * T * D  # causal: half of 2 ...
+        for doc in (None, meta(B, T, dtype=torch.int32)):
+            text = f"B{B} H{H} T{T} D{D} {TYPES[dtype]}" + ("" if doc is None else " docs")
+            rest = B * H * T * 4 + (0 if doc is None else B * T * 4)
+            yield "attention_fwd", (qkv, doc), [
+                ("attention fwd", text, 4 * head + rest, 2 * products),
+            ]  # fmt: skip
+            more = 6 * head + rest + B * H * T * 4
+            yield "attention_bwd", (out, qkv, out, lse, doc), [
+                ("attention dq", text, more, 3 * products),
+                ("attention dkv", text, more, 4 * products),
+            ]  # fmt: skip
+
+
+def layer_norm_launches(meta):
+    """bf16 branches, an fp32 weight, a bf16 or fp32 stream, at GPT-2's widths."""
+    M = 32768
+    for C in (768, 1024, 1280, 1600):
+        x, w = meta(M, C, dtype=BF16), meta(C)
+        for dtype in (BF16, FP32):
+            s, text, size = meta(M, C, dtype=dtype), f"{M} x {C}, {TYPES[dtype]} stream", M * C
+            yield "layer_norm_fwd", (x, w, w, s, 1e-5, BF16), [
+                ("layer_norm fwd", text, size * (4 + 2 * dtype.itemsize), 0),
+            ]  # fmt: skip
+            dx = 0 if dtype == BF16 else 2
+            yield "layer_norm_bwd", (x, s, s, w, meta(M), meta(M), BF16, True, FP32), [
+                ("layer_norm bwd", text, size * (2 + 3 * dtype.itemsize + dx), 0),
+                ("layer_norm dw", f"partial rows x {C}", 0, 0),
+            ]  # fmt: skip
+
+
+def every_launch(meta):
+    """(operator, its arguments, then of each launch: name, shape, bytes, FLOPs). Losses: of GPT-2's
+    vocabulary, in bf16.
+    """
+    yield from attention_launches(meta)
+    yield from layer_norm_launches(meta)
+    N, V, width = 32768, 50257, 50304
+    text, size = f"{N} x {V} in rows of {width}", N * V * 2
+    logits, rows = meta(N, width, dtype=BF16)[:, :V], meta(N)
+    targets = meta(N, dtype=torch.int64)
+    yield "cross_entropy_fwd", (logits, targets, -100), [("cross_entropy fwd", text, size, 0)]
+    for dloss in (meta(), rows):
+        yield "cross_entropy_bwd", (dloss, logits, targets, rows, -100), [
+            (f"cross_entropy bwd of {'a sum' if dloss.dim() == 0 else 'rows'}", text, 2 * size, 0)
+        ]  # fmt: skip
+    x, weight = meta(N, 768, dtype=BF16), meta(width, 768, dtype=BF16)
+    yield "linear_cross_entropy_fwd", (x, weight, targets, -100, V, BF16, True, True), [
+        ("cross_entropy fwd+bwd in place", text, 2 * size, 0)
+    ]  # fmt: skip
+    for name, n, given, made in (
+        ("dx", N, BF16, BF16), ("dw", width, FP32, FP32), ("dw", width, FP32, BF16)
+    ):  # fmt: skip
+        text = f"{n} x 768, {TYPES[given]} to {TYPES[made]}"
+        traffic = n * 768 * (given.itemsize + made.itemsize)
+        yield "scaled", (meta(n, 768, dtype=given), meta(), made), [
+            (f"linear_cross_entropy scale {name}", text, traffic, 0)
+        ]  # fmt: skip
+
+
+@cache
+def shipped(arch: str) -> tuple[Config, ...]:
+    """Every launch of every operator at GPT-2's sizes. For this process, kernels are recorders."""
+    from triton_kernels import launch
+
+    launches: list = []
+    for module in (import_module(f"triton_kernels.{name}") for name in MODULES):
+        for name, value in vars(module).items():
+            if name.endswith("_kernel"):
+                kernel = value.kernel if isinstance(value, Recorder) else value
+                setattr(module, name, Recorder(kernel, launches))
+        module.architecture = lambda device: arch
+        module.multiprocessors = lambda device: MULTIPROCESSORS
+
+    def meta(*shape: int, dtype: torch.dtype = FP32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    configs: dict[tuple[str, str], Config] = {}
+    for operator, args, expected in every_launch(meta):
+        launches.clear()
+        list(launch.OPERATORS[operator](*args))
+        for (kernel, *given), (op, shape, n_bytes, flops) in zip(launches, expected, strict=True):
+            fields = specialised(kernel, *given)
+            n_bytes = n_bytes or sum(t.nbytes for t in given[0] if isinstance(t, torch.Tensor))
+            # layer norm's second stage comes once with each stream, and is the same
+            configs[op, shape] = Config(op, shape, bytes=n_bytes, flops=flops, **fields)
+    return tuple(configs.values())
 
 
 @dataclass(frozen=True)
@@ -62,20 +217,6 @@ class Row:
     floor_us: float
 
 
-@cache
-def shipped(arch: str) -> tuple:
-    """All StaticConfigs of all kernel modules."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    configs = []
-    for name in MODULES:
-        if importlib.util.find_spec(f"triton_kernels.{name}") is None:
-            continue
-        module = importlib.import_module(f"triton_kernels.{name}")
-        configs += getattr(module, "static_configs", lambda arch: [])(arch)
-    return tuple(configs)
-
-
 def compile_config(config, arch: str):
     """The compiled kernel: .asm and .metadata."""
     import triton
@@ -88,12 +229,11 @@ def compile_config(config, arch: str):
     divisible = [["tt.divisibility", 16]]
     source = ASTSource(
         config.kernel,
-        signature={name: config.signature[name] for name in names},
+        signature=config.signature,
         constexprs=config.constexprs,
         attrs={(names.index(name),): divisible for name in config.divisible_by_16},
     )
-    options = dict(num_warps=config.num_warps, num_stages=config.num_stages, **config.options)
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=config.options)
 
 
 def resources(compiled, arch: str) -> tuple[int, int]:
@@ -155,50 +295,42 @@ def report(arch: str, index: int) -> Row | str:
     except Exception as error:  # whatever the compiler raises is the finding
         return f"{config.op}, {config.shape}: {type(error).__name__}: {str(error)[:300]}"
     registers, spill = resources(compiled, arch)
-    mma = tensor_core(compiled)
-    peak = FP32_FLOP_PER_S if mma == "-" else MATRIX_FLOP_PER_S
-    blocks = [value for name, value in config.constexprs.items() if name.startswith("BLOCK")]
+    mma, warps = tensor_core(compiled), config.options["num_warps"]
+    peak = FP32_FLOP_PER_S if mma == "-" else common.H200_BF16_FLOPS_PER_S
+    constants = config.constexprs.items()
+    blocks = [value for name, value in constants if name.startswith("BLOCK")]
     return Row(
         op=config.op,
         shape=config.shape,
         tiles="x".join(map(str, blocks)),
-        warps=config.num_warps,
-        stages=config.num_stages,
+        warps=warps,
+        stages=config.options["num_stages"],
         registers=registers,
         spill=spill,
         shared=compiled.metadata.shared,
-        programs=resident_programs(arch, registers, compiled.metadata.shared, config.num_warps),
+        programs=resident_programs(arch, registers, compiled.metadata.shared, warps),
         load=widest_access(compiled, arch, "load"),
         store=widest_access(compiled, arch, "store"),
         mma=mma,
         bytes=config.bytes,
         flops=config.flops,
-        floor_us=1e6 * max(config.bytes / COPY_BYTES_PER_S, config.flops / peak),
+        floor_us=1e6 * max(config.bytes / common.H200_COPY_BYTES_PER_S, config.flops / peak),
     )
 
 
 HEADER = "op shape tiles warps stages reg spill smem occ load store mma MB GFLOP floor".split()
 
 
-def cells(row: Row) -> list[str]:
-    return [
-        row.op, row.shape, row.tiles, str(row.warps), str(row.stages), str(row.registers),
-        str(row.spill), str(row.shared), f"{row.programs} ({row.programs * row.warps}w)",
-        str(row.load), str(row.store), row.mma, f"{row.bytes / 1e6:.0f}",
-        f"{row.flops / 1e9:.1f}", f"{row.floor_us:.0f}",
+def table(rows: list[Row]) -> str:
+    cells = [
+        [
+            r.op, r.shape, r.tiles, r.warps, r.stages, r.registers, r.spill, r.shared,
+            f"{r.programs} ({r.programs * r.warps}w)", r.load, r.store, r.mma,
+            f"{r.bytes / 1e6:.0f}", f"{r.flops / 1e9:.1f}", f"{r.floor_us:.0f}",
+        ]
+        for r in rows
     ]  # fmt: skip
-
-
-def table(rows: list[Row], *, markdown: bool) -> str:
-    lines = [HEADER] + [cells(row) for row in rows]
-    if markdown:
-        lines.insert(1, ["---"] * len(HEADER))
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return common.markdown_table(HEADER, [list(map(str, row)) for row in cells])
 
 
 def main() -> int:
@@ -212,19 +344,19 @@ def main() -> int:
 
     import triton
 
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
     failed = False
     pool = ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn"))
     for arch in ARCHITECTURES if args.arch == "all" else [args.arch]:
         configs = shipped(arch)
-        if any(not isinstance(config.kernel, triton.JITFunction) for config in configs):
-            parser.error("TRITON_INTERPRET is set, so there is nothing to compile; unset it")
         wanted = [i for i, c in enumerate(configs) if args.op in c.op and args.shape in c.shape]
         found = list(pool.map(report, [arch] * len(wanted), wanted))
         rows = [row for row in found if isinstance(row, Row)]
         errors = [row for row in found if isinstance(row, str)]
         failed |= bool(errors) or not wanted
         print(f"{arch}, Triton {triton.__version__}, ahead of time: nothing here was timed")
-        print(table(rows, markdown=False))
+        print(table(rows))
         print("\n".join(errors) if wanted else "no such operation")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -232,7 +364,7 @@ def main() -> int:
             content = dict(about, rows=[asdict(row) for row in rows], errors=errors)
             (args.out / f"static_{arch}.json").write_text(json.dumps(content, indent=1) + "\n")
             title = f"{arch}, Triton {triton.__version__}, compiled ahead of time\n\n"
-            (args.out / f"static_{arch}.md").write_text(title + table(rows, markdown=True) + "\n")
+            (args.out / f"static_{arch}.md").write_text(title + table(rows) + "\n")
     pool.shutdown()
     return int(failed)
 

@@ -27,7 +27,6 @@ class Ops:
     attention: Callable
     cached_attention: Callable
     layer_norm: Callable
-    cross_entropy: Callable
     linear_cross_entropy: Callable
     linear: Callable = F.linear
 
@@ -57,6 +56,7 @@ def select_ops(
 
 
 def _torch_ops(reason: str, device: str | torch.device) -> Ops:
+    from triton_kernels import cpu
     from triton_kernels import reference as r
 
     loss, linear = r.linear_cross_entropy, F.linear
@@ -64,14 +64,11 @@ def _torch_ops(reason: str, device: str | torch.device) -> Ops:
 
         def loss(x, weight, targets, **kwargs):
             chunk_rows = max(CPU_LOGITS // weight.shape[0], 1)
-            return r.linear_cross_entropy(x, weight, targets, chunk_rows=chunk_rows, **kwargs)
+            return cpu.linear_cross_entropy(x, weight, targets, chunk_rows=chunk_rows, **kwargs)
 
         linear = _decode_linear() or F.linear
 
-    return Ops(
-        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.cross_entropy, loss,
-        linear,
-    )  # fmt: skip
+    return Ops("torch", reason, r.attention, r.cached_attention, r.layer_norm, loss, linear)
 
 
 def _decode_linear() -> Callable | None:
@@ -82,20 +79,25 @@ def _decode_linear() -> Callable | None:
         return None
     if not module.is_supported():
         return None
-    f32 = torch.float32
 
     def linear(x, weight, bias=None):
-        n_in, n_out = weight.shape[1], weight.shape[0]
+        tensors = (x, weight) if bias is None else (x, weight, bias)
         if (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
-            or x.numel() > DECODE_ROWS * n_in
-            or x.shape[-1] != n_in  # F.linear says what is wrong
-            or any(t.dtype != f32 or not t.is_cpu for t in (x, weight))
-            or not (weight.is_contiguous() and (bias is None or bias.is_contiguous()))
             or torch.is_autocast_enabled("cpu")
+            or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors)
+            or any(t.layout != torch.strided for t in tensors)
+            # of any other shape F.linear says what is wrong, or what comes out
+            or weight.dim() != 2
+            or weight.numel() == 0
+            or x.shape[-1:] != weight.shape[1:]
+            or x.numel() > DECODE_ROWS * weight.shape[1]
+            or (bias is not None and bias.shape != weight.shape[:1])
+            or not all(t.is_contiguous() for t in tensors[1:])
         ):
             return F.linear(x, weight, bias)
+        n_out, n_in = weight.shape
         x = x.contiguous()
         y = x.new_empty(*x.shape[:-1], n_out)
         n_rows, address = x.numel() // n_in, 0 if bias is None else bias.data_ptr()
@@ -113,7 +115,7 @@ def _triton_ops(reason: str) -> Ops:
     from triton_kernels import reference
 
     return Ops(
-        "triton", reason, t.attention, reference.cached_attention, t.layer_norm, t.cross_entropy,
+        "triton", reason, t.attention, reference.cached_attention, t.layer_norm,
         t.linear_cross_entropy,
     )  # fmt: skip
 

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up; a module imports only from lower layers, or from its own package.
 LAYERS = [
     ["triton_kernels.launch", "triton_kernels.reference"],
-    ["triton_kernels.attention", "triton_kernels.layer_norm", "triton_kernels.cross_entropy"],
+    ["triton_kernels.attention", "triton_kernels.layer_norm", "triton_kernels.cross_entropy",
+     "triton_kernels.cpu"],
     ["triton_kernels.linear_cross_entropy"],
     ["triton_kernels"],  # the package's own face
     ["gpt2.config", "gpt2.tokenizer", "gpt2._token_loader", "gpt2._decode_linear"],

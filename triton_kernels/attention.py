@@ -26,6 +26,7 @@ B batch, T time, H heads, D head dimension. Left out: dropout, arbitrary masks, 
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -34,11 +35,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from triton_kernels.launch import (
-    AttentionTiles,
-    StaticConfig,
+    INTERPRETED,
     architecture,
     attention_tiles,
-    device_guard,
+    check_same_device,
+    check_tensor,
+    operator,
 )
 
 LOG2_E = math.log2(math.e)
@@ -384,136 +386,87 @@ def _attention_bwd_dkv_kernel(
     _store_rows(dk_ptr + H * D, dv, key, T, D, out_offs)
 
 
-# Triton decides when it decorates: kernels are compiled, or interpreted under TRITON_INTERPRET=1.
-INTERPRETED = not isinstance(_attention_fwd_kernel, triton.JITFunction)
-
-
-def _constexprs(head_dim: int, tiles: AttentionTiles, has_doc: bool) -> dict:
-    """What a kernel is specialised for."""
-    return dict(
-        D=head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),  # 16: the least that tl.dot takes
+def _options(name: str, qkv: Tensor, doc_start: Tensor | None) -> tuple[int, dict]:
+    """Programs of kernel `name` ("fwd", "dq" or "dkv"), and its keyword arguments."""
+    B, T, _, H, D = qkv.shape
+    tiles = attention_tiles(name, architecture(qkv.device), qkv.dtype.itemsize, D, T)
+    return triton.cdiv(T, tiles.block_n if name == "dkv" else tiles.block_m) * B * H, dict(
+        D=D,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),  # 16: the least that tl.dot takes
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        HAS_DOC=has_doc,
+        HAS_DOC=doc_start is not None,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
     )
 
 
-def _launch_options(name: str, qkv: Tensor, doc_start: Tensor | None) -> tuple[int, dict]:
-    """Tiles per row of kernel `name` ("fwd", "dq" or "dkv"), and its keyword arguments."""
-    T, D = qkv.shape[1], qkv.shape[4]
-    tiles = attention_tiles(name, architecture(qkv.device), qkv.dtype.itemsize, D, T)
-    options = _constexprs(D, tiles, doc_start is not None)
-    options.update(num_warps=tiles.num_warps, num_stages=tiles.num_stages)
-    return triton.cdiv(T, tiles.block_n if name == "dkv" else tiles.block_m), options
-
-
-def _forward(qkv: Tensor, doc_start: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+@operator
+def attention_fwd(qkv: Tensor, doc_start: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """qkv (B, T, 3, H, D) -> out (B, T, H, D), lse (B, H, T) fp32."""
     B, T, _, H, D = qkv.shape
+    out, lse = qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
+    yield out, lse
     _check_documents(doc_start)
     if INTERPRETED and qkv.dtype == torch.bfloat16:  # whose arithmetic it gets wrong without a word
-        out, lse = _forward(qkv.float(), doc_start, scale)
-        return out.bfloat16(), lse
-    out = qkv.new_empty(B, T, H, D)
-    lse = qkv.new_empty(B, H, T, dtype=torch.float32)
-    if qkv.numel() == 0:
-        return out, lse
+        exact = attention_fwd(qkv.float(), doc_start)
+        out.copy_(exact[0]), lse.copy_(exact[1])
+        return
     doc_strides = (0, 0) if doc_start is None else doc_start.stride()
-    tiles, options = _launch_options("fwd", qkv, doc_start)
-    with device_guard(_attention_fwd_kernel, "qkv", qkv):
-        _attention_fwd_kernel[(tiles * B * H,)](
-            qkv,
-            out,
-            lse,
-            doc_start,
-            *qkv.stride()[:4],
-            *doc_strides,
-            T,
-            H,
-            scale * LOG2_E,
-            **options,
-        )
-    return out, lse
+    programs, options = _options("fwd", qkv, doc_start)
+    _attention_fwd_kernel[(programs,)](
+        qkv, out, lse, doc_start, *qkv.stride()[:4], *doc_strides, T, H, D**-0.5 * LOG2_E, **options
+    )
 
 
-def _backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None, scale: float
-) -> Tensor:
+@operator
+def attention_bwd(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, doc_start: Tensor | None
+) -> Iterator[Tensor]:
     """dout (B, T, H, D), any strides -> dqkv (B, T, 3, H, D), contiguous."""
-    B, T, _, H, D = qkv.shape
-    if INTERPRETED and qkv.dtype == torch.bfloat16:
-        return _backward(dout.float(), qkv.float(), out.float(), lse, doc_start, scale).bfloat16()
     dqkv = qkv.new_empty(qkv.shape)
-    if qkv.numel() == 0:
-        return dqkv
+    yield dqkv
+    _, T, _, H, D = qkv.shape
+    if INTERPRETED and qkv.dtype == torch.bfloat16:
+        dqkv.copy_(attention_bwd(dout.float(), qkv.float(), out.float(), lse, doc_start))
+        return
     if dout.stride(3) != 1:  # an expanded gradient, as from out.sum(): the one copy made here
         dout = dout.contiguous()
     out, lse = out.contiguous(), lse.contiguous()  # they are, unless a caller of the op copied them
     delta = torch.empty_like(lse)
     doc_strides = (0, 0) if doc_start is None else doc_start.stride()
-    strides = (*qkv.stride()[:4], *dout.stride()[:3], *doc_strides)
-    scales = (scale, scale * LOG2_E)
-    with device_guard(_attention_fwd_kernel, "qkv", qkv):
-        tiles, options = _launch_options("dq", qkv, doc_start)
-        _attention_bwd_dq_kernel[(tiles * B * H,)](
-            qkv, out, dout, lse, delta, dqkv, doc_start, *strides, T, H, *scales, **options
-        )
-        tiles, options = _launch_options("dkv", qkv, doc_start)
-        _attention_bwd_dkv_kernel[(tiles * B * H,)](
-            qkv, dout, lse, delta, dqkv, doc_start, *strides, T, H, *scales, **options
-        )
-    return dqkv
-
-
-# Opaque to torch.compile, which then neither copies around the kernels nor needs a GPU to trace;
-# autograd stays outside the operators, the cheapest arrangement per call.
-_LIBRARY = torch.library.Library("gpt2_triton", "FRAGMENT")
-_LIBRARY.define("attention_fwd(Tensor qkv, Tensor? doc_start, float scale) -> (Tensor, Tensor)")
-_LIBRARY.define(
-    "attention_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? doc_start, float scale)"
-    " -> Tensor"
-)
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention_fwd", _forward, _key)
-    _LIBRARY.impl("attention_bwd", _backward, _key)
-
-
-@torch.library.register_fake("gpt2_triton::attention_fwd", lib=_LIBRARY)
-def _forward_fake(qkv, doc_start, scale):
-    B, T, _, H, D = qkv.shape
-    return qkv.new_empty(B, T, H, D), qkv.new_empty(B, H, T, dtype=torch.float32)
-
-
-@torch.library.register_fake("gpt2_triton::attention_bwd", lib=_LIBRARY)
-def _backward_fake(dout, qkv, out, lse, doc_start, scale):
-    return qkv.new_empty(qkv.shape)
+    numbers = (*qkv.stride()[:4], *dout.stride()[:3], *doc_strides, T, H, D**-0.5, D**-0.5 * LOG2_E)
+    programs, options = _options("dq", qkv, doc_start)
+    _attention_bwd_dq_kernel[(programs,)](
+        qkv, out, dout, lse, delta, dqkv, doc_start, *numbers, **options
+    )
+    programs, options = _options("dkv", qkv, doc_start)
+    _attention_bwd_dkv_kernel[(programs,)](
+        qkv, dout, lse, delta, dqkv, doc_start, *numbers, **options
+    )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv, doc_start, scale):
-        out, lse = torch.ops.gpt2_triton.attention_fwd(qkv, doc_start, scale)
+    def forward(ctx, qkv, doc_start):
+        out, lse = attention_fwd(qkv, doc_start)
         ctx.save_for_backward(qkv, out, lse, doc_start)
-        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):
-        dqkv = torch.ops.gpt2_triton.attention_bwd(dout, *ctx.saved_tensors, ctx.scale)
-        return dqkv, None, None
+        return attention_bwd(dout, *ctx.saved_tensors), None
 
 
-def _check(qkv: Tensor, doc_start: Tensor | None, scale: float | None) -> None:
+def _check(qkv: Tensor, doc_start: Tensor | None) -> None:
     """What can be told without reading device memory."""
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(
             f"attention: qkv must be (B, T, 3, H, D), got {tuple(qkv.shape)};"
             " view the projection as (B, T, 3, n_head, head_dim)"
         )
-    if qkv.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"attention: qkv is {qkv.dtype}; use float16, bfloat16 or float32")
+    check_tensor("attention", "qkv", qkv)
     D = qkv.shape[4]
     if not 1 <= D <= MAX_HEAD_DIM:
         raise ValueError(
@@ -525,14 +478,6 @@ def _check(qkv: Tensor, doc_start: Tensor | None, scale: float | None) -> None:
             f"attention: qkv has stride {qkv.stride(4)} along D, it must be 1 (other strides are"
             " free); pass qkv.contiguous()"
         )
-    if qkv.device.type not in ("cpu", "cuda") or (qkv.device.type == "cpu" and not INTERPRETED):
-        raise ValueError(
-            f"attention: qkv is on {qkv.device}, the kernels need a CUDA or ROCm device; use"
-            " triton_kernels.reference.attention, or, to test them on a CPU, set TRITON_INTERPRET=1"
-            " before triton is imported"
-        )
-    if scale is not None and not (0.0 < scale < math.inf):
-        raise ValueError(f"attention: scale is {scale}, it must be positive and finite")
     if doc_start is None:
         return
     if doc_start.shape != qkv.shape[:2]:
@@ -542,18 +487,14 @@ def _check(qkv: Tensor, doc_start: Tensor | None, scale: float | None) -> None:
         )
     if doc_start.dtype != torch.int32:
         raise ValueError(f"attention: doc_start is {doc_start.dtype}; pass doc_start.int()")
-    if doc_start.device != qkv.device:
-        raise ValueError(
-            f"attention: doc_start is on {doc_start.device} and qkv on {qkv.device};"
-            " move one to the other"
-        )
+    check_same_device("attention", "doc_start", doc_start, "qkv", qkv)
 
 
 def _check_documents(doc_start: Tensor | None) -> None:
     """Raise where doc_start leaves its row. On a GPU that waits for it: only in anomaly mode."""
     if doc_start is None or doc_start.numel() == 0:
         return
-    if doc_start.is_cuda and not torch.is_anomaly_enabled():
+    if not (doc_start.is_cpu or torch.is_anomaly_enabled()):
         return
     least, most, T = int(doc_start.min()), int(doc_start.max()), doc_start.shape[1]
     if least < 0 or most >= T:
@@ -563,79 +504,22 @@ def _check_documents(doc_start: Tensor | None) -> None:
         )
 
 
-def attention(
-    qkv: Tensor, *, doc_start: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """Causal self-attention on packed projections.
+def attention(qkv: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
+    """Causal self-attention on packed projections, with scores q.k / sqrt(D).
 
     qkv (B, T, 3, H, D) fp16, bf16 or fp32: queries, keys and values as c_attn writes them, with any
         strides but 1 along D; D at most 128. Under autocast it is cast to autocast's dtype.
     doc_start (B, T) int32, 0 to T - 1: first key that a query may see (packed documents, left
         padding). A query before its own doc_start sees nothing: output and gradient are 0.
-    scale: multiplies q.k, positive; default 1/sqrt(D).
     Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous too, and deterministic.
+    Range: p is recomputed as exp(s - lse) from an fp32 lse, so its relative error is about 1e-7
+        times the score. Scores up to 100 lose nothing that torch does not; with scores near 1000
+        in fp32 the error is about 7 times torch's. Larger ones stay finite.
     Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start
         on a CPU, or on a GPU under torch.autograd.set_detect_anomaly(True): reading them syncs.
     Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).
     """
-    _check(qkv, doc_start, scale)
+    _check(qkv, doc_start)
     if torch.is_autocast_enabled(qkv.device.type):
         qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    return _Attention.apply(qkv, doc_start, qkv.shape[4] ** -0.5 if scale is None else scale)
-
-
-def _static_config(
-    name: str, arch: str, dtype: torch.dtype, B: int, T: int, H: int, D: int, has_doc: bool
-) -> StaticConfig:
-    """One kernel as it is launched on contiguous tensors of this shape."""
-    kernel, products = {
-        "fwd": (_attention_fwd_kernel, 2),
-        "dq": (_attention_bwd_dq_kernel, 3),
-        "dkv": (_attention_bwd_dkv_kernel, 4),
-    }[name]
-    tiles = attention_tiles(name, arch, dtype.itemsize, D, T)
-    text = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-    constexprs = _constexprs(D, tiles, has_doc)
-    constexprs |= {"stride_doc_t": 1} if has_doc else {"doc_ptr": None, "stride_doc_t": 0}
-    signature, divisible = {}, []
-    for argument in kernel.arg_names:
-        if argument in constexprs:
-            signature[argument] = "constexpr"
-            continue
-        if argument.endswith("_ptr"):
-            special = {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "doc_ptr": "*i32"}
-            signature[argument] = special.get(argument, f"*{text}")
-        else:
-            signature[argument] = "fp32" if argument.startswith("scale") else "i32"
-        if signature[argument] != "fp32" and argument != "H":
-            divisible.append(argument)
-    rows = B * H * T
-    head = rows * D * dtype.itemsize  # bytes of one of q, k, v, out, dout, dq, dk, dv
-    heads, statistics = {"fwd": (4, 1), "dq": (6, 2), "dkv": (6, 2)}[name]
-    documents = B * T * 4 if has_doc else 0
-    return StaticConfig(
-        op=f"attention {name}",
-        shape=f"B{B} H{H} T{T} D{D} {text}" + (" docs" if has_doc else ""),
-        kernel=kernel,
-        signature=signature,
-        constexprs=constexprs,
-        divisible_by_16=tuple(divisible),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        bytes=heads * head + statistics * rows * 4 + documents,
-        flops=products * rows * T * D,  # half of 2 * T * T * D a head and product: causal
-    )
-
-
-def static_configs(arch: str) -> list[StaticConfig]:
-    """Every shipped configuration for one architecture, at the size of GPT-2 124M."""
-    half, full = torch.bfloat16, torch.float32
-    shapes = [(half, 32, 1024, 12, 64), (half, 128, 256, 12, 64), (torch.float16, 32, 1024, 12, 64)]
-    shapes += [(half, 32, 1024, 24, 32), (half, 32, 1024, 10, 80), (half, 32, 1024, 6, 128)]
-    shapes += [(full, 32, 1024, 12, 64), (full, 32, 1024, 6, 128)]
-    return [
-        _static_config(name, arch, *shape, has_doc)
-        for shape in shapes
-        for has_doc in (False, True)
-        for name in ("fwd", "dq", "dkv")
-    ]
+    return _Attention.apply(qkv, doc_start)

@@ -1,4 +1,5 @@
-"""How each kernel is launched: tiles, warps and stages per (architecture, shape), as tables.
+"""How kernels are launched: as operators of PyTorch, with tiles, warps and stages from tables per
+(architecture, shape).
 
 Nothing is tuned at run time, so ranks cannot disagree and the first step is as fast as the last. A
 table's comment says how its figures were found: "ahead of time" (registers, spills, shared memory)
@@ -6,30 +7,80 @@ or "measured" (where and when).
 """
 
 import contextlib
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+import inspect
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 Entry = TypeVar("Entry")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Triton decides when it decorates: kernels are compiled, or interpreted under TRITON_INTERPRET=1.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+_LIBRARY = torch.library.Library("gpt2_triton", "FRAGMENT")
+OPERATORS: dict[str, Callable] = {}  # as they were written: benchmarks/static.py records launches
 
 
-@dataclass(frozen=True)
-class StaticConfig:
-    """A shipped kernel configuration, described so that benchmarks/static.py can compile it."""
+def operator(function: Callable) -> Callable:
+    """The operator gpt2_triton::<its name> of a generator that yields its new outputs and then
+    launches the kernels that fill them.
 
-    op: str  # "attention fwd", "layer_norm bwd", ...
-    shape: str  # the GPT-2 shape that the figures below are for, as text
-    kernel: Any  # the @triton.jit function
-    signature: dict[str, str]  # argument -> "*bf16", "i32", "fp32", "constexpr"
-    constexprs: dict[str, Any]
-    divisible_by_16: tuple[str, ...]  # arguments known to be so, in value or address
-    num_warps: int
-    num_stages: int
-    bytes: int = 0  # least memory traffic of the operation at that shape
-    flops: int = 0  # tensor-core work at that shape
-    options: dict[str, Any] = field(default_factory=dict)  # further compile options
+    Operators are opaque to torch.compile, which then neither copies around the kernels nor needs a
+    GPU to trace: for it the part before the yield says which shapes and dtypes come out. Arguments
+    are not modified and not returned. Autograd stays outside, the cheapest arrangement per call.
+    """
+    name, signature = function.__name__, inspect.signature(function)
+    (outputs,) = typing.get_args(signature.return_annotation)  # of Iterator[outputs]
+
+    def run(*args):
+        steps = function(*args)
+        with on_device(next(t for t in args if isinstance(t, Tensor))):
+            made = next(steps)
+            next(steps, None)
+        return made
+
+    run.__signature__ = signature.replace(return_annotation=outputs)
+    OPERATORS[name] = function
+    _LIBRARY.define(name + torch.library.infer_schema(run, mutates_args=()))
+    for device_type in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, run, device_type)
+    torch.library.register_fake(
+        f"gpt2_triton::{name}", lambda *args: next(function(*args)), lib=_LIBRARY
+    )
+    return getattr(torch.ops.gpt2_triton, name).default
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Where kernels must be launched that work on tensor."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def check_tensor(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless kernels can work on a tensor of this dtype and on this device."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"{op}: {name} is {tensor.dtype}; cast it to float32, float16 or bfloat16"
+        )
+    if tensor.device.type not in ("cpu", "cuda") or (tensor.is_cpu and not INTERPRETED):
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, the kernels need a CUDA or ROCm device; use"
+            f" triton_kernels.reference.{op}, or, to test them on a CPU, set TRITON_INTERPRET=1"
+            " before triton is imported"
+        )
+
+
+def check_same_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError where two tensors are apart."""
+    if tensor.device != other.device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device} and {other_name} on {other.device};"
+            " move them to one device"
+        )
 
 
 def architecture(device: torch.device) -> str:
@@ -42,6 +93,13 @@ def architecture(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def multiprocessors(device: torch.device) -> int:
+    """How many programs it takes to give each of the device's processors one."""
+    if device.type == "cpu":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
     """The table's entry for arch, or for the nearest lower known one (sm_86 takes sm_80's)."""
     if arch in table:
@@ -51,19 +109,6 @@ def for_architecture(table: dict[str, Entry], arch: str) -> Entry:
     known = sorted(int(key[3:]) for key in table if key.startswith("sm_"))
     lower = [number for number in known if number <= int(arch[3:])]
     return table[f"sm_{(lower or known)[-1 if lower else 0]}"]
-
-
-def device_guard(kernel: Any, name: str, tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """The context to launch kernel on tensor's device in; ValueError where it cannot run there."""
-    if tensor.device.type == "cuda":
-        return torch.cuda.device(tensor.device)
-    if tensor.device.type == "cpu" and not isinstance(kernel, triton.JITFunction):
-        return contextlib.nullcontext()  # decorated under TRITON_INTERPRET=1
-    raise ValueError(
-        f"{name} is on {tensor.device}, where Triton kernels do not run: move it to a CUDA device, "
-        "call triton_kernels.reference instead, or set TRITON_INTERPRET=1 before the first import "
-        "(CPU, for tests)"
-    )
 
 
 # --- attention ----------------------------------------------------------------------------------

@@ -17,16 +17,24 @@ every run: each of P programs walks over every P-th block of rows and leaves one
 and a second kernel adds up the P partial rows.
 """
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from triton_kernels.launch import StaticConfig, architecture, device_guard, layer_norm_tile
+from triton_kernels.launch import (
+    architecture,
+    check_same_device,
+    check_tensor,
+    layer_norm_tile,
+    multiprocessors,
+    operator,
+)
 
 MAX_WIDTH = 16384  # a row, its gradient and two partial rows must fit in a program's registers
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -188,172 +196,65 @@ def _rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(1) == 1 else t.contiguous()
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
+@operator
+def layer_norm_fwd(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, eps: float,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """y, sum, mean and rstd of x (M, C); the sum is empty without a residual (an operator may not
     return its input).
     """
-    M, C = x.shape
-    x, residual = _rows(x), _rows(residual)
-    tile = layer_norm_tile(architecture(x.device), C)
-    y, summed, mean, rstd = _fake_forward(x, weight, bias, residual, eps, dtype)
-    if M == 0:
-        return y, summed, mean, rstd
-    with device_guard(_layer_norm_fwd_kernel, "x", x):
-        _layer_norm_fwd_kernel[(triton.cdiv(M, tile.fwd_rows),)](
-            x,
-            residual,
-            weight.contiguous(),
-            None if bias is None else bias.contiguous(),
-            y,
-            None if residual is None else summed,
-            mean,
-            rstd,
-            M,
-            x.stride(0),
-            0 if residual is None else residual.stride(0),
-            C=C,
-            EPS=eps,
-            HAS_RESIDUAL=residual is not None,
-            HAS_BIAS=bias is not None,
-            BLOCK_M=tile.fwd_rows,
-            BLOCK_C=triton.next_power_of_2(C),
-            num_warps=tile.fwd_warps,
-        )
-    return y, summed, mean, rstd
-
-
-def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     M, C = x.shape
     if residual is None:
         summed = x.new_empty((0, C))
     else:
         summed = x.new_empty((M, C), dtype=torch.promote_types(x.dtype, residual.dtype))
     mean, rstd = (x.new_empty((M,), dtype=torch.float32) for _ in range(2))
-    return x.new_empty((M, C), dtype=dtype), summed, mean, rstd
+    y = x.new_empty((M, C), dtype=dtype)
+    yield y, summed, mean, rstd
+    x, residual = _rows(x), _rows(residual)
+    tile = layer_norm_tile(architecture(x.device), C)
+    _layer_norm_fwd_kernel[(triton.cdiv(M, tile.fwd_rows),)](
+        x, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y,
+        None if residual is None else summed, mean, rstd, M, x.stride(0),
+        0 if residual is None else residual.stride(0), C=C, EPS=eps,
+        HAS_RESIDUAL=residual is not None, HAS_BIAS=bias is not None, BLOCK_M=tile.fwd_rows,
+        BLOCK_C=triton.next_power_of_2(C), num_warps=tile.fwd_warps,
+    )  # fmt: skip
 
 
-def _backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    has_dw: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@operator
+def layer_norm_bwd(
+    dy: Tensor, ds: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor,
+    x_dtype: torch.dtype, has_dw: bool, bias_dtype: torch.dtype | None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:  # fmt: skip
     """dsum, dx, dw and db; dx is empty where x has the sum's dtype, dw and db where they are not
     asked for.
     """
     M, C = s.shape
-    s, dy, ds = _rows(s), _rows(dy), _rows(ds)
-    outputs = _fake_backward(dy, ds, s, weight, mean, rstd, x_dtype, has_dw, bias_dtype)
-    dsum, dx, dw, db = outputs
-    if M == 0:
-        dw.zero_()
-        db.zero_()
-        return outputs
-    arch = architecture(s.device)
-    tile = layer_norm_tile(arch, C)
-    n_sm = (
-        1
-        if arch == "interpret"
-        else torch.cuda.get_device_properties(s.device).multi_processor_count
-    )
-    P = min(triton.cdiv(M, tile.bwd_rows), n_sm * tile.bwd_programs)
-    has_db = bias_dtype is not None
-    partial = s.new_empty((1 + has_db, P, C), dtype=torch.float32) if has_dw else None
-    with device_guard(_layer_norm_bwd_kernel, "dy", s):
-        _layer_norm_bwd_kernel[(P,)](
-            s,
-            dy,
-            ds,
-            weight.contiguous(),
-            mean,
-            rstd,
-            dsum,
-            dx if x_dtype != s.dtype else None,
-            partial,
-            M,
-            P,
-            s.stride(0),
-            dy.stride(0),
-            0 if ds is None else ds.stride(0),
-            C=C,
-            HAS_DS=ds is not None,
-            HAS_DX=x_dtype != s.dtype,
-            HAS_DW=has_dw,
-            HAS_DB=has_db,
-            STAGES=tile.bwd_stages,
-            BLOCK_M=tile.bwd_rows,
-            BLOCK_C=triton.next_power_of_2(C),
-            num_warps=tile.bwd_warps,
-        )
-        if has_dw:
-            _layer_norm_dw_kernel[(triton.cdiv(C, tile.dw_cols), 1 + has_db)](
-                partial,
-                dw,
-                db if has_db else None,
-                P,
-                C=C,
-                HAS_DB=has_db,
-                BLOCK_P=tile.dw_parts,
-                BLOCK_C=tile.dw_cols,
-                num_warps=4,
-            )
-    return outputs
-
-
-def _fake_backward(
-    dy: Tensor,
-    ds: Tensor | None,
-    s: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    has_dw: bool,
-    bias_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    M, C = s.shape
-    dx = s.new_empty((M if x_dtype != s.dtype else 0, C), dtype=x_dtype)
+    has_dx, has_db = x_dtype != s.dtype, has_dw and bias_dtype is not None
+    dsum, dx = s.new_empty((M, C)), s.new_empty((M if has_dx else 0, C), dtype=x_dtype)
     dw = weight.new_empty((C if has_dw else 0,))
-    db = weight.new_empty((C if has_dw and bias_dtype else 0,), dtype=bias_dtype)
-    return s.new_empty((M, C)), dx, dw, db
-
-
-# Opaque operators, so that torch.compile keeps the kernels whole and a CPU can trace and test them.
-_lib = torch.library.Library("gpt2_triton", "FRAGMENT")
-_lib.define(
-    "layer_norm_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, float eps, ScalarType "
-    "dtype)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_lib.define(
-    "layer_norm_bwd(Tensor dy, Tensor? ds, Tensor s, Tensor weight, Tensor mean, Tensor rstd, "
-    "ScalarType x_dtype,"
-    " bool has_dw, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-for _key in ("CPU", "CUDA"):
-    _lib.impl("layer_norm_fwd", _forward, _key)
-    _lib.impl("layer_norm_bwd", _backward, _key)
-torch.library.register_fake("gpt2_triton::layer_norm_fwd", _fake_forward, lib=_lib)
-torch.library.register_fake("gpt2_triton::layer_norm_bwd", _fake_backward, lib=_lib)
+    db = weight.new_empty((C if has_db else 0,), dtype=bias_dtype)
+    yield dsum, dx, dw, db
+    if M == 0:  # no program would write them
+        dw.zero_(), db.zero_()
+        return
+    s, dy, ds = _rows(s), _rows(dy), _rows(ds)
+    tile = layer_norm_tile(architecture(s.device), C)
+    P = min(triton.cdiv(M, tile.bwd_rows), multiprocessors(s.device) * tile.bwd_programs)
+    partial = s.new_empty((1 + has_db, P, C), dtype=torch.float32) if has_dw else None
+    _layer_norm_bwd_kernel[(P,)](
+        s, dy, ds, weight.contiguous(), mean, rstd, dsum, dx if has_dx else None, partial, M, P,
+        s.stride(0), dy.stride(0), 0 if ds is None else ds.stride(0), C=C, HAS_DS=ds is not None,
+        HAS_DX=has_dx, HAS_DW=has_dw, HAS_DB=has_db, STAGES=tile.bwd_stages,
+        BLOCK_M=tile.bwd_rows, BLOCK_C=triton.next_power_of_2(C), num_warps=tile.bwd_warps,
+    )  # fmt: skip
+    if has_dw:
+        _layer_norm_dw_kernel[(triton.cdiv(C, tile.dw_cols), 1 + has_db)](
+            partial, dw, db if has_db else None, P, C=C, HAS_DB=has_db, BLOCK_P=tile.dw_parts,
+            BLOCK_C=tile.dw_cols, num_warps=4,
+        )  # fmt: skip
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -361,9 +262,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, eps, dtype):  # x, residual (..., C)
         C = x.shape[-1]
         rows = None if residual is None else residual.reshape(-1, C)
-        y, s, mean, rstd = torch.ops.gpt2_triton.layer_norm_fwd(
-            x.reshape(-1, C), weight, bias, rows, eps, dtype
-        )
+        y, s, mean, rstd = layer_norm_fwd(x.reshape(-1, C), weight, bias, rows, eps, dtype)
         ctx.save_for_backward(x if residual is None else s, weight, mean, rstd)
         ctx.shape, ctx.x_dtype, ctx.has_residual = x.shape, x.dtype, residual is not None
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -378,17 +277,10 @@ class _LayerNorm(torch.autograd.Function):
             return ds, None, None, ds if ctx.has_residual else None, None, None
         C = ctx.shape[-1]
         has_dw = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dsum, dx, dw, db = torch.ops.gpt2_triton.layer_norm_bwd(
-            dy.reshape(-1, C),
-            None if ds is None else ds.reshape(-1, C),
-            s.reshape(-1, C),
-            weight,
-            mean,
-            rstd,
-            ctx.x_dtype,
-            has_dw,
-            ctx.bias_dtype,
-        )
+        dsum, dx, dw, db = layer_norm_bwd(
+            dy.reshape(-1, C), None if ds is None else ds.reshape(-1, C), s.reshape(-1, C), weight,
+            mean, rstd, ctx.x_dtype, has_dw, ctx.bias_dtype,
+        )  # fmt: skip
         # One view for both x and residual: autograd sees that it is shared and does not let two
         # .grad alias it.
         dsum = dsum.view(ctx.shape)
@@ -405,25 +297,20 @@ class _LayerNorm(torch.autograd.Function):
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}: its last dimension must be 1 to {MAX_WIDTH} channels "
-            f"wide"
+            f"layer_norm: x has shape {tuple(x.shape)}; its last dimension must be 1 to {MAX_WIDTH}"
+            " channels wide"
         )
-    named = {"x": x, "weight": weight, "bias": bias, "residual": residual}
-    for name, t in named.items():
+    for name, t in {"x": x, "weight": weight, "bias": bias, "residual": residual}.items():
         if t is None:
             continue
         shape = x.shape if name in ("x", "residual") else x.shape[-1:]
         if t.shape != shape:
             raise ValueError(
-                f"{name} has shape {tuple(t.shape)}, but x of shape {tuple(x.shape)} needs "
-                f"{tuple(shape)}"
+                f"layer_norm: {name} has shape {tuple(t.shape)}, but x of shape {tuple(x.shape)}"
+                f" needs {tuple(shape)}"
             )
-        if t.dtype not in DTYPES:
-            raise ValueError(f"{name} is {t.dtype}: cast it to float32, float16 or bfloat16")
-        if t.device != x.device:
-            raise ValueError(
-                f"{name} is on {t.device} and x on {x.device}: move them to one device"
-            )
+        check_same_device("layer_norm", name, t, "x", x)
+        check_tensor("layer_norm", name, t)
 
 
 def layer_norm(
@@ -455,109 +342,3 @@ def layer_norm(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     return _LayerNorm.apply(x, weight, bias, residual, eps, dtype)
-
-
-def static_configs(arch: str) -> list[StaticConfig]:
-    """Every configuration that GPT-2's widths use on arch: bf16 branches, an fp32 weight, a bf16 or
-    fp32 stream.
-    """
-    M = 32768
-    configs = []
-    for C in (768, 1024, 1280, 1600):
-        tile = layer_norm_tile(arch, C)
-        for stream in ("bf16", "fp32"):
-            stream_bytes = {"bf16": 2, "fp32": 4}[stream]
-            is_mixed = stream == "fp32"
-            shape = f"{M} x {C}, {stream} stream"
-            fwd = dict(
-                x_ptr="*bf16",
-                residual_ptr=f"*{stream}",
-                weight_ptr="*fp32",
-                bias_ptr="*fp32",
-                y_ptr="*bf16",
-                sum_ptr=f"*{stream}",
-                mean_ptr="*fp32",
-                rstd_ptr="*fp32",
-                M="i32",
-                stride_xm="i32",
-                stride_rm="i32",
-            )
-            constants = dict(
-                C=C,
-                EPS=1e-5,
-                HAS_RESIDUAL=True,
-                HAS_BIAS=True,
-                BLOCK_M=tile.fwd_rows,
-                BLOCK_C=triton.next_power_of_2(C),
-            )
-            configs.append(
-                StaticConfig(
-                    op="layer_norm fwd",
-                    shape=shape,
-                    kernel=_layer_norm_fwd_kernel,
-                    signature=fwd | dict.fromkeys(constants, "constexpr"),
-                    constexprs=constants,
-                    divisible_by_16=tuple(fwd),
-                    num_warps=tile.fwd_warps,
-                    num_stages=1,
-                    bytes=M * C * (2 + stream_bytes + 2 + stream_bytes),
-                )
-            )
-            bwd = dict(
-                s_ptr=f"*{stream}",
-                dy_ptr="*bf16",
-                ds_ptr=f"*{stream}",
-                weight_ptr="*fp32",
-                mean_ptr="*fp32",
-                rstd_ptr="*fp32",
-                dsum_ptr=f"*{stream}",
-                dx_ptr="*bf16" if is_mixed else "constexpr",
-                partial_ptr="*fp32",
-                M="i32",
-                P="i32",
-                stride_sm="i32",
-                stride_ym="i32",
-                stride_dm="i32",
-            )
-            constants = dict(
-                C=C,
-                HAS_DS=True,
-                HAS_DX=is_mixed,
-                HAS_DW=True,
-                HAS_DB=True,
-                STAGES=tile.bwd_stages,
-                BLOCK_M=tile.bwd_rows,
-                BLOCK_C=triton.next_power_of_2(C),
-            )
-            configs.append(
-                StaticConfig(
-                    op="layer_norm bwd",
-                    shape=shape,
-                    kernel=_layer_norm_bwd_kernel,
-                    signature=bwd | dict.fromkeys(constants, "constexpr"),
-                    constexprs=constants | ({} if is_mixed else {"dx_ptr": None}),
-                    divisible_by_16=tuple(
-                        name for name, kind in bwd.items() if kind != "constexpr"
-                    ),
-                    num_warps=tile.bwd_warps,
-                    num_stages=3,
-                    bytes=M * C * (2 + 3 * stream_bytes + 2 * is_mixed),
-                )
-            )
-        P = 132 * tile.bwd_programs
-        constants = dict(C=C, HAS_DB=True, BLOCK_P=tile.dw_parts, BLOCK_C=tile.dw_cols)
-        dw = dict(partial_ptr="*fp32", dw_ptr="*fp32", db_ptr="*fp32", P="i32")
-        configs.append(
-            StaticConfig(
-                op="layer_norm dw",
-                shape=f"{P} partial rows x {C}",
-                kernel=_layer_norm_dw_kernel,
-                signature=dw | dict.fromkeys(constants, "constexpr"),
-                constexprs=constants,
-                divisible_by_16=tuple(dw),
-                num_warps=4,
-                num_stages=3,
-                bytes=2 * P * C * 4,
-            )
-        )
-    return configs
