@@ -31,12 +31,22 @@ def nearest_multiples(value: int, of: int) -> str:
     return f"{below} and {below + of}" if below else str(of)
 
 
-def check_finite(config) -> None:
-    """Raises ValueError for a field that is NaN or infinite: no comparison would catch NaN."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{field.name} must be a finite number, got {value}")
+def check_numbers(config, *, above_0="", at_least_0="", at_least_1="", below_1="") -> None:
+    """Raises ValueError for a field that is NaN or infinite, and for those named (with spaces
+    between) that are out of range; None and words are left alone. below_1: in [0, 1)."""
+    every = " ".join(field.name for field in dataclasses.fields(config))
+    rules = (
+        (every, "must be a finite number", math.isfinite),
+        (above_0, "must be above 0", lambda x: x > 0),
+        (at_least_0, "must not be negative", lambda x: x >= 0),
+        (at_least_1, "must be at least 1", lambda x: x >= 1),
+        (below_1, "must lie in [0, 1)", lambda x: 0 <= x < 1),
+    )
+    for names, words, holds in rules:
+        for name in names.split():
+            value = getattr(config, name)
+            if isinstance(value, int | float) and not holds(value):
+                raise ValueError(f"{name} {words}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -52,16 +62,13 @@ class GPTConfig:
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
 
     def __post_init__(self):
-        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = "n_layer n_head n_embd block_size vocab_size"
+        check_numbers(self, at_least_1=sizes, below_1="dropout")
         if self.n_embd % self.n_head:
             raise ValueError(
                 f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}; the nearest are "
                 f"{nearest_multiples(self.n_embd, self.n_head)}"
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -105,12 +112,7 @@ class LoRAConfig:
     targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")  # the layers that get adapters
 
     def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"lora rank must be at least 1, got {self.rank}")
-        if not self.alpha > 0:
-            raise ValueError(f"lora alpha must be above 0, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"lora dropout must lie in [0, 1), got {self.dropout}")
+        check_numbers(self, at_least_1="rank", above_0="alpha", below_1="dropout")
         if not self.targets:
             raise ValueError(f"lora targets are empty: use some of {', '.join(LORA_TARGETS)}")
         for target in self.targets:
@@ -127,33 +129,6 @@ class LoRAConfig:
         return tuple(
             layer for layer in LORA_LAYERS if any(layer.endswith(target) for target in self.targets)
         )
-
-
-@dataclass(frozen=True)
-class LoRAOptions:
-    """The options that fine-tuning runs share; mixed into their configs."""
-
-    lora_rank: int = 0  # rank of the adapters; 0: none, all weights are trained
-    lora_alpha: float = 16.0  # the adapters' update is scaled by lora_alpha / lora_rank
-    lora_dropout: float = 0.0  # on what the adapters see, in training
-    # The layers that get adapters: some of c_attn, c_proj (both), c_fc, attn.c_proj, mlp.c_proj.
-    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
-
-    @property
-    def lora(self) -> LoRAConfig | None:
-        """The adapters that are asked for."""
-        if self.lora_rank == 0:
-            return None
-        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
-
-    def check_lora(self) -> None:
-        """Raises ValueError for options that are out of range, or would be ignored."""
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, got {self.lora_rank}")
-        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
-            if not self.lora_rank and getattr(self, name) != getattr(LoRAOptions, name):
-                raise ValueError(f"{name} goes with adapters: set lora_rank, for instance to 8")
-        _ = self.lora  # has checks of its own
 
 
 @dataclass(frozen=True)
@@ -300,25 +275,11 @@ class TrainConfig:
         data_sources(self.data)
         if self.preset not in PRESETS:
             raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
-        check_finite(self)
-        positive = (
-            "tokens_per_step", "micro_batch_size", "max_steps", "log_every", "lr",
-            "snapshot_every", "timeout_s",
+        check_numbers(
+            self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
+            "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
+            "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last",
         )  # fmt: skip
-        for name in positive:
-            value = getattr(self, name)
-            if value != "auto" and value <= 0:
-                raise ValueError(f"{name} must be above 0, got {value}")
-        not_negative = (
-            "warmup_steps", "min_lr", "weight_decay", "grad_clip", "eval_every", "eval_steps",
-            "hellaswag_every", "sample_every", "save_every", "keep_last", "seed",
-        )  # fmt: skip
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
         if self.warmup_steps > self.max_steps:
@@ -364,7 +325,7 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class FineTuneConfig(LoRAOptions, TrainConfig):
+class FineTuneConfig(TrainConfig):
     """What SFT and DPO have in common. The model's shape comes from init_from."""
 
     POSITIONAL: ClassVar[str] = "init_from"  # what a first word on the command line is
@@ -378,6 +339,12 @@ class FineTuneConfig(LoRAOptions, TrainConfig):
     # left out. What is left out is counted in the log.
     bad_rows: Literal["error", "skip"] = "error"
 
+    lora_rank: int = 0  # rank of the adapters; 0: none, all weights are trained
+    lora_alpha: float = 16.0  # the adapters' update is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # on what the adapters see, in training
+    # The layers that get adapters: some of c_attn, c_proj (both), c_fc, attn.c_proj, mlp.c_proj.
+    lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
+
     epochs: float = 3.0  # how often each row is seen, where max_steps is 0
     max_steps: int = 0  # optimizer steps; 0: as many as epochs need
     warmup_steps: int = 0  # steps in which lr rises linearly to its peak
@@ -389,13 +356,13 @@ class FineTuneConfig(LoRAOptions, TrainConfig):
     save_every: int = 0  # steps between checkpoints, besides the one at the end; 0: only that
 
     def __post_init__(self):
-        check_finite(self)
         if self.max_steps == 0:
             # Known when the rows are; then this config is made again with it, and checked whole.
             options = {f.name: getattr(self, f.name) for f in dataclasses.fields(TrainConfig)}
             TrainConfig(**options | {"max_steps": max(self.warmup_steps, 1)})
         else:
             super().__post_init__()
+        check_numbers(self, above_0="epochs", below_1="val_fraction", at_least_0="lora_rank")
         if not self.init_from:
             raise ValueError(
                 "fine-tuning starts from a model: name a run, a checkpoint, a Hugging Face folder "
@@ -407,13 +374,19 @@ class FineTuneConfig(LoRAOptions, TrainConfig):
             )
         if self.doc_mask:
             raise ValueError("doc_mask: conversations never see each other: leave it out")
-        if self.epochs <= 0:
-            raise ValueError(f"epochs must be above 0, got {self.epochs}")
-        if not 0.0 <= self.val_fraction < 1.0:
-            raise ValueError(f"val_fraction must lie in [0, 1), got {self.val_fraction}")
         if self.val_data and not self.eval_every:
             raise ValueError(f"val_data {self.val_data!r} is for validation, but eval_every is 0")
-        self.check_lora()
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != getattr(FineTuneConfig, name):
+                raise ValueError(f"{name} goes with adapters: set lora_rank, for instance to 8")
+        _ = self.lora  # has checks of its own
+
+    @property
+    def lora(self) -> LoRAConfig | None:
+        """The adapters that are asked for."""
+        if self.lora_rank == 0:
+            return None
+        return LoRAConfig(self.lora_rank, self.lora_alpha, self.lora_dropout, self.lora_targets)
 
 
 @dataclass(frozen=True)
@@ -437,8 +410,7 @@ class SFTConfig(FineTuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.max_conversations is not None and self.max_conversations < 1:
-            raise ValueError(f"max_conversations must be at least 1, got {self.max_conversations}")
+        check_numbers(self, at_least_1="max_conversations")
 
 
 @dataclass(frozen=True)
@@ -468,15 +440,12 @@ class DPOConfig(FineTuneConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.beta > 0:
-            raise ValueError(f"beta must be above 0, got {self.beta}")
+        check_numbers(self, above_0="beta", at_least_1="max_pairs")
         if self.dropout:
             raise ValueError(
                 f"dropout {self.dropout}: DPO compares log probabilities of two models, which "
                 "dropout would blur: leave it out (lora_dropout may be used)"
             )
-        if self.max_pairs is not None and self.max_pairs < 1:
-            raise ValueError(f"max_pairs must be at least 1, got {self.max_pairs}")
 
 
 REMOVED_OPTIONS = {
