@@ -270,6 +270,7 @@ class TrainConfig:
     wandb_project: str = ""  # log to Weights & Biases too, under this project
 
     KIND: ClassVar[str] = "pretrain"  # what `kind` in a YAML file says
+    lora: ClassVar[LoRAConfig | None] = None  # adapters are an option of fine-tuning
 
     def __post_init__(self):
         data_sources(self.data)

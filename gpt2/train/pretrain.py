@@ -159,7 +159,7 @@ def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device)
             f"block_size {block_size} is longer than the context of {config.init_from}, "
             f"{model.config.block_size}"
         )
-    if getattr(config, "lora", None) is not None:
+    if config.lora is not None:
         add_lora(model, config.lora, model.origin)
     return model, block_size
 
