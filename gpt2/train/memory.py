@@ -165,7 +165,7 @@ def _cast_bytes(s: Setting) -> int:
 
 
 def _chunk_rows(s: Setting) -> int:
-    """Rows of logits that the torch path holds at a time (gpt2.ops, triton_kernels.reference)."""
+    """Rows of logits that the torch path holds at a time (gpt2.ops, triton_kernels.cpu)."""
     if s.cuda or s.compiled:
         return s.tokens
     return min(max(CPU_LOGITS // s.shape.padded_vocab_size, 1), s.tokens)
