@@ -1,10 +1,13 @@
-"""triton_kernels.cpu: the head and the loss in chunks, as a CPU trains, against the reference."""
+"""What a CPU runs instead of the reference: the head and the loss in chunks, in triton_kernels.cpu,
+and the C++ linear layer for few rows.
+"""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gpt2.ops import CPU_LOGITS, select_ops
+from gpt2.ops import CPU_LOGITS, _decode_linear, select_ops
 from tests.kernel_rule import results
 from triton_kernels import cpu, reference
 
@@ -64,3 +67,37 @@ def test_a_large_vocabulary_is_chunked_on_a_cpu(monkeypatch):
     )
     select_ops("torch", "cpu").linear_cross_entropy(None, torch.empty(50304, 1), None)
     assert asked == [CPU_LOGITS // 50304]
+
+
+UNUSUAL = {
+    "bias too short": ((1, 8), (64, 8), torch.zeros(4)),
+    "bias of bfloat16": ((1, 8), (64, 8), torch.zeros(64).bfloat16()),
+    "bias of 2 dimensions": ((1, 8), (64, 8), torch.zeros(1, 32)),
+    "weight of 1 dimension": ((1, 8), (8,), None),
+    "no channels": ((2, 0), (3, 0), None),
+    "no outputs": ((2, 8), (0, 8), None),
+    "no rows": ((0, 8), (3, 8), None),
+    "x too narrow": ((2, 7), (3, 8), None),
+    "x of no dimension": ((), (3, 1), None),
+}
+
+
+@pytest.mark.parametrize("x, weight, bias", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_linear_layers_are_torchs(x, weight, bias):
+    """Results and errors; that a few rows are right is tested with the model's generation."""
+    linear = _decode_linear()
+    if linear is None:
+        pytest.skip("gpt2._decode_linear is not built, or this CPU lacks AVX2")
+
+    def of(function):
+        try:
+            with torch.no_grad():
+                return function(torch.ones(x), torch.ones(weight), bias)
+        except Exception as error:
+            return type(error), str(error)
+
+    ours, theirs = of(linear), of(F.linear)
+    if isinstance(theirs, torch.Tensor):
+        assert_close(ours, theirs)
+    else:
+        assert ours == theirs

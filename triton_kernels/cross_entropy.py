@@ -120,14 +120,9 @@ def _cross_entropy_fwd_kernel(
     targets_ptr,  # (N,) integer
     loss_ptr,  # (N,) fp32
     lse_ptr,  # (N,) fp32
-    stride_n,
-    V,
-    WIDTH,
-    ignore_index,
-    WRITE_GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    stride_n, V, WIDTH, ignore_index, WRITE_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
-):
+):  # fmt: skip
     """Loss, lse and, with WRITE_GRADIENT, the gradient in place, of one row; grid (N,)."""
     row = tl.program_id(0).to(tl.int64)  # 65,536 rows of 50,304 columns are beyond int32
     x_row = logits_ptr + row * stride_n
@@ -191,15 +186,8 @@ def _cross_entropy_bwd_kernel(
     lse_ptr,  # (N,) fp32
     dloss_ptr,  # (N,), or () with stride_d = 0
     dlogits_ptr,  # (N, WIDTH), row stride stride_dn; may be logits_ptr
-    stride_n,
-    stride_d,
-    stride_dn,
-    V,
-    WIDTH,
-    ignore_index,
-    BLOCK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    stride_n, stride_d, stride_dn, V, WIDTH, ignore_index, BLOCK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     """The gradient of one row from its lse; grid (N,)."""
     row = tl.program_id(0).to(tl.int64)
     dx_row = dlogits_ptr + row * stride_dn

@@ -47,16 +47,9 @@ def _layer_norm_fwd_kernel(
     sum_ptr,  # (M, C) contiguous, x + residual; None unless HAS_RESIDUAL
     mean_ptr,  # (M,) fp32
     rstd_ptr,  # (M,) fp32
-    M,
-    stride_xm,
-    stride_rm,
-    C: tl.constexpr,
-    EPS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    M, stride_xm, stride_rm, C: tl.constexpr, EPS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """y = norm(x + residual) w + b for BLOCK_M rows; grid (cdiv(M, BLOCK_M),)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.arange(0, BLOCK_C)
@@ -103,20 +96,10 @@ def _layer_norm_bwd_kernel(
     dsum_ptr,  # (M, C) contiguous: gradient of the residual, and of x where their dtypes agree
     dx_ptr,  # (M, C) contiguous, the same in x's dtype; None unless HAS_DX
     partial_ptr,  # (2, P, C) fp32: partial dw, then partial db; None unless HAS_DW
-    M,
-    P,
-    stride_sm,
-    stride_ym,
-    stride_dm,
-    C: tl.constexpr,
-    HAS_DS: tl.constexpr,
-    HAS_DX: tl.constexpr,
-    HAS_DW: tl.constexpr,
-    HAS_DB: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    M, P, stride_sm, stride_ym, stride_dm, C: tl.constexpr, HAS_DS: tl.constexpr,
+    HAS_DX: tl.constexpr, HAS_DW: tl.constexpr, HAS_DB: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Gradient of every P-th block of BLOCK_M rows and one partial row of dw and db; grid (P,)."""
     program = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK_C)
@@ -166,12 +149,8 @@ def _layer_norm_dw_kernel(
     partial_ptr,  # (2, P, C) fp32
     dw_ptr,  # (C,)
     db_ptr,  # (C,); None unless HAS_DB
-    P,
-    C: tl.constexpr,
-    HAS_DB: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    P, C: tl.constexpr, HAS_DB: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Sum of the partial rows, always in the same order; grid (cdiv(C, BLOCK_C), 1 + HAS_DB)."""
     which = tl.program_id(1)
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
