@@ -14,7 +14,6 @@ clipped gradients.
 
 import importlib.util
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -31,16 +30,10 @@ from gpt2 import dist
 from gpt2.cli import coerce
 from gpt2.config import PRESETS, GPTConfig, TrainConfig
 from gpt2.data import write_shard
-from gpt2.model import GPT
-from gpt2.train.objectives import LanguageModeling
-from gpt2.train.pretrain import find_tokenizer, open_data
+from gpt2.train.pretrain import pretraining
 from gpt2.train.trainer import Trainer
 
-CONTESTANTS = ("trainer", "pytorch", "nanogpt")
-SDPA = [
-    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]  # fmt: skip
+SDPA = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 LR, WEIGHT_DECAY, BETAS, CLIP = 6e-4, 0.1, (0.9, 0.95), 1.0
 
 
@@ -67,10 +60,6 @@ class Setup:
     def tokens(self) -> int:
         return self.rows * self.accum * self.shape.block_size
 
-    def autocast(self):
-        enabled = self.dtype == "bfloat16"
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=enabled)
-
 
 def write_data(folder: Path, vocab_size: int, n_tokens: int) -> None:
     """Random tokens as one shard: how long a step takes does not depend on them.
@@ -86,17 +75,13 @@ def write_data(folder: Path, vocab_size: int, n_tokens: int) -> None:
 
 
 def make(name: str, setup: Setup):
-    """The contestant. Raises ValueError for an unknown one, OSError for a missing checkout."""
+    """The contestant. Raises OSError for a missing checkout of nanoGPT."""
     torch.manual_seed(1337)
     if name == "trainer":
         return OurTrainer(setup)
-    if torch.device(setup.device).type == "cuda":
+    if setup.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # as the trainer does
-    if name == "pytorch":
-        return PlainLoop(setup, PlainGPT(setup.shape))
-    if name == "nanogpt":
-        return PlainLoop(setup, _nanogpt(setup))
-    raise ValueError(f"unknown contestant {name!r}: known are {', '.join(CONTESTANTS)}")
+    return PlainLoop(setup, PlainGPT(setup.shape) if name == "pytorch" else _nanogpt(setup))
 
 
 class OurTrainer:
@@ -116,22 +101,21 @@ class OurTrainer:
             options = yaml.safe_load("\n".join(o.replace("=", ": ", 1) for o in setup.options))
             config = replace(config, **coerce(TrainConfig, options, "--option"))
         group = dist.start(config.device)
-        model = GPT(config.model_config(), config.kernels, group.device)
-        data = open_data(config, "train", model.config.block_size)
-        tokenizer = find_tokenizer(config.data)
-        self.trainer = Trainer(config, LanguageModeling(model), data, None, tokenizer, group)
-        self.details = {"kernels": f"{model.ops.name} ({model.ops.reason})"}
-        self.steps = 0
+        parts = pretraining(config, group)
+        ops = parts.objective.model.ops
+        self.trainer = Trainer(
+            config, parts.objective, parts.train_data, None, parts.tokenizer, group
+        )
+        self.details = {"kernels": f"{ops.name} ({ops.reason})"}
 
     @property
     def waited_s(self) -> float:
         return self.trainer.train_feed.waited_s
 
     def step(self) -> None:
-        trainer = self.trainer
-        trainer.train_step(self.steps, trainer.params)
-        self.steps = trainer.step = self.steps + 1
-        trainer.guard.verdicts()  # reads the step before, as the loop does
+        self.trainer.train_step(self.trainer.step)
+        self.trainer.step += 1
+        self.trainer.guard.verdicts()  # reads the step before, as the loop does
 
     def close(self) -> float:
         """Ends its threads; returns the last loss."""
@@ -151,14 +135,13 @@ class PlainLoop:
         groups = [{"params": decay, "weight_decay": WEIGHT_DECAY},
                   {"params": plain, "weight_decay": 0.0}]  # fmt: skip
         self.optimizer = torch.optim.AdamW(groups, LR, BETAS, fused=True)
-        self.path, self.waited_s = Path(setup.data) / "train_000000.bin", 0.0
-        self.details = {}
-        self.random = np.random.default_rng(1)
+        self.details, self.waited_s, self.random = {}, 0.0, np.random.default_rng(1)
         self.batch = self._fetch()
 
     def _fetch(self) -> list[Tensor]:
         T, device = self.setup.shape.block_size, torch.device(self.setup.device)
-        data = np.memmap(self.path, np.uint16, "r", offset=1024)  # opened anew, as nanoGPT does
+        path = Path(self.setup.data) / "train_000000.bin"
+        data = np.memmap(path, np.uint16, "r", offset=1024)  # opened anew, as nanoGPT does
         starts = self.random.integers(0, len(data) - T, self.setup.rows)
         rows = [torch.from_numpy(data[i : i + T + 1].astype(np.int64)) for i in starts]
         pair = [torch.stack([row[k : T + k] for row in rows]) for k in (0, 1)]
@@ -167,11 +150,11 @@ class PlainLoop:
         return pair
 
     def step(self) -> None:
-        setup = self.setup
-        for _ in range(setup.accum):
-            with setup.autocast(), sdpa_kernel(SDPA, set_priority=True):
-                _, loss = self.forward(*self.batch)
-                loss = loss / setup.accum
+        kind, in_bf16 = torch.device(self.setup.device).type, self.setup.dtype == "bfloat16"
+        for _ in range(self.setup.accum):
+            autocast = torch.autocast(kind, torch.bfloat16, enabled=in_bf16)
+            with autocast, sdpa_kernel(SDPA, set_priority=True):
+                loss = self.forward(*self.batch)[1] / self.setup.accum
             started = time.perf_counter()
             self.batch = self._fetch()  # while the device is at the forward pass
             self.waited_s += time.perf_counter() - started
@@ -179,7 +162,7 @@ class PlainLoop:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.loss = loss.detach() * setup.accum
+        self.loss = loss.detach() * self.setup.accum
 
     def close(self) -> float:
         return self.loss.item()
@@ -196,12 +179,9 @@ class PlainGPT(nn.Module):
         self.ln_f = nn.LayerNorm(C, bias=config.bias)
         self.lm_head = nn.Linear(C, V, bias=False)
         self.lm_head.weight = self.wte.weight
-        for name, p in self.named_parameters():
+        for p in self.parameters():
             if p.dim() == 2:
-                last = name.endswith(("attn_out.weight", "mlp_out.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if last else 0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+                nn.init.normal_(p, std=0.02)
 
     def forward(self, idx: Tensor, targets: Tensor) -> tuple[None, Tensor]:
         position = torch.arange(idx.shape[1], device=idx.device)
@@ -236,27 +216,21 @@ def _nanogpt(setup: Setup) -> nn.Module:
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    c = setup.shape
-    return module.GPT(
-        module.GPTConfig(
-            block_size=c.block_size, vocab_size=c.padded_vocab_size, n_layer=c.n_layer,
-            n_head=c.n_head, n_embd=c.n_embd, dropout=0.0, bias=c.bias,
-        )
-    )  # fmt: skip
+    names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
+    options = {name: getattr(setup.shape, name) for name in names}
+    vocab_size = setup.shape.padded_vocab_size
+    return module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, **options))
 
 
 def timed_steps(step: Callable[[], None], n: int, device: torch.device) -> list[float]:
     """Milliseconds of n steps in a row; a GPU is waited for only at the end."""
-    if device.type == "cuda":
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(n + 1)]
-        events[0].record()
-        for event in events[1:]:
+    on_gpu, times = device.type == "cuda", []
+    for i in range(n + 1):
+        if i:
             step()
-            event.record()
+        times.append(torch.cuda.Event(enable_timing=True) if on_gpu else time.perf_counter())
+        if on_gpu:
+            times[-1].record()
+    if on_gpu:
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(events)]
-    times = [time.perf_counter()]
-    for _ in range(n):
-        step()
-        times.append(time.perf_counter())
-    return [(b - a) * 1e3 for a, b in pairwise(times)]
+    return [a.elapsed_time(b) if on_gpu else (b - a) * 1e3 for a, b in pairwise(times)]

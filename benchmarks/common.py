@@ -5,26 +5,25 @@ that whatever disturbs the machine disturbs all alike. A time is the median of r
 the 20th and 80th percentile beside it. On a GPU each call starts with a cold L2 (a buffer larger
 than it is overwritten first) and is timed by two events around the call alone; rates are compared
 with ceilings measured in the same run: a large copy, a large bf16 matmul.
-A result file holds the command, commit, hardware, load and versions, and appears whole or not at
-all. Beside it lie one Markdown table and one picture of bars.
+A result file holds the command, commit, hardware, load and versions. Beside it lie one Markdown
+table and one picture of bars.
 """
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from gpt2.device import cpu_name
+from gpt2.train.receipt import git_state, versions, write_whole
+
 WARMUP_MS, REPEAT_MS = 50, 200
 FLUSH_BYTES = 256 * 2**20  # several times the 60 MB L2 of an H200
-ROOT = Path(__file__).resolve().parent.parent
 
 # Of an H200, measured on one like those the project is timed on; they label the static floors only.
 H200_COPY_BYTES_PER_S, H200_BF16_FLOPS_PER_S = 4.3e12, 790e12
@@ -41,16 +40,8 @@ class Timing:
     peak_bytes: int
 
 
-def measure(
-    call: Callable[..., object],
-    *,
-    prepare: Callable[[], tuple] = tuple,
-    warmup_ms: float = WARMUP_MS,
-    repeat_ms: float = REPEAT_MS,
-) -> Timing:
-    """Time call(*prepare()) on the current CUDA device, prepare left out. Waits for the device, as
-    it must.
-    """
+def measure(call: Callable[..., object], *, prepare: Callable[[], tuple] = tuple) -> Timing:
+    """Time call(*prepare()) on the current CUDA device, prepare left out."""
     call(*prepare())  # compiles
     given = prepare()
     torch.cuda.synchronize()
@@ -63,9 +54,9 @@ def measure(
 
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
     estimate = sum(_timed(call, prepare, flush) for _ in range(3)) / 3
-    for _ in range(max(1, int(warmup_ms / estimate))):
+    for _ in range(max(1, int(WARMUP_MS / estimate))):
         call(*prepare())
-    n = min(max(10, int(repeat_ms / estimate)), 1000)
+    n = min(max(10, int(REPEAT_MS / estimate)), 1000)
     return Timing(*spread([_timed(call, prepare, flush) for _ in range(n)]), n, peak_bytes)
 
 
@@ -89,9 +80,7 @@ def _timed(call: Callable[..., object], prepare: Callable[[], tuple], flush: tor
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes/s of a 1 GiB copy (read and written) and FLOP/s of an 8192-cubed bf16 matmul on this
-    device, now.
-    """
+    """Bytes/s of a 1 GiB copy, read and written, and FLOP/s of an 8192-cubed bf16 matmul, now."""
     n, n_copied = 8192, 2**30
     source, target = (torch.empty(n_copied, dtype=torch.int8, device="cuda") for _ in range(2))
     copy = measure(lambda: target.copy_(source))
@@ -103,58 +92,23 @@ def measure_ceilings() -> dict[str, float]:
     }
 
 
-def cpu_name() -> str:
-    """The CPU's model and how many of its cores there are."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
-
-
 def provenance() -> dict[str, object]:
     """Command, commit, hardware, load (processes that ran or waited, over 1, 5 and 15 minutes) and
     versions.
     """
-
-    def git(*arguments: str) -> str:
-        try:
-            return subprocess.check_output(
-                ["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True
-            ).strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    try:
-        from triton import __version__ as triton
-    except ImportError:
-        triton = None
+    git, device = git_state(), f"{cpu_name()}, {os.cpu_count()} cores"
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-        "load": os.getloadavg(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": triton,
-    }
+        "command": " ".join(["python", *sys.argv]), "commit": git["commit"],
+        "uncommitted_changes": git["dirty"], "load": os.getloadavg(), **versions(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else device,
+    }  # fmt: skip
 
 
 def write_json(path: Path, content: dict[str, object]) -> None:
-    """Write content beside path, sync it and rename it, so that a file that exists is complete."""
+    """Writes content so that a file that exists is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
-        json.dump(content, file, indent=1, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def _plain(value: object) -> object:
-    return asdict(value) if isinstance(value, Timing) else str(value)
+    plain = lambda value: asdict(value) if isinstance(value, Timing) else str(value)  # noqa: E731
+    write_whole(path, json.dumps(content, indent=1, default=plain) + "\n")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -172,12 +126,10 @@ def draw_bars(
     path: Path, panels: dict[str, dict[str, float]], xlabel: str, ours: Collection[str] = ()
 ) -> None:
     """A picture with a panel for each title, in it a bar for each name; those in ours stand out."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     height = sum(1 + 0.3 * len(values) for values in panels.values())
     figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False).flat
     for one, (title, values) in zip(axes, panels.items(), strict=True):
         colors = ["#c33" if name in ours else "#9ab" for name in values]

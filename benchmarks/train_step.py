@@ -6,19 +6,16 @@
     python benchmarks/train_step.py --option exact_reduction=true   a variant of the trainer
 
 Runs from a checkout, without installing. Every measurement is a process of its own, so that peak
-memory is the contestant's and its first step is a first step. First one of each contestant with
-empty compile caches (cold), then rounds of one of each in turn, with the caches that the first left
-(warm). A step's time is the median over all rounds; it is taken between events on the device, with
-no waiting inside a round. The last round's processes also profile some steps.
+memory is the contestant's and its first step is a first step: one of each contestant with empty
+compile caches (cold), then rounds of one of each in turn, with the caches that the first left
+(warm). A step's time is the median over all rounds, between events on the device, with no waiting
+inside a round. The last round also profiles some steps. Contestants: benchmarks/baseline.py.
 
     MFU = tokens/s x (6 N + 12 L C T) / peak, N without position embeddings (PaLM, appendix B)
 
 Data wait is the host's time in fetching a batch over a step's: a GPU that has work queued does not
-notice it. Contestants: benchmarks/baseline.py.
-
-Where a step's time goes is told by kind of kernel: GEMM, attention, norm, loss, optimizer, other,
-and idle, when no kernel ran. A kernel's kind comes from its name. Beside it stand floors, for M
-tokens a step at the ceilings that were measured in the same run:
+notice it. A step's time is told by kind of kernel, from its name, and idle, when none ran. Beside
+it stand floors, for M tokens a step at the ceilings that were measured in the same run:
 
     GEMM       6 FLOPs a token and matrix element, the padded head included
     attention  3.5 x 2 B H T^2 D FLOPs a layer: causal, forward and backward, as papers count
@@ -59,18 +56,15 @@ N_TOKENS = 20_000_000
 PROFILED = 3  # steps
 # Of an H200 in bf16 at T = 1024: tokens/s, and times the faster of the others. What to reach.
 BARS = {"gpt2": (600e3, 1.25), "gpt2-medium": (230e3, 1.15), "gpt2-xl": (55e3, None)}
-KINDS = ("GEMM", "attention", "norm", "loss", "optimizer", "other", "idle")
 # The first that matches counts: attention kernels are made of matmuls, too.
-PATTERNS = tuple(
-    (kind, re.compile(pattern, re.IGNORECASE))
-    for kind, pattern in (
-        ("attention", r"attention|attn|flash|fmha|sdpa|mha_"),
-        ("loss", r"cross_entropy|log_?softmax|nll|logsumexp"),
-        ("optimizer", r"adam|multi_tensor|foreach|lp_?norm|linalg_vector_norm|clip_?grad"),
-        ("norm", r"layer_?norm|batch_norm"),
-        ("GEMM", r"gemm|cublas|cutlass|nvjet|xmma|wgmma|splitk|^aten::(mm|addmm|bmm|_addmm)"),
-    )
-)
+PATTERNS = {
+    "attention": r"attention|attn|flash|fmha|sdpa|mha_",
+    "loss": r"cross_entropy|log_?softmax|nll|logsumexp",
+    "optimizer": r"adam|multi_tensor|foreach|lp_?norm|linalg_vector_norm|clip_?grad",
+    "norm": r"layer_?norm|batch_norm",
+    "GEMM": r"gemm|cublas|cutlass|nvjet|xmma|wgmma|splitk|^aten::(mm|addmm|bmm|_addmm)",
+}
+KINDS = ("GEMM", "attention", "norm", "loss", "optimizer", "other", "idle")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -81,45 +75,36 @@ def measure(name: str, setup: Setup, steps: int, profile: bool, launched: float)
     """
     device = torch.device(setup.device)
     contestant = make(name, setup)
-    started = time.time()
     timed_steps(contestant.step, 1, device)
-    now = time.time()
-    record = {
-        "launch_to_first_step_s": now - launched, "first_step_s": now - started,
-        **contestant.details,
-    }  # fmt: skip
+    record = {"launch_to_first_step_s": time.time() - launched, **contestant.details}
     timed_steps(contestant.step, 3, device)
-    waited = contestant.waited_s
-    wall = time.perf_counter()
+    waited, started = contestant.waited_s, time.perf_counter()
     record["step_ms"] = timed_steps(contestant.step, steps, device)
-    wall = time.perf_counter() - wall
-    record["data_wait_share"] = (contestant.waited_s - waited) / wall
+    took = time.perf_counter() - started
+    record["data_wait_share"] = (contestant.waited_s - waited) / took
     if device.type == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_allocated()
-        record["reserved_bytes"] = torch.cuda.max_memory_reserved()
     if profile:
         record["profile"] = profile_steps(contestant.step, min(PROFILED, steps), device)
-    record["last_loss"] = contestant.close()
-    return record
+    return record | {"last_loss": contestant.close()}
 
 
 def kind_of(name: str) -> str:
     """The kind of a kernel, by its name."""
-    return next((kind for kind, pattern in PATTERNS if pattern.search(name)), "other")
+    found = (k for k, pattern in PATTERNS.items() if re.search(pattern, name, re.IGNORECASE))
+    return next(found, "other")
 
 
 def profile_steps(step: Callable[[], None], n: int, device: torch.device) -> dict:
     """Runs n steps under torch.profiler: summarize() of their kernels, on a CPU of operators."""
-    on_gpu = device.type == "cuda"
     with torch.profiler.profile() as profile:
         timed_steps(step, n, device)
-    if not on_gpu:
+    if device.type != "cuda":
         times = [(e.key, e.self_cpu_time_total) for e in profile.key_averages()]
         return summarize([{"name": name, "ts": 0.0, "dur": us} for name, us in times], n)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profile.export_chrome_trace(file.name)
+        events = json.loads(Path(file.name).read_text())["traceEvents"]
     return summarize([e for e in events if e.get("cat") in ON_DEVICE], n)
 
 
@@ -130,10 +115,10 @@ def summarize(events: list[dict], steps: int) -> dict:
     by_kind, other = dict.fromkeys(KINDS, 0.0), Counter()
     end = min((e["ts"] for e in events), default=0.0)
     for event in sorted(events, key=lambda e: e["ts"]):
-        name, ms = event["name"], event["dur"] / steps / 1e3
-        by_kind[kind_of(name)] += ms
-        if kind_of(name) == "other":
-            other[name[:100]] += ms
+        kind, ms = kind_of(event["name"]), event["dur"] / steps / 1e3
+        by_kind[kind] += ms
+        if kind == "other":
+            other[event["name"][:100]] += ms
         # Streams overlap, so idle is what none of them covers.
         by_kind["idle"] += max(event["ts"] - end, 0.0) / steps / 1e3
         end = max(end, event["ts"] + event["dur"])
@@ -157,24 +142,19 @@ def floors_ms(
     }
 
 
-def in_own_process(name: str, setup: Setup, args, caches: Path, profile: bool) -> dict:
+def in_own_process(name: str, setup: Setup, steps: int, caches: Path, profile: bool) -> dict:
     """measure() in a process with compile caches of its own. Raises ValueError where it fails."""
-    environment = dict(
-        os.environ, TORCHINDUCTOR_CACHE_DIR=str(caches / "inductor"),
-        TRITON_CACHE_DIR=str(caches / "triton"),
-    )  # fmt: skip
-    environment.pop("TRITON_INTERPRET", None)
-    out = caches / "record.json"
-    out.unlink(missing_ok=True)
-    job = {"name": name, "setup": asdict(setup), "steps": args.steps, "profile": profile}
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor", "TRITON_CACHE_DIR": f"{caches}/triton",
+        "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    job = {"name": name, "setup": asdict(setup), "steps": steps, "profile": profile}
     command = [sys.executable, __file__, "--job", json.dumps(job | {"launched": time.time()})]
-    done = subprocess.run(
-        [*command, "--out", str(out)], env=environment, capture_output=True, text=True
-    )
-    if done.returncode or not out.exists():
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
         raise ValueError(f"{name}: {reason[0]}")
-    return json.loads(out.read_text())
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_model(preset: str, args, ceilings: dict, folder: Path) -> dict:
@@ -185,34 +165,29 @@ def measure_model(preset: str, args, ceilings: dict, folder: Path) -> dict:
         data=str(folder / preset), nanogpt=args.nanogpt, options=tuple(args.option),
     )  # fmt: skip
     write_data(Path(setup.data), setup.shape.vocab_size, args.tokens)
-    names = ["trainer", *(["pytorch"] if not args.alone else [])]
-    names += ["nanogpt"] if args.nanogpt else []
-    contestants: dict[str, dict] = {}
+    wanted = {"trainer": True, "pytorch": not args.alone, "nanogpt": args.nanogpt}
+    contestants: dict[str, dict] = {name: {} for name in wanted if wanted[name]}
     for turn in range(args.rounds + 1):
-        for name in names:
+        for name, found in contestants.items():
             print(f"{preset} {name}: {f'round {turn}' if turn else 'cold'}", flush=True)
-            caches = folder / preset / name
-            caches.mkdir(parents=True, exist_ok=True)
+            caches, profile = folder / preset / name, turn == args.rounds
             try:
-                record = in_own_process(name, setup, args, caches, turn == args.rounds)
+                add(found, in_own_process(name, setup, args.steps, caches, profile), cold=turn == 0)
             except ValueError as error:
                 print(f"  failed: {error}")
-                contestants.setdefault(name, {})["error"] = str(error)
-                continue
-            add(contestants.setdefault(name, {}), record, cold=turn == 0)
+                found["error"] = str(error)
     return conclude(setup, contestants, ceilings)
 
 
-def add(all_: dict, record: dict, cold: bool) -> None:
+def add(found: dict, record: dict, cold: bool) -> None:
     """Takes a process's record into its contestant's."""
-    kind = "cold" if cold else "warm"
-    for key in ("launch_to_first_step_s", "first_step_s"):
-        all_.setdefault(f"{kind}_{key}", []).append(record.pop(key))
+    series = {f"{'cold' if cold else 'warm'}_first_step_s": record.pop("launch_to_first_step_s")}
     times, wait = record.pop("step_ms"), record.pop("data_wait_share")
     if not cold:
-        all_.setdefault("rounds_ms", []).append(times)
-        all_.setdefault("data_wait_share", []).append(wait)
-    all_.update(record)
+        series |= {"rounds_ms": times, "data_wait_share": wait}
+    found |= record
+    for name, value in series.items():
+        found.setdefault(name, []).append(value)
 
 
 def conclude(setup: Setup, contestants: dict[str, dict], ceilings: dict) -> dict:
@@ -221,23 +196,18 @@ def conclude(setup: Setup, contestants: dict[str, dict], ceilings: dict) -> dict
         model = GPT(setup.shape, "torch", "meta")
     peak = Execution(torch.device(setup.device), getattr(torch, setup.dtype)).peak_flops
     for record in contestants.values():
-        times = [ms for times in record.get("rounds_ms", []) for ms in times]
-        if not times:
-            continue
-        record["median_ms"], record["p20_ms"], record["p80_ms"] = common.spread(times)
-        record["tokens_per_s"] = setup.tokens / record["median_ms"] * 1e3
-        flops = record["tokens_per_s"] * model.flops_per_token()
-        record["mfu"] = flops / peak if peak else None
-    result = {
+        if times := [ms for times in record.get("rounds_ms", []) for ms in times]:
+            record["median_ms"], record["p20_ms"], record["p80_ms"] = common.spread(times)
+            record["tokens_per_s"] = setup.tokens / record["median_ms"] * 1e3
+            flops = record["tokens_per_s"] * model.flops_per_token()
+            record["mfu"] = flops / peak if peak else None
+    n = model.n_params()
+    floors = floors_ms(setup.shape, setup.rows, setup.accum, n, ceilings) if ceilings else None
+    return {
         "model": setup.preset, "setup": asdict(setup), "tokens_a_step": setup.tokens,
-        "parameters": model.n_params(), "flops_a_token": model.flops_per_token(), "peak": peak,
-        "contestants": contestants,
+        "parameters": n, "flops_a_token": model.flops_per_token(), "peak": peak,
+        "floors_ms": floors, "contestants": contestants,
     }  # fmt: skip
-    if ceilings:
-        result["floors_ms"] = floors_ms(
-            setup.shape, setup.rows, setup.accum, model.n_params(), ceilings
-        )
-    return result
 
 
 def report(results: list[dict]) -> str:
@@ -252,7 +222,7 @@ def report(results: list[dict]) -> str:
             if "median_ms" not in r:
                 rows.append([result["model"], name, r.get("error", "not run")[:40], *[""] * 7])
                 continue
-            first = [r.get(f"{kind}_launch_to_first_step_s") for kind in ("cold", "warm")]
+            first = [r.get(f"{kind}_first_step_s") for kind in ("cold", "warm")]
             rows.append([
                 result["model"], name, f"{r['median_ms']:.1f}",
                 f"{r['p20_ms']:.1f}..{r['p80_ms']:.1f}", f"{r['tokens_per_s']:,.0f}",
@@ -268,7 +238,7 @@ def report(results: list[dict]) -> str:
 def kinds_table(result: dict) -> str:
     """Milliseconds a step by kind, beside the floors."""
     columns = {n: r["profile"]["ms"] for n, r in result["contestants"].items() if "profile" in r}
-    if "floors_ms" in result:
+    if result["floors_ms"]:
         columns["floor"] = result["floors_ms"]
     rows = [[kind, *(f"{ms[kind]:.2f}" for ms in columns.values())] for kind in KINDS]
     rows.append(["all", *(f"{sum(ms.values()):.2f}" for ms in columns.values())])
@@ -292,14 +262,13 @@ def bars(result: dict) -> list[str]:
         found.append(("of the least other peak", part, "<=", 0.6, ".2f"))
     found.append(("data wait", statistics.median(ours["data_wait_share"]), "<=", 0.01, ".2%"))
     for kind, bar in (("cold", 60.0), ("warm", 15.0)):
-        if seconds := ours.get(f"{kind}_launch_to_first_step_s"):
+        if seconds := ours.get(f"{kind}_first_step_s"):
             found.append((f"first step {kind}, s", statistics.median(seconds), "<=", bar, ".1f"))
-    lines = []
-    for what, value, sign, bar, form in found:
-        met = value >= bar if sign == ">=" else value <= bar
-        verdict = "met" if met else "NOT met"
-        lines.append(f"{model}: {what} {value:{form}}, bar {sign} {bar:{form}}: {verdict}")
-    return lines
+    return [
+        f"{model}: {what} {value:{form}}, bar {sign} {bar:{form}}: "
+        + ("met" if (value >= bar if sign == ">=" else value <= bar) else "NOT met")
+        for what, value, sign, bar, form in found
+    ]
 
 
 def parse() -> argparse.Namespace:
@@ -330,32 +299,28 @@ def main() -> None:
     args = parse()
     if args.job:
         job = json.loads(args.job)
-        common.write_json(Path(args.out), measure(**job | {"setup": Setup(**job["setup"])}))
+        print(json.dumps(measure(**job | {"setup": Setup(**job["setup"])})))
         return
-    on_gpu = torch.device(args.device).type == "cuda"
-    ceilings = common.measure_ceilings() if on_gpu else {}
-    if on_gpu:
+    ceilings = {}
+    if torch.device(args.device).type == "cuda":
+        ceilings = common.measure_ceilings()
         torch.cuda.empty_cache()
     else:
         print("on a CPU: MFU, peak memory, idle time, floors and bars are not applicable")
     with tempfile.TemporaryDirectory() as folder:
         results = [measure_model(m, args, ceilings, Path(folder)) for m in args.model]
-    out = Path(args.out)
-    text = report(results)
+    out, text, panels = Path(args.out), report(results), {}
     print(f"\n{text}\n\nMFU = tokens/s x (6 N + 12 L C T) / peak; T = the model's block_size")
     for result in results:
         peak = f"{result['peak'] / 1e12:.1f} TFLOP/s" if result["peak"] else "not known here"
         print(f"{result['model']}: {result['flops_a_token']:,} FLOPs a token, peak {peak}")
-    common.write_json(
-        out / "train_step.json", common.provenance() | {"ceilings": ceilings, "results": results}
-    )
-    (out / "train_step.md").write_text(text + "\n")
-    panels = {}
-    for result in results:
         timed = {n: r for n, r in result["contestants"].items() if "median_ms" in r}
-        panels[result["model"]] = {name: record["median_ms"] for name, record in timed.items()}
-        if floors := result.get("floors_ms"):
-            panels[result["model"]]["floor"] = sum(floors.values())
+        panels[result["model"]] = bar_of = {n: r["median_ms"] for n, r in timed.items()}
+        if result["floors_ms"]:
+            bar_of["floor"] = sum(result["floors_ms"].values())
+    content = common.provenance() | {"ceilings": ceilings, "results": results}
+    common.write_json(out / "train_step.json", content)
+    (out / "train_step.md").write_text(text + "\n")
     common.draw_bars(out / "train_step.png", panels, "ms a step", ours=("trainer",))
     print(f"results: {out / 'train_step.json'}, .md and .png")
 

@@ -17,6 +17,7 @@ import re
 import sys
 import time
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 from gpt2.cli import SafeOutput, say
@@ -34,13 +35,11 @@ class Metrics:
     """
 
     def __init__(self, folder: Path, config: TrainConfig, description: dict, first_step: int):
-        self.path = folder / "metrics.jsonl"
-        self.max_steps = config.max_steps
-        self.n_failed = 0  # writes since the last one that worked
-        self.bar = None
+        self.path, self.max_steps = folder / "metrics.jsonl", config.max_steps
+        self.n_failed, self.bar = 0, None  # writes since the last one that worked
         # First, so that a start that W&B refuses leaves no log, which is what makes a run.
-        self.trackers = [_WandB(folder, config, description)] if config.wandb_project else []
-        self.bar = _bar(config.max_steps, first_step)
+        self.wandb = _start_wandb(folder, config, description) if config.wandb_project else None
+        self.bar = _start_bar(config.max_steps, first_step)
         lines, damage = read_log(self.path)
         if damage:
             self.say(set_aside(self.path, damage))
@@ -49,11 +48,9 @@ class Metrics:
 
     def log(self, step: int, values: dict) -> None:
         """Keeps values under their keys at a step."""
-        line = finite({"step": step, **values})
-        self.lines.append(line)
-        self._write(f"{to_json(line)}\n".encode())
-        for tracker in self.trackers:
-            self._track(tracker, tracker.log, step, values)
+        self.lines.append(finite({"step": step, **values}))
+        self._write(f"{to_json(self.lines[-1])}\n".encode())
+        self._tell_wandb("log", {"step": step, **values})
 
     def logged(self, step: int, key: str) -> bool:
         """Whether a key was already logged at a step."""
@@ -73,27 +70,22 @@ class Metrics:
         self._rewrite()
 
     def show_step(
-        self,
-        step: int,
-        values: dict[str, float],
-        eta_s: float,
-        predicted_ms: float | None = None,
-        also: tuple[str, ...] = (),
-    ) -> None:
+        self, step: int, values: dict[str, float], eta_s: float,
+        predicted_ms: float | None = None, also: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         """One line of training progress, or the live display's new state.
 
         predicted_ms: the pre-flight's least time of a step; also: more keys of values to show.
         """
-        step_ms = values["train/step_ms"]
-        of_predicted = f" ({step_ms / predicted_ms:.1f}x predicted)" if predicted_ms else ""
+        ms = values["train/step_ms"]
         text = (
             f"loss {values['train/loss']:.4f}  lr {values['train/lr']:.2e}  "
-            f"norm {values['train/grad_norm']:.2f}  {step_ms:.1f} ms{of_predicted}  "
-            f"{values['train/tokens_per_s']:,.0f} tok/s"
+            f"norm {values['train/grad_norm']:.2f}  {ms:.1f} ms"
+            + (f" ({ms / predicted_ms:.1f}x predicted)" if predicted_ms else "")
+            + f"  {values['train/tokens_per_s']:,.0f} tok/s"
+            + "".join(f"  {key.removeprefix('train/')} {values[key]:.3f}" for key in also)
+            + (f"  MFU {values['train/mfu']:.1%}" if "train/mfu" in values else "")
         )
-        text += "".join(f"  {key.removeprefix('train/')} {values[key]:.3f}" for key in also)
-        if "train/mfu" in values:
-            text += f"  MFU {values['train/mfu']:.1%}"
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, description=text)
         else:
@@ -112,9 +104,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        for tracker in self.trackers:
-            self._track(tracker, tracker.finish)
-        self.trackers = []
+        self._tell_wandb("finish")
+        self.wandb = None
 
     def _rewrite(self) -> None:
         self.size = -1  # of no file
@@ -132,8 +123,7 @@ class Metrics:
                 self.size = 0
             self.size += len(new)
         except OSError as error:
-            self.size = -1
-            self.n_failed += 1
+            self.size, self.n_failed = -1, self.n_failed + 1
             if self.n_failed == 1:
                 self.say(f"{self.path}: {error.strerror}; its lines are kept until it is writable")
         else:
@@ -141,48 +131,58 @@ class Metrics:
                 self.say(f"{self.path} is whole again, after {self.n_failed} failed writes")
             self.n_failed = 0
 
-    def _track(self, tracker, call, *args) -> None:
-        """Calls a tracker, which is left out once it fails, in whatever way."""
+    def _tell_wandb(self, method: str, *args) -> None:
+        """Calls the run of W&B, which is left out once it fails, in whatever way."""
         try:
-            call(*args)
+            if self.wandb is not None:
+                getattr(self.wandb, method)(*args)
         except Exception as error:
-            self.trackers = [other for other in self.trackers if other is not tracker]
-            self.say(f"{tracker.name} fails and gets nothing more: {_first_line(error)}")
+            self.wandb = None
+            self.say(f"W&B fails and gets nothing more: {_first_line(error)}")
 
 
-class _WandB:
-    """One run of W&B, continued by a resumed run. Another tracker needs the same three names."""
+def _start_wandb(folder: Path, config: TrainConfig, description: dict):
+    """The run of W&B; a resumed run continues its own."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
+    kept, safe, run_id = folder / "wandb_id", re.compile(r"[^A-Za-z0-9_-]+"), ""
+    with contextlib.suppress(OSError, ValueError):
+        run_id = safe.sub("-", kept.read_text("utf-8").strip())
+    run_id = run_id or f"{safe.sub('-', config.run_name)[:60]}-{time.time_ns():x}"
+    try:
+        run = wandb.init(
+            project=config.wandb_project, name=config.run_name[:128], id=run_id,
+            resume="allow", dir=folder, config=description,
+        )  # fmt: skip
+        run.define_metric("*", step_metric="step")  # W&B's own step may not go back: a rollback
+        write_whole(kept, run_id)
+    except Exception as error:
+        raise ValueError(
+            f"W&B cannot start ({_first_line(error)}): run `wandb login`, set "
+            "WANDB_MODE=offline, or leave out wandb_project"
+        ) from error
+    return run
 
-    name = "W&B"
 
-    def __init__(self, folder: Path, config: TrainConfig, description: dict):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
-        kept, run_id = folder / "wandb_id", ""
-        with contextlib.suppress(OSError, ValueError):
-            run_id = _safe(kept.read_text("utf-8"))
-        run_id = run_id or f"{_safe(config.run_name)[:60]}-{time.time_ns():x}"
-        try:
-            self.run = wandb.init(
-                project=config.wandb_project, name=config.run_name[:128], id=run_id,
-                resume="allow", dir=folder, config=description,
-            )  # fmt: skip
-            # W&B's own step may not go back, as a rollback does.
-            self.run.define_metric("*", step_metric="step")
-            write_whole(kept, run_id)
-        except Exception as error:
-            raise ValueError(
-                f"W&B cannot start ({_first_line(error)}): run `wandb login`, set "
-                "WANDB_MODE=offline, or leave out wandb_project"
-            ) from error
-
-    def log(self, step: int, values: dict) -> None:
-        self.run.log({"step": step, **values})
-
-    def finish(self) -> None:
-        self.run.finish()
+def _start_bar(max_steps: int, first_step: int):
+    """A live bar, where standard output is a terminal and rich is installed; else None."""
+    output = SafeOutput(sys.stdout, escape=False)
+    if not output.isatty():
+        return None
+    try:
+        from rich import console, progress
+    except ImportError:
+        return None
+    bar = progress.Progress(
+        "step {task.completed}/{task.total}", progress.BarColumn(bar_width=20),
+        "{task.description}", "ETA", progress.TimeRemainingColumn(),
+        console=console.Console(file=output), redirect_stdout=False, redirect_stderr=False,
+    )  # fmt: skip
+    bar.add_task("", total=max_steps, completed=first_step)
+    bar.start()
+    return bar
 
 
 def read_metrics(path: str | Path) -> list[dict]:
@@ -218,25 +218,18 @@ def points(lines: list[dict], key: str) -> list[tuple[int, float]]:
     return [(s, v) for s, v in found if isinstance(v, int | float) and abs(v) < 1e300]
 
 
-def draw_curve(
-    lines: list[dict], path: str | Path, title: str, unit: str = "nats per token"
-) -> None:
-    """Training and validation loss over steps, as a PNG.
+def draw_curve(lines: list[dict], path: str | Path, title: str, unit: str) -> None:
+    """Training and validation loss over steps, as a PNG; unit: of the loss.
 
     Raises ImportError without matplotlib, ValueError for what it cannot draw, OSError.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "drawing the loss curve needs matplotlib: pip install -e '.[train]'"
-        ) from error
+        raise ImportError("the loss curve needs matplotlib: pip install -e '.[train]'") from error
     png = io.BytesIO()
     try:
-        figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+        axes = Figure(figsize=(8, 4.5), dpi=120, layout="constrained").add_subplot()
         for key, label, style in (
             ("train/loss", "train", dict(color="#9ab", linewidth=1)),
             ("val/loss", "val", dict(color="#c33", linewidth=2, marker="o", markersize=4)),
@@ -252,7 +245,7 @@ def draw_curve(
         axes.grid(alpha=0.3)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            figure.savefig(png)
+            axes.figure.savefig(png)
     except Exception as error:
         raise ValueError(f"the loss curve cannot be drawn: {_first_line(error)}") from error
     write_whole(Path(path), png.getvalue())
@@ -260,31 +253,7 @@ def draw_curve(
 
 def duration(seconds: float) -> str:
     """h:mm:ss"""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-def _bar(max_steps: int, first_step: int):
-    """A live bar, where standard output is a terminal and rich is installed; else None."""
-    output = SafeOutput(sys.stdout, escape=False)
-    if not output.isatty():
-        return None
-    try:
-        from rich import console, progress
-    except ImportError:
-        return None
-    bar = progress.Progress(
-        "step {task.completed}/{task.total}", progress.BarColumn(bar_width=20),
-        "{task.description}", "ETA", progress.TimeRemainingColumn(),
-        console=console.Console(file=output), redirect_stdout=False, redirect_stderr=False,
-    )  # fmt: skip
-    bar.add_task("", total=max_steps, completed=first_step)
-    bar.start()
-    return bar
-
-
-def _safe(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", text.strip())
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,12 +1,11 @@
-"""Before step 0: what the run will need, what there is, and whether it can go.
+"""Before step 0: what the run is, what it will need, what there is, and whether it can go.
 
 Memory is measured on a GPU: the peaks of a forward and backward pass of one row and of two,
 extended in a straight line. The passes run uncompiled, which needs no less than compiled ones do.
 On a CPU it is estimated: weights, gradients, moments and their copies for checkpoints; what
 autograd keeps of each block, per token and channel 8 bytes of the residual stream and 14 numbers of
 a matmul's width (layer norms 2, attention 4, MLP 8); the logits, with two gradients where they are
-not computed in chunks. Dropout's masks and the like are left out, so that no run is refused that
-fits.
+not computed in chunks. Dropout's masks and the like are left out: no run that fits is refused.
 
 Time is what a step takes at best: its FLOPs at the rate of a matmul measured here, AdamW's bytes at
 that of a copy. Disk is the room for the checkpoints that stay and the one being written.
@@ -14,12 +13,15 @@ that of a copy. Disk is the room for the checkpoints that stay and the one being
 All ranks decide alike: by the rank with the least room, and by the slowest device.
 """
 
+import contextlib
 import errno
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,10 +30,15 @@ from torch import Tensor, nn
 
 from gpt2.checkpoint import Checkpoint, list_checkpoints
 from gpt2.config import TrainConfig
+from gpt2.data import Mixture
+from gpt2.data.loader import BatchSource
 from gpt2.device import Execution
 from gpt2.dist import Distributed
+from gpt2.lora import lora_config
 from gpt2.model import GPT
 from gpt2.ops import CPU_LOGITS
+from gpt2.tokenizer import Tokenizer
+from gpt2.train.layouts import Layout
 from gpt2.train.metrics import duration
 from gpt2.train.schedule import Due
 
@@ -40,45 +47,22 @@ MEASURE_S = 0.02  # how long each rate is measured
 CPU_TOKENS = 1 << 14  # of a micro batch that auto takes on a CPU; more is no faster there
 
 Need = Callable[[int], dict[str, int]]  # rows of a micro batch -> bytes at a step's peak, by parts
-
-
-@dataclass(frozen=True)
-class Preflight:
-    """What was found."""
-
-    table: list[tuple[str, str]]
-    step_ms: float | None  # at best; None where batches may be shorter than block_size
-    peak_bytes: int
-
-    def rows(self) -> list[tuple[str, str]]:
-        """Memory, time and disk as rows of the table that a run prints before its first step."""
-        return self.table
-
-    def predicted(self) -> dict[str, float | None]:
-        """What the receipt keeps."""
-        return {"step_ms": self.step_ms, "peak_bytes": self.peak_bytes}
+Table = list[tuple[str, str]]
 
 
 def preflight(
-    config: TrainConfig,
-    objective: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    source,
-    execution: Execution,
-    group: Distributed,
-    *,
-    trial: Callable[[int], None] | None,
-    resumed: Checkpoint | None = None,
-    has_val: bool = True,
-) -> tuple[TrainConfig, Preflight]:
-    """Checks that the run fits; returns config with its micro_batch_size as a number, and findings.
+    config: TrainConfig, objective: nn.Module, optimizer: torch.optim.Optimizer,
+    source: BatchSource, execution: Execution, group: Distributed, *,
+    trial: Callable[[int], None] | None, resumed: Checkpoint | None = None, has_val: bool = True,
+) -> tuple[TrainConfig, Table, dict]:  # fmt: skip
+    """Checks that the run fits; all ranks call it.
 
-    All ranks call it. source: of the batches that are trained on; its block_size and full_rows
-    count. trial(rows): a forward and a backward pass of that many rows; called on a GPU only.
-    has_val: whether there is validation data.
+    source: of the batches that are trained on.  trial(rows): a forward and a backward pass of that
+    many rows; called on a GPU only.  has_val: whether there is validation data.
+    Returns config with its micro_batch_size as a number, rows of the run's table, and what is
+    predicted: step_ms (None where batches may be shorter than block_size) and peak_bytes.
     micro_batch_size auto takes the largest that fits, on a CPU within half of its memory and
-    CPU_TOKENS. A resumed run keeps the checkpoint's where that fits, so that its additions keep
-    their order.
+    CPU_TOKENS. A resumed run keeps the checkpoint's where that fits: its order of additions.
     Raises ValueError where memory cannot suffice, naming the largest micro batch that fits; OSError
     where the disk cannot.
     """
@@ -88,22 +72,25 @@ def preflight(
     weights = 4 * _count(objective.parameters())
     gradients = 4 * _count(p for p in objective.parameters() if p.requires_grad)
     moments = 8 * _count(p for part in optimizer.param_groups for p in part["params"])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saved = 12 * trained  # adapters are saved alone; their copies to go back to are of all weights
+    # Adapters are saved alone; the copies to go back to are of all weights.
+    saved = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     going_back = 2 * (4 * _count(model.parameters()) + moments)
     copies = saved + (going_back if config.guard == "rollback" else 0)
+    others = {"AdamW's moments": moments}
     if device.type == "cuda":
-        _check_host_memory(copies, group)
+        host = available_bytes(torch.device("cpu"))
+        if group.any(copies > host):
+            raise ValueError(
+                f"copies for checkpoints and rollback need {size(copies)} of host memory for each "
+                f"rank, {size(host)} are usable: use fewer ranks on a host, or guard skip"
+            )
         passes = _measured(config, objective, rows, group, trial)  # with weights and gradients
-        others = {"AdamW's moments": 0 if optimizer.state else moments}
+        others["AdamW's moments"] *= not optimizer.state
         free = available_bytes(device)
     else:
         passes = _estimated(config, model, length, execution)
-        others = {
-            "weights": weights, "gradients": gradients, "AdamW's moments": moments,
-            "copies for checkpoints": copies,
-        }  # fmt: skip
-        free = available_bytes(device, weights + (moments if optimizer.state else 0))
+        others |= {"weights": weights, "gradients": gradients, "copies for checkpoints": copies}
+        free = available_bytes(device) + weights + (moments if optimizer.state else 0)
 
     def need(n: int) -> dict[str, int]:
         sums = 1  # of gradients
@@ -118,22 +105,23 @@ def preflight(
     flops, bandwidth = (min(rate) for rate in zip(*rates, strict=True))
     step_s = None
     if source.full_rows:
+        # As the model counts FLOPs, but of rows of `length` tokens and the causal half of attention
+        c = model.config
+        token = model.flops_per_token() - 6 * c.n_layer * c.n_embd * (2 * c.block_size - length)
         # AdamW reads 16 bytes a parameter and writes 12; before it the norm reads the gradients.
-        step_s = rows * length * _flops_per_token(model, length) / flops + 4 * moments / bandwidth
+        step_s = rows * length * token / flops + 4 * moments / bandwidth
         steps = max(config.max_steps - first_step, 0)
-        each = f"{step_s:.2f} s" if step_s >= 1 else f"{step_s * 1e3:.1f} ms"
-        said = (
-            f"about {each} a step at best, {duration(step_s * steps)} for {steps:,} steps, by "
-            f"matmuls of {size(flops, 'FLOP')}/s and copies of {size(bandwidth)}/s"
-        )
-        table.append(("time", said))
+        table.append((
+            "time",
+            f"about {step_s * 1e3:,.1f} ms a step at best, {duration(step_s * steps)} for "
+            f"{steps:,} steps, by matmuls of {size(flops, 'FLOP')}/s and copies of "
+            f"{size(bandwidth)}/s",
+        ))  # fmt: skip
     table.append(_check_disk(config, group, saved, Due(config, has_val).n_saves(first_step)))
-    return config, Preflight(table, step_s and step_s * 1e3, peak)
+    return config, table, {"step_ms": step_s and step_s * 1e3, "peak_bytes": peak}
 
 
-def _measured(
-    config: TrainConfig, objective: nn.Module, rows: int, group: Distributed, trial
-) -> Need:
+def _measured(config: TrainConfig, objective: nn.Module, rows: int, group, trial) -> Need:
     """What weights, gradients and passes take, from passes of one row and of two."""
     device, peaks = group.device, []
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -154,9 +142,8 @@ def _measured(
                 for p in trained:
                     p.grad = None
     torch.cuda.empty_cache()
-    _, one, two = peaks
-    more = max(two - one, 0)
-    return lambda n: {"weights, gradients and a row": one, "further rows": (n - 1) * more}
+    more = max(peaks[2] - peaks[1], 0)
+    return lambda n: {"weights, gradients and a row": peaks[1], "further rows": (n - 1) * more}
 
 
 def _estimated(config: TrainConfig, model: GPT, length: int, execution: Execution) -> Need:
@@ -179,11 +166,8 @@ def _estimated(config: TrainConfig, model: GPT, length: int, execution: Executio
 def _choose(
     config: TrainConfig, need: Need, free: int, rows: int, length: int, group: Distributed,
     resumed: Checkpoint | None,
-) -> tuple[int, int, list[tuple[str, str]]]:  # fmt: skip
-    """Rows of a micro batch, the bytes that they need at the peak, and rows of the table.
-
-    Raises ValueError where they do not fit.
-    """
+) -> tuple[int, int, Table]:  # fmt: skip
+    """Rows of a micro batch and the bytes of their peak. Raises ValueError where none fit."""
     on_gpu, chosen = group.device.type == "cuda", config.micro_batch_size
 
     def fit(room: int, most: int) -> int:
@@ -207,15 +191,12 @@ def _choose(
     where += " of the rank with the least room" if group.world_size > 1 else ""
     if chosen > largest:
         remedy = (
-            "and even micro_batch_size 1 does not fit: use activation_checkpointing or, on several "
-            f"devices, sharding; train a smaller model; use a block_size below {length}, or a "
-            "device with more memory"
+            f"use --micro_batch_size {largest}, the largest that fits and divides the {rows} rows "
+            "that a device has in a step; the result stays the same"
+            if largest
+            else "and even micro_batch_size 1 does not fit: use activation_checkpointing, sharding "
+            f"on several devices, a smaller model, or a block_size below {length}"
         )
-        if largest:
-            remedy = (
-                f"use --micro_batch_size {largest}, the largest that fits and divides the {rows} "
-                "rows that a device has in a step; the result stays the same"
-            )
         what = f"micro_batch_size {chosen} needs {size(peak)} on {where}, {size(free)} are usable"
         raise ValueError(f"{what}: {remedy}")
     how = "measured" if on_gpu else "estimated"
@@ -224,16 +205,6 @@ def _choose(
         ("  of which", ", ".join(f"{name} {size(n)}" for name, n in parts.items() if n)),
         ("  largest fit", f"micro_batch_size {largest}"),
     ]  # fmt: skip
-
-
-def _check_host_memory(copies: int, group: Distributed) -> None:
-    free = available_bytes(torch.device("cpu"))
-    if group.any(copies > free):
-        raise ValueError(
-            f"copies of weights and moments for checkpoints and rollback need {size(copies)} of "
-            f"host memory for each rank, {size(free)} are usable: use fewer ranks on a host, or "
-            "guard skip"
-        )
 
 
 def _check_disk(config: TrainConfig, group: Distributed, one: int, n_saves: int) -> tuple[str, str]:
@@ -252,52 +223,44 @@ def _check_disk(config: TrainConfig, group: Distributed, one: int, n_saves: int)
             f"{size(free)} are free: make room, lower keep_last or choose another out_dir",
             str(here),
         )
-    what = f"{n} checkpoint{'s' * (n != 1)} of {size(one)}"
-    return "disk", f"{what} at a time, {size(free)} free"
+    return "disk", f"{n} checkpoints of {size(one)} at a time, {size(free)} free"
 
 
-def available_bytes(device: torch.device, held: int = 0) -> int:
-    """Bytes that this process may use on a device, a GPU's margin taken off.
-
-    held: what of its need it already holds in a CPU's memory. That memory is what the kernel calls
-    available, within the limits of the process's control groups, shared among a host's ranks.
-    """
+def available_bytes(device: torch.device) -> int:
+    """Bytes that this process may still take: of a GPU less a margin, of a host this rank's share
+    of what the kernel calls available, within the limits of the process's control groups."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         return int(free * (1 - KEPT_FREE))
-    return available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) + held
+    return available_host_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def available_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
     """Host memory that this process can still have: the kernel's estimate, within all limits."""
-    lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024
-    try:
-        groups = [line.split(":", 2) for line in (proc / "self/cgroup").read_text().splitlines()]
-    except OSError:
-        return free
-    v1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    v2 = ("memory.max", "memory.current", "inactive_file")
-    for _, controllers, path in groups:
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        root, names = (cgroups / "memory", v1) if controllers else (cgroups, v2)
-        # In a container the path may lie outside of what is mounted: then the root is its own.
-        own = root / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if folder.is_relative_to(root):
-                free = min(free, _left_in(folder, *names))
+    free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", (proc / "meminfo").read_text())[1])
+    groups = proc / "self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+        if not controllers or "memory" in controllers.split(","):
+            root = cgroups / "memory" if controllers else cgroups
+            # In a container the path may lie outside of what is mounted: then the root is its own.
+            own = root / path.lstrip("/")
+            within = [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
+            free = min(free, *map(_left_in, within))
     return max(int(free), 0)
 
 
-def _left_in(folder: Path, limit: str, usage: str, cache: str) -> float:
+def _left_in(folder: Path) -> float:
     """What a control group has left; infinite without a limit. Page cache can be given back."""
-    try:
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        most, used = ((folder / name).read_text() for name in (limit, usage))
-        return int(most) - int(used) + int(stat.get(cache, 0))
-    except (OSError, ValueError):  # ValueError: of "max"
-        return float("inf")
+    for limit, usage, cache in (
+        ("memory.max", "memory.current", "inactive_file"),  # of version 2, then 1
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: of "max"
+            most, used = (int((folder / name).read_text()) for name in (limit, usage))
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return most - used + int(stat.get(cache, 0))
+    return math.inf
 
 
 @torch.no_grad()
@@ -324,12 +287,6 @@ def measure_rates(channels: int, tokens: int, execution: Execution) -> tuple[flo
     return flops, 2 * source.nbytes / best(lambda: target.copy_(source))
 
 
-def _flops_per_token(model: GPT, length: int) -> int:
-    """As the model counts them, but of rows of `length` tokens and the causal half of attention."""
-    c = model.config
-    return model.flops_per_token() - 6 * c.n_layer * c.n_embd * (2 * c.block_size - length)
-
-
 def _count(tensors: Iterable[Tensor]) -> int:
     """Numbers in tensors; of those that ranks share out, in this rank's part."""
     return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
@@ -342,3 +299,47 @@ def size(value: float, unit: str = "B") -> str:
             value /= factor
             return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {prefix}{unit}"
     return f"{value / 1e3:.0f} k{unit}"
+
+
+def describe(
+    c: TrainConfig, m: GPT, data: BatchSource, tokenizer: Tokenizer, execution: Execution,
+    layout: Layout, resources: Table, *, grad_accum_steps: int, first_step: int,
+) -> Table:  # fmt: skip
+    """Everything that follows from the options, as rows of a table; resources: of preflight()."""
+    n_ranks, shape, adapters = layout.group.world_size, m.config, lora_config(m)
+    tokens, flops, peak = c.max_steps * c.tokens_per_step, m.flops_per_token(), execution.peak_flops
+    formula = ("6 N" if adapters is None else "4 N + 2 n") + " + 12 L C T"
+    peak = f"{peak / 1e12:.1f} TFLOP/s a device" if peak else "not known"
+    alone = " (one process: nothing to share out)" * (c.sharding != "none" and n_ranks == 1)
+    rows = [
+        ("model", f"{m.n_params():,} parameters: {shape.n_layer} layers, {shape.n_head} heads, "
+         f"{shape.n_embd} wide, context {shape.block_size}, vocabulary {shape.vocab_size}"),
+        ("data", f"{c.data}: {data.n_tokens:,} train tokens, {tokenizer.name} tokenizer, "
+         f"{data.backend} loader"),
+        ("step", f"{c.tokens_per_step:,} tokens = {n_ranks} ranks x {grad_accum_steps} micro steps "
+         f"x {c.micro_batch_size} rows x {data.block_size}"),
+        ("run", f"{c.max_steps:,} steps, {tokens:,} tokens, {tokens / data.n_tokens:.2f} epochs, "
+         f"{tokens * flops:.2e} FLOPs"),
+        ("device", execution.describe()),
+        ("layout", f"sharding {c.sharding}{alone}"
+         + ", activation checkpointing" * c.activation_checkpointing),
+        ("kernels", f"{m.ops.name} ({m.ops.reason})"),
+        ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
+        ("run folder", str(c.folder)),
+    ]  # fmt: skip
+    if isinstance(data, Mixture):
+        for path, epochs in data.epochs(c.max_steps, c.tokens_per_step // data.block_size).items():
+            rows.append(("  of which", f"{path}: {epochs:.2f} epochs"))
+    if adapters is not None:
+        n = sum(p.numel() for p in layout.params)
+        rows.insert(1, (
+            "adapters",
+            f"{n:,} parameters are trained: rank {adapters.rank}, scale {adapters.scale:g}, in "
+            f"{', '.join(adapters.layers)} of every block; base {m.lora_base['path']}",
+        ))  # fmt: skip
+    rows += resources
+    if first_step:
+        rows.append(("resumed", f"from step {first_step}"))
+    elif not c.init_from:
+        rows.append(("first loss", f"about ln(vocabulary) = {math.log(shape.vocab_size):.2f}"))
+    return rows

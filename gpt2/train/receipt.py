@@ -2,13 +2,10 @@
 
     {"format": 2, "run": ..., "model": {...}, "unit": ..., "data": [...], "launches": [{...}, ...]}
 
-`data` is what the sources of batches say of themselves (their identity()), and of each folder with
-a manifest its hash. Each start of the program adds a launch, since it may have another commit,
-machine or number of ranks: command line, commit, versions, hardware, first and last step, start and
-stop, how it ended, and what the pre-flight predicted. A launch is written when it starts and
-brought up to date at every checkpoint, so one that was killed has a stop time as well: that of its
-last checkpoint. scripts/verify_run.py compares the data with it, gpt2.train.report draws the report
-from it.
+`data` is the identity() of the run's data, with the hash of each folder's manifest. Each start of
+the program adds a launch: command line, commit, versions, hardware, first and last step, start and
+stop, how it ended, and what the pre-flight predicted. It is written at the start and at every
+checkpoint, so a launch that was killed has a stop time as well: that of its last checkpoint.
 """
 
 import contextlib
@@ -20,12 +17,13 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, SubprocessError, check_output
 
 import torch
 
@@ -34,28 +32,19 @@ from gpt2.dist import Distributed
 
 FORMAT = 2
 NAME = "receipt.json"
-PACKAGES = ("torch", "triton", "numpy", "gpt2-triton")
 
 
 class Receipt:
     """This launch's part of a run's receipt; only the main process has one. It never raises.
 
-    facts: of the run, {"run": its name, "model": {...}, "unit": what its losses are measured in}
-    and what else is to be known.  data: see gpt2.data's identity().  predicted: what the pre-flight
-    said, {"step_ms": ..., "peak_bytes": ...}, or nothing.  say: is told what goes wrong.
+    facts: {"run": its name, "model": {...}, "unit": of its losses, ...}.  data: its identity().
+    predicted: {"step_ms": ..., "peak_bytes": ...} or nothing.  say: is told what goes wrong.
     """
 
     def __init__(
-        self,
-        folder: str | Path,
-        *,
-        facts: dict,
-        data: list[dict],
-        group: Distributed,
-        first_step: int = 0,
-        predicted: dict[str, float] | None = None,
-        say: Callable[[str], None] = print,
-    ):
+        self, folder: str | Path, *, facts: dict, data: list[dict], group: Distributed,
+        first_step: int = 0, predicted: dict | None = None, say: Callable[[str], None] = print,
+    ):  # fmt: skip
         self.path, self.say, launches = Path(folder) / NAME, say, []
         try:
             launches = (read_receipt(folder) or {"launches": []})["launches"]
@@ -68,9 +57,9 @@ class Receipt:
             "versions": versions(), "hardware": hardware(group.device),
             "predicted": predicted or {},
         }  # fmt: skip
-        data = [entry | manifest_facts(entry.get("path", "")) for entry in data]
-        launches = [*launches, self.launch]
-        self.content = {"format": FORMAT, **facts, "data": data, "launches": launches}
+        data = [entry | _manifest_facts(entry.get("path", "")) for entry in data]
+        self.content = {"format": FORMAT, **facts, "data": data}
+        self.content["launches"] = [*launches, self.launch]
         self.started = time.monotonic()
         self.update(first_step)
 
@@ -104,14 +93,12 @@ def read_receipt(folder: str | Path) -> dict | None:
     return content
 
 
-def manifest_facts(path: str | Path) -> dict[str, str | None]:
+def _manifest_facts(path: str) -> dict[str, str | None]:
     """The SHA-256 of a data folder's manifest, and its source and tokenizer; {} without one."""
-    try:
+    facts = {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         content = (Path(path) / "manifest.json").read_bytes()
-    except (OSError, ValueError):
-        return {}
-    facts = {"manifest_sha256": hashlib.sha256(content).hexdigest()}
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        facts["manifest_sha256"] = hashlib.sha256(content).hexdigest()
         manifest = json.loads(content)
         facts["source"] = manifest.get("source", manifest.get("made_from", {}).get("source"))
         facts["tokenizer"] = manifest["tokenizer"].get("name")
@@ -120,54 +107,57 @@ def manifest_facts(path: str | Path) -> dict[str, str | None]:
 
 def git_state() -> dict:
     """Commit of the tree that this code lies in, and whether it was changed since; else None."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *words]
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.strip()  # fmt: skip
-
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
+    here = Path(__file__).resolve()
+    git = partial(check_output, cwd=here.parent, stderr=DEVNULL, text=True, timeout=20)
+    with contextlib.suppress(OSError, SubprocessError):
         # An installed copy may lie inside of somebody else's repository.
-        if git("ls-files", Path(__file__).name):
-            changes = git("status", "--porcelain", "--untracked-files=no")
-            return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
+        if git(["git", "ls-files", here.name]):
+            commit = git(["git", "rev-parse", "HEAD"]).strip()
+            return {"commit": commit, "dirty": bool(git(["git", "status", "--porcelain", "-uno"]))}
     return {"commit": None, "dirty": None}
 
 
+def commit_of(git: dict) -> str:
+    """A git_state in words."""
+    return (git["commit"] or "not known")[:10] + (" with changes" if git["dirty"] else "")
+
+
 def versions() -> dict[str, str | None]:
-    """Python's, and those of the packages that decide what comes out; None: not installed."""
-    found = dict.fromkeys(PACKAGES)
-    for name in PACKAGES:
+    """Of what decides what comes out; None: not installed."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "triton", "numpy", "gpt2-triton"):
+        found[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    return {"python": platform.python_version(), **found, "cuda": torch.version.cuda}
+    return {**found, "cuda": torch.version.cuda}
 
 
 def hardware(device: torch.device) -> dict:
-    """CPU and GPUs of this host."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """CPU and GPUs of this host; memory in bytes."""
     found = {
         "host": platform.node(), "system": f"{platform.system()} {platform.release()}",
-        "cpu": cpu_name(), "cpus": len(os.sched_getaffinity(0)), "memory_bytes": memory,
-        "threads": torch.get_num_threads(), "gpu": None,
+        "cpu": cpu_name(), "cpus": len(os.sched_getaffinity(0)), "gpu": None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        gpu, driver = torch.cuda.get_device_properties(device), None
+        with contextlib.suppress(OSError):
+            driver = re.search(r"\d+\.[\d.]+", Path("/proc/driver/nvidia/version").read_text())
         found |= {
-            "gpu": properties.name, "gpus": torch.cuda.device_count(),
-            "gpu_memory_bytes": properties.total_memory, "driver": _driver_version(),
+            "gpu": gpu.name, "gpus": torch.cuda.device_count(),
+            "gpu_memory_bytes": gpu.total_memory, "driver": driver and driver[0],
         }  # fmt: skip
     return found
 
 
 def finite(value):
     """A value of JSON with None for each number that is not finite, which strict JSON lacks."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(key): finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_json(value, indent: int | None = None) -> str:
@@ -189,10 +179,8 @@ def write_whole(path: Path, text: str | bytes) -> None:
 
 def set_aside(path: Path, why: str) -> str:
     """Renames what cannot be used to NAME.damaged, or .damaged.1 and so on; says so."""
-    target, n = path.with_name(f"{path.name}.damaged"), 0
-    while target.exists():
-        n += 1
-        target = path.with_name(f"{path.name}.damaged.{n}")
+    names = (f"{path.name}.damaged{f'.{n}' * (n > 0)}" for n in range(1 << 30))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     try:
         path.rename(target)
     except OSError as error:
@@ -202,10 +190,3 @@ def set_aside(path: Path, why: str) -> str:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _driver_version() -> str | None:
-    with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text()
-        return next(iter(re.findall(r"\b\d+\.[\d.]+", text)), None)
-    return None

@@ -34,10 +34,9 @@ from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import evaluation, guard
-from gpt2.train.describe import derived
 from gpt2.train.layouts import make_layout
 from gpt2.train.objectives import Batch
-from gpt2.train.preflight import preflight
+from gpt2.train.preflight import describe, preflight
 from gpt2.train.run_folder import RunFolder
 from gpt2.train.schedule import Due, learning_rate
 from gpt2.train.signals import Interrupted, StopSignals
@@ -114,7 +113,7 @@ class Trainer:
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
         """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
         batch where that is auto."""
-        self.config, self.plan = preflight(
+        self.config, self.resources, self.predicted = preflight(
             self.config, self.objective, self.optimizer, self.train_data, self.execution,
             self.group, trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
         )  # fmt: skip
@@ -435,20 +434,20 @@ class Trainer:
             values["train/mfu"] = flops / (peak * self.group.world_size)
         self.folder.log(step, values)
         eta_s = (self.config.max_steps - step) * seconds
-        predicted = self.plan.predicted()["step_ms"]
+        predicted = self.predicted["step_ms"]
         self.folder.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
 
     def _open(self, folder: RunFolder) -> None:
         """Says what the run is, and opens what it writes."""
         group, model = self.group, self.model
-        table = derived(
+        table = describe(
             self.config, model, self.train_data, self.tokenizer, self.execution, self.layout,
-            self.plan, grad_accum_steps=self.grad_accum_steps, first_step=self.first_step,
+            self.resources, grad_accum_steps=self.grad_accum_steps, first_step=self.first_step,
         )  # fmt: skip
         say("\n".join(f"{name:<22}{value}" for name, value in table))
         shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
         facts = {"model": shape, "unit": self.objective.unit}
-        folder.open(self.config, self.first_step, group, facts, self.plan.predicted())
+        folder.open(self.config, self.first_step, group, facts, self.predicted)
 
 
 def _lost_connection(error: RuntimeError) -> bool:

@@ -23,8 +23,7 @@ from gpt2.options import VerifyConfig
 from gpt2.train.finetune import conversations, pairs
 from gpt2.train.metrics import read_metrics
 from gpt2.train.pretrain import Parts, pin_start, pretraining
-from gpt2.train.receipt import git_state, hardware, read_receipt, versions
-from gpt2.train.run_folder import without_paths
+from gpt2.train.receipt import commit_of, git_state, hardware, read_receipt, versions
 from gpt2.train.trainer import Trainer
 
 LEAST_STEPS = 10
@@ -58,11 +57,10 @@ def verify_run(options: VerifyConfig) -> bool:
     same, how = _compare_data(receipt["data"], parts)
     say(f"data        {how}")
     if same:
-        say(f"code        {_code(launch['git'], git_state())}")
+        say(f"code        commit {commit_of(launch['git'])}, here {commit_of(git_state())}")
         say(f"repeating   steps {first + 1:,} to {wanted[-1][1]:,}, on {group.world_size} ranks")
-        trainer = Trainer(
-            parts.config, parts.objective, parts.train_data, None, parts.tokenizer, group
-        )
+        data = (parts.train_data, None, parts.tokenizer)
+        trainer = Trainer(parts.config, parts.objective, *data, group)
         if start is not None:
             trainer.resume(start)
         tolerance, why = _tolerance(options, launch, trainer.execution, group)
@@ -91,19 +89,12 @@ def _windows(lines: list[dict], receipt: dict, first: int, steps: int) -> list[t
     end = min((step for step in back if step > first), default=math.inf)
     logged = sorted({line["step"] for line in lines if "train/loss" in line})
     edges = {0, *logged, *back, *(launch["first_step"] for launch in receipt["launches"])}
-    windows = []
-    for to in logged:
-        after = max(edge for edge in edges if edge < to)
-        if after >= first and to <= end:
-            windows.append((after, to))
-            if to - first >= steps:
-                break
+    windows = [(max(edge for edge in edges if edge < to), to) for to in logged if to <= end]
+    windows = [(after, to) for after, to in windows if after >= first]
     if not windows:
-        raise ValueError(
-            f"no loss was logged for steps after {first} that begin there: choose an earlier "
-            "--checkpoint"
-        )
-    return windows
+        raise ValueError(f"no loss was logged after step {first}: choose an earlier --checkpoint")
+    enough = next((i for i, (_, to) in enumerate(windows) if to - first >= steps), len(windows))
+    return windows[: enough + 1]
 
 
 def _compare_data(before: list[dict], parts: Parts) -> tuple[bool, str]:
@@ -113,23 +104,17 @@ def _compare_data(before: list[dict], parts: Parts) -> tuple[bool, str]:
         return True, "the receipt holds no hashes of it, so it is not known to be the same"
     if len(before) != len(now):
         return False, f"{len(now)} folders or files instead of {len(before)}"
-    known = zip(without_paths(before), without_paths(now), now, strict=True)
-    other = [entry["path"] for old, new, entry in known if old["hash"] != new["hash"]]
+    known = zip(before, now, strict=True)
+    other = [new["path"] for old, new in known if old["hash"] != new["hash"]]
     if other:
         return False, f"not what was trained on: {', '.join(other)}"
     return True, "the same as in the receipt, by its hashes"
 
 
-def _code(then: dict, now: dict) -> str:
-    if then["commit"] is None or now["commit"] is None:
-        return "commit not known"
-    old, new = (s["commit"][:10] + (" with changes" if s["dirty"] else "") for s in (then, now))
-    return f"the same commit, {new}" if old == new else f"trained by {old}, here {new}"
-
-
 def _tolerance(
     options: VerifyConfig, launch: dict, execution: Execution, group: Distributed
 ) -> tuple[float, str]:
+    """The relative difference that is allowed, and why."""
     if options.tolerance is not None:
         return options.tolerance, "asked for"
     here, there = (
@@ -149,18 +134,15 @@ def _compare_losses(lines: list[dict], found: dict, wanted: list, tolerance: flo
     """Prints a line for each mean; whether all agree."""
     logged = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     say(f"{'steps':>17}  {'logged':>12}  {'repeated':>12}  difference")
-    bad = 0
+    n_good = 0
     for after, to in wanted:
         losses = [found[step] for step in range(after + 1, to + 1) if step in found]
-        again = math.fsum(losses) / len(losses) if losses else math.nan
-        apart = abs(again - logged[to]) / max(abs(logged[to]), 1e-12)
-        is_equal = again == logged[to]
-        ok = is_equal or apart <= tolerance
-        bad += not ok
-        what = "same bits" if is_equal else f"{apart:.1e}"
-        mark = "" if ok else "  DIFFERS"
-        steps = f"{after + 1:,}-{to:,}"
-        say(f"{steps:>17}  {logged[to]:>12.6f}  {again:>12.6f}  {what}{mark}")
-    n = len(wanted)
-    say(f"verdict     {'repeated' if not bad else 'NOT repeated'}: {n - bad} of {n} losses agree")
-    return not bad
+        before, again = logged[to], math.fsum(losses) / len(losses) if losses else math.nan
+        apart = abs(again - before) / max(abs(before), 1e-12)
+        what = "same bits" if again == before else f"{apart:.1e}"
+        what += "" if (is_good := again == before or apart <= tolerance) else "  DIFFERS"
+        n_good += is_good
+        say(f"{f'{after + 1:,}-{to:,}':>17}  {before:>12.6f}  {again:>12.6f}  {what}")
+    verdict = "repeated" if n_good == len(wanted) else "NOT repeated"
+    say(f"verdict     {verdict}: {n_good} of {len(wanted)} losses agree")
+    return n_good == len(wanted)
