@@ -7,6 +7,7 @@ tokens that come after everything that counts, so that causal attention never se
 """
 
 import re
+from os.path import commonprefix
 
 from gpt2.data import chat
 from gpt2.data.chat import ChatError, Message, encode_chat, encode_prompt, messages_from_row
@@ -45,7 +46,7 @@ def pair_from_row(row: dict) -> tuple[list[Message], list[Message]]:
         )
     answers = row["chosen"], row["rejected"]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if answer is None or isinstance(answer, str | list) and not answer:
+        if not answer:
             raise ChatError("no answer", f"{name} is empty")
         if not isinstance(answer, str | list):
             raise ChatError("not text", f"{name} is {type(answer).__name__}, not text or messages")
@@ -113,11 +114,8 @@ def encode_pair(
     encoded = [encode_chat(messages, tokenizer, template) for messages in (chosen, rejected)]
     if encoded[0][0] == encoded[1][0]:
         raise ChatError("chosen and rejected are the same", "chosen and rejected are the same")
-    shared = 0
-    for a, b in zip(chosen, rejected, strict=False):
-        if _plain(a) != _plain(b):
-            break
-        shared += 1
+    # As the template writes them; commonprefix takes any sequences.
+    shared = len(commonprefix([[_plain(m) for m in messages] for messages in (chosen, rejected)]))
     if shared == 0 or chosen[shared - 1]["role"] != "user":
         raise ChatError(
             "prompts differ",
@@ -131,7 +129,6 @@ def encode_pair(
 
 
 def _plain(message: Message) -> tuple[str, str, str]:
-    """A message as the template writes it."""
     return message["role"], message["content"].strip(), (message.get("input") or "").strip()
 
 
