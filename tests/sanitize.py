@@ -15,8 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["test_loader.py", "test_shards.py", "test_mixture.py", "test_fuzz.py"]
-# Training on the sanitized interpreter takes minutes and tests nothing of csrc/; bus errors of others
-# go to the sanitizers here.
+# Training on the sanitized interpreter takes minutes and tests nothing of csrc/; bus errors of
+# others go to the sanitizers here.
 LEAVE_OUT = "not training and not bus_errors"
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 

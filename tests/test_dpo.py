@@ -277,6 +277,6 @@ def test_show_batch_shows_pairs_and_what_a_rollback_skipped(config, tmp_path, mo
     later = show(4).replace("step 4", "step 3")
     model, tokenizer = load_model(run, kernels="torch"), read_checkpoint(run).tokenizer
     save_checkpoint(run, 3, model, tokenizer=tokenizer, train={}, state={"offset": 8})
-    assert show(3) == f"== data offset 8 samples, for steps from 3 on\n{later}"
-    assert show(2).startswith("== data offset 8 samples, from a step between 1 and 3 on; before")
+    assert show(3) == f"== data offset 8 samples (by the checkpoints 8 at step 3)\n{later}"
+    assert "offset 8 samples (by the checkpoints 0 at step 1, 8 at step 3)" in show(2)
     assert show(0) == shown

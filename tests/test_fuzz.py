@@ -93,7 +93,7 @@ def break_json(value, rng: random.Random):
     return value
 
 
-def right_or_refused(folder: Path, tokens: np.ndarray, verify: str, backend: str) -> bool:
+def right_or_refused(folder: Path, tokens: np.ndarray, verify, backend: str) -> bool:
     """Reads everything. Whether it was refused; fails on wrong tokens and on unnamed errors."""
     try:
         find_tokenizer(str(folder))
@@ -101,6 +101,7 @@ def right_or_refused(folder: Path, tokens: np.ndarray, verify: str, backend: str
         data = TokenLoader(
             paths, BLOCK, shuffle=False, vocab_size=50257, verify=verify, backend=backend
         )
+        data.verifier.finish()
         x, y = data.batch(0, data.n_windows)
     except (ValueError, OSError) as error:
         named = f"{error} {getattr(error, 'filename', '')}"
@@ -121,10 +122,10 @@ def broken(number: int, folder: Path) -> str:
     FORMATS[name](path, tokens)
     header = path.stat().st_size - tokens.nbytes
     what = rng.choice(["file", "hashed file", "manifest json", "manifest bytes", "while mapped"])
-    how, verify = "", "off"
+    how, verify = "", None
     if what in ("hashed file", "manifest json", "manifest bytes"):
         write_manifest(folder, rng.random() < 0.5)
-        verify = "open"
+        verify = (0, 1)
     if what == "manifest json":
         manifest.write_text(json.dumps(break_json(json.loads(manifest.read_text()), rng)))
     elif what == "manifest bytes":
@@ -142,7 +143,7 @@ def broken(number: int, folder: Path) -> str:
             assert np.array_equal(x.flatten().numpy(), tokens[: x.numel()])
         return f"{what} {how}"
     else:
-        how = break_file(path, header, rng, payload=verify == "open")
+        how = break_file(path, header, rng, payload=verify is not None)
     refused = right_or_refused(folder, tokens, verify, backend)
     if what == "hashed file" and how != "nothing":
         assert refused, f"{how} of {name} was not noticed"
