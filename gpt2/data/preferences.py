@@ -175,7 +175,7 @@ class PairLoader(RowLoader):
     names, backend = ("idx", "targets"), "pairs"
 
     def __init__(self, pairs: Conversations, length: int, *args, trim: bool = True, **options):
-        super().__init__(pairs, length, *args, **options)
+        super().__init__(pairs, *args, **options)
         self.length, self.full_rows = length, not trim
         self.n_windows, self.block_size = len(pairs) // 2, 2 * length
 

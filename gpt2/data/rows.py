@@ -136,27 +136,18 @@ def check_settings(tokenizer: Tokenizer, template: str, block_size: int) -> None
 class RowLoader(BatchSource):
     """Rows made of conversations; see gpt2.data.loader.BatchSource.
 
-    data: each of 2 to `longest` + 1 tokens; one of n takes n - 1 positions, since its last token is
-    only predicted. shuffle: False gives the rows in order, for validation. pad: the token that
-    fills rows up. chat_template: the name of the template they are written in.
+    data: as load_rows gives it; a conversation of n tokens takes n - 1 positions, since its last
+    token is only predicted. shuffle: False gives the rows in order, for validation. pad: the token
+    that fills rows up. chat_template: the name of the template they are written in.
 
     Attributes: n_filled (positions of an epoch that hold a conversation), n_targets (those that are
     learnt).
-    Raises ValueError for no conversations and for those that do not fit.
     """
 
     def __init__(
-        self, data: Conversations, longest: int, seed: int = 1337, shuffle: bool = True,
+        self, data: Conversations, seed: int = 1337, shuffle: bool = True,
         *, pad: int = 0, chat_template: str | None = None,
     ):  # fmt: skip
-        if not len(data):
-            raise ValueError("there are no conversations to make rows of")
-        shortest, most = data.lengths.min(), data.lengths.max()
-        if shortest < 2 or most > longest + 1:
-            raise ValueError(
-                f"conversations must have 2 to {longest + 1} tokens for rows of {longest}, got "
-                f"{shortest} to {most}"
-            )
         self.data, self.pad, self.chat_template = data, pad, chat_template
         self.seed, self.shuffle = seed % (1 << 64), shuffle
         first = data.ends - data.lengths  # has nothing before it to be predicted from

@@ -73,7 +73,7 @@ class ConversationLoader(RowLoader):
     names, backend = ("idx", "targets", "doc_start"), "packed"
 
     def __init__(self, conversations: Conversations, block_size: int, *args, **options):
-        super().__init__(conversations, block_size, *args, **options)
+        super().__init__(conversations, *args, **options)
         self.rows = best_fit_decreasing(conversations.lengths - 1, block_size)
         self.n_windows, self.block_size = len(self.rows), block_size
 

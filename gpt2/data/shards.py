@@ -98,8 +98,8 @@ def find_shards(data: str | Path, split: str) -> list[Path]:
     if not files:
         names = f"*_{split}_*.bin, {split}_*.bin, {split}.bin or .npy"
         raise OSError(errno.ENOENT, f"no {split} shards ({names}) here", str(folder))
-    for path in files:
-        open_recorded(path, records.get(path.name))
+    for path in files if records else ():
+        open_recorded(path, records[path.name])
     return files
 
 
