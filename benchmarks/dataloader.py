@@ -12,7 +12,7 @@ Each gives batches (x, y) of int64 from the same random tokens, in an order of i
     nanoGPT get_batch      the map opened again each batch, a row a tensor, stacked
     build-nanogpt          a shard as int64 in memory, batches are views in file order; not shuffled
     torch DataLoader       a map-style dataset over a memory map, shuffled, num_workers=0
-    litdata, mosaicml-streaming    where they are installed
+    litdata                where it is installed
 
 The access patterns of the others are written anew here, after their published code.
 Warm: all files in the page cache; loaders take turns in rounds, and each round times a stretch of
@@ -38,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import markdown_table, provenance, write_json  # noqa: E402
+from benchmarks import common  # noqa: E402
 from gpt2.data import TokenLoader, find_shards, write_shard  # noqa: E402
 
 T, VOCABULARY, SHARDS = 1024, 50257, 4
@@ -111,22 +111,11 @@ class MemmapDataset(torch.utils.data.Dataset):
         return window[:-1], window[1:]
 
 
-def forever(loader) -> Iterator:
-    while True:
-        yield from loader
-
-
 def torch_loader(folder: Path, rows: int) -> Batches:
-    dataset = MemmapDataset(folder / "all.bin")
     options = dict(batch_size=rows, shuffle=True, drop_last=True, num_workers=0)
-    yield from map(tuple, forever(torch.utils.data.DataLoader(dataset, **options)))
-
-
-def windows_of(batches) -> Batches:
-    """(rows, T + 1) of any integer type as x and y."""
-    for batch in batches:
-        batch = batch.long()
-        yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    loader = torch.utils.data.DataLoader(MemmapDataset(folder / "all.bin"), **options)
+    while True:
+        yield from map(tuple, loader)
 
 
 def litdata_loader(folder: Path, rows: int) -> Batches:
@@ -135,7 +124,10 @@ def litdata_loader(folder: Path, rows: int) -> Batches:
     dataset = StreamingDataset(
         str(folder / "litdata"), item_loader=TokensLoader(block_size=T + 1), shuffle=True
     )
-    return windows_of(forever(StreamingDataLoader(dataset, batch_size=rows, drop_last=True)))
+    loader = StreamingDataLoader(dataset, batch_size=rows, drop_last=True)
+    while True:
+        for batch in map(torch.Tensor.long, loader):
+            yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
 
 
 def _litdata_shard(path: str):
@@ -151,28 +143,6 @@ def write_litdata(folder: Path) -> None:
     )  # fmt: skip
 
 
-def mosaic_loader(folder: Path, rows: int) -> Batches:
-    from streaming import StreamingDataset
-    from streaming.base.util import clean_stale_shared_memory
-
-    clean_stale_shared_memory()
-    dataset = StreamingDataset(
-        local=str(folder / "mosaic"), shuffle=True, batch_size=rows, num_canonical_nodes=1
-    )
-    loader = torch.utils.data.DataLoader(dataset, rows, drop_last=True, num_workers=0)
-    return windows_of(batch["tokens"] for batch in forever(loader))
-
-
-def write_mosaic(folder: Path) -> None:
-    from streaming import MDSWriter
-
-    data = np.fromfile(folder / "all.bin", "<u2")
-    columns = {"tokens": f"ndarray:int32:{T + 1}"}  # torch cannot collate uint16 everywhere
-    with MDSWriter(out=str(folder / "mosaic"), columns=columns) as out:
-        for start in range(0, len(data) - T, T):
-            out.write({"tokens": data[start : start + T + 1].astype(np.int32)})
-
-
 def find_loaders(folder: Path) -> tuple[dict[str, Callable[[int], Batches]], dict[str, str]]:
     """Loaders by name, and why others are left out."""
     loaders = {
@@ -184,17 +154,11 @@ def find_loaders(folder: Path) -> tuple[dict[str, Callable[[int], Batches]], dic
         "build-nanogpt": lambda rows: build_nanogpt(folder, rows),
         "torch DataLoader": lambda rows: torch_loader(folder, rows),
     }
-    left_out = {}
-    for name, write, make in (
-        ("litdata", write_litdata, litdata_loader),
-        ("mosaicml-streaming", write_mosaic, mosaic_loader),
-    ):
-        try:
-            write(folder)
-            loaders[name] = lambda rows, make=make: make(folder, rows)
-        except ImportError as error:
-            left_out[name] = f"not installed ({error})"
-    return loaders, left_out
+    try:
+        write_litdata(folder)
+    except ImportError as error:
+        return loaders, {"litdata": f"not installed ({error})"}
+    return loaders | {"litdata": lambda rows: litdata_loader(folder, rows)}, {}
 
 
 def check(name: str, batches: Batches, rows: int) -> None:
@@ -218,17 +182,12 @@ def warm(loaders: dict, rows: int, rounds: int) -> list[dict]:
                 if i >= 5:  # the first ones find another loader's data in the CPU's caches
                     times[name].append(seconds)
                 del x, y
-    return [describe(name, rows, "warm", values) for name, values in times.items()]
-
-
-def describe(name: str, rows: int, cache: str, seconds: list[float]) -> dict:
-    ordered = sorted(seconds)
-    return {
-        "loader": name, "rows": rows, "block_size": T, "cache": cache, "batches": len(seconds),
-        "mtokens_per_s": rows * T / statistics.fmean(seconds) / 1e6,
-        "p50_ms": statistics.median(ordered) * 1e3,
-        "p99_ms": ordered[int(0.99 * (len(ordered) - 1))] * 1e3,
-    }  # fmt: skip
+    return [
+        record(name, rows, "warm", statistics.fmean(seconds), batches=len(seconds))
+        | {"p50_ms": statistics.median(seconds) * 1e3}
+        | {"p99_ms": sorted(seconds)[int(0.99 * (len(seconds) - 1))] * 1e3}
+        for name, seconds in times.items()
+    ]
 
 
 def cold(loaders: dict, rows: int, rounds: int, folder: Path) -> list[dict]:
@@ -245,12 +204,14 @@ def cold(loaders: dict, rows: int, rounds: int, folder: Path) -> list[dict]:
             times[name].append((time.perf_counter() - start) / COLD_BATCHES)
             del batches
     return [
-        {
-            "loader": name, "rows": rows, "block_size": T, "cache": "cold",
-            "batches": COLD_BATCHES, "mtokens_per_s": rows * T / statistics.median(values) / 1e6,
-        }
-        for name, values in times.items()
-    ]  # fmt: skip
+        record(name, rows, "cold", statistics.median(seconds), batches=COLD_BATCHES)
+        for name, seconds in times.items()
+    ]
+
+
+def record(name: str, rows: int, cache: str, seconds: float, **more) -> dict:
+    rate = {"mtokens_per_s": rows * T / seconds / 1e6}
+    return {"loader": name, "rows": rows, "block_size": T, "cache": cache} | more | rate
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -262,7 +223,7 @@ def drop_from_cache(folder: Path) -> None:
             os.close(fd)
 
 
-def bars(results: list[dict]) -> dict[str, dict]:
+def ratios(results: list[dict]) -> dict[str, dict]:
     """What the project promises of itself, warm: ratios within this run.
 
     Of median times, but of whole times against the best other, as its shard loading counts.
@@ -283,38 +244,6 @@ def bars(results: list[dict]) -> dict[str, dict]:
     return found
 
 
-def draw(results: list[dict], path: Path) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    cells = [(rows, cache) for cache in ("warm", "cold") for rows in SHAPES]
-    for axes, (rows, cache) in zip(figure.subplots(2, 2).flat, cells, strict=True):
-        at = [r for r in results if (r["rows"], r["cache"]) == (rows, cache)][::-1]
-        values = [r["mtokens_per_s"] for r in at]
-        colors = ["#c33" if "cpp" in r["loader"] else "#9ab" for r in at]
-        shown = axes.barh([r["loader"] for r in at], values, color=colors)
-        axes.bar_label(shown, [f"{v:,.4g}" for v in values], padding=2, fontsize=8)
-        axes.set(title=f"{rows}x{T}, {cache}", xlabel="million tokens a second")
-        axes.tick_params(labelsize=8)
-        axes.margins(x=0.15)
-    figure.savefig(path)
-
-
-def machine() -> dict[str, object]:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-    versions = {}
-    for package in ("numpy", "litdata", "mosaicml-streaming"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
-    name = names[0].split(":")[1].strip() if names else "unknown"
-    return {"cpu": f"{name}, {os.cpu_count()} cores", "threads": 1, **versions}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -328,28 +257,29 @@ def main() -> None:
         folder = Path(name)
         write_data(folder, options.tokens)
         loaders, left_out = find_loaders(folder)
-        results = []
-        for rows in SHAPES:
-            results += warm(loaders, rows, options.rounds)
-        for rows in SHAPES:
-            results += cold(loaders, rows, 3, folder)
-    keys = ("loader", "rows", "cache", "mtokens_per_s", "p50_ms", "p99_ms")
+        results = [r for rows in SHAPES for r in warm(loaders, rows, options.rounds)]
+        results += [r for rows in SHAPES for r in cold(loaders, rows, 3, folder)]
+    keys = ["loader", "rows", "cache", "mtokens_per_s", "p50_ms", "p99_ms"]
     table = [[f"{r[k]:.4g}" if type(r.get(k)) is float else str(r.get(k, "")) for k in keys]
              for r in results]  # fmt: skip
-    print(markdown_table(list(keys), table))
-    for shape, ratios in bars(results).items():
+    print(common.markdown_table(keys, table))
+    for shape, values in ratios(results).items():
         print(shape, ", ".join(f"{k}: {v if isinstance(v, str) else f'{v:.2f}'}"
-                               for k, v in ratios.items()))  # fmt: skip
-    for name, reason in left_out.items():
-        print(f"left out: {name}, {reason}")
+                               for k, v in values.items()))  # fmt: skip
     content = {
-        **provenance(), **machine(), "tokens": options.tokens, "rounds": options.rounds,
-        "load_average": os.getloadavg(), "ratios": bars(results), "left_out": left_out,
-        "results": results,
+        **common.provenance(), "cpu": common.cpu_name(), "threads": 1, "numpy": np.__version__,
+        "litdata": None if left_out else importlib.metadata.version("litdata"),
+        "tokens": options.tokens, "rounds": options.rounds, "ratios": ratios(results),
+        "left_out": left_out, "results": results,
     }  # fmt: skip
-    write_json(options.out / "dataloader.json", content)
-    draw(results, options.out / "dataloader.png")
-    print(f"written: {options.out / 'dataloader.json'} and .png")
+    common.write_json(options.out / "dataloader.json", content)
+    panels: dict[str, dict[str, float]] = {}
+    for r in results:
+        title = f"{r['rows']}x{T}, {r['cache']}"
+        panels.setdefault(title, {})[r["loader"]] = r["mtokens_per_s"]
+    common.draw_bars(options.out / "dataloader.png", panels, "million tokens a second",
+                     ("cpp", "cpp, new tensors"))  # fmt: skip
+    print(f"left out: {left_out}\nwritten: {options.out / 'dataloader.json'} and .png")
 
 
 if __name__ == "__main__":

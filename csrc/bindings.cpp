@@ -38,16 +38,13 @@ void fill(const TokenLoader& loader, const Array<int64_t>& samples, Array<int64_
   // mutable_data throws ValueError where the array is read-only.
   int64_t *x_data = x.mutable_data(), *y_data = y.mutable_data();
   int32_t* doc_start_data = doc_start ? doc_start->mutable_data() : nullptr;
-  const int64_t* sample_data = samples.data();
   py::gil_scoped_release release;
-  loader.fill(sample_data, rows, x_data, y_data, doc_start_data, eot);
+  loader.fill(samples.data(), rows, x_data, y_data, doc_start_data, eot);
 }
 
 void prefetch(const TokenLoader& loader, const Array<int64_t>& samples) {
-  const int64_t* sample_data = samples.data();
-  const int64_t rows = samples.size();
   py::gil_scoped_release release;
-  loader.prefetch(sample_data, rows);
+  loader.prefetch(samples.data(), samples.size());
 }
 
 }  // namespace

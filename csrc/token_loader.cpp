@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <utility>
+#include <sstream>
 
 namespace token_loader {
 namespace {
@@ -55,7 +55,12 @@ int64_t permute(int64_t index, int64_t n, uint64_t key) {
   return static_cast<int64_t>(value);
 }
 
-std::string number(int64_t value) { return std::to_string(value); }
+template <typename... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
 
 // Page faults of this thread that had to wait for the disk.
 int64_t major_faults() {
@@ -80,7 +85,7 @@ void on_sigbus(int signal, siginfo_t*, void*) {
 bool install_handler() {
   struct sigaction action {};
   action.sa_sigaction = on_sigbus;
-  // NODEFER: the jump leaves the handler without restoring a signal mask, which takes a system call.
+  // NODEFER: the jump leaves the handler without restoring a signal mask, which is a system call.
   action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK;
   return sigaction(SIGBUS, &action, &previous_action) == 0;
 }
@@ -95,7 +100,7 @@ bool install_handler() {
   return largest;
 }
 
-// As widen, but -1 where the file has no such bytes any more or they cannot be read. Nothing in here
+// As widen, but -1 where the file has no such bytes any more or they cannot be read. Nothing here
 // has a destructor, which a jump would leave out.
 int32_t widen_guarded(const uint16_t* source, int64_t count, int64_t* x, int64_t x_count,
                       int64_t* y, int64_t skip) {
@@ -109,116 +114,113 @@ int32_t widen_guarded(const uint16_t* source, int64_t count, int64_t* x, int64_t
   return largest;
 }
 
-bool same_time(const struct timespec& a, const struct timespec& b) {
-  return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec;
+// Has the processor fetch tokens from memory meanwhile; never waits for the disk.
+void fetch_lines(const uint16_t* tokens, int64_t count) {
+  constexpr int64_t LINE = 32;  // tokens in the 64 bytes of a cache line
+  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(tokens + i);
 }
 
 }  // namespace
 
-MappedShard::MappedShard(const ShardSpec& spec) : spec_(spec) {
-  if (spec.n_tokens < 1 || spec.n_tokens > MAX_TOKENS || spec.offset < 0 ||
-      spec.offset > MAX_TOKENS || spec.offset % 2 != 0) {
-    throw std::invalid_argument("shard " + spec.path + ": needs n_tokens in [1, " +
-                                number(MAX_TOKENS) + "] and an even offset >= 0, got n_tokens " +
-                                number(spec.n_tokens) + " and offset " + number(spec.offset));
-  }
-  fd_ = open(spec.path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (fd_ < 0) {
-    const std::string remedy =
-        errno == EMFILE ? "; raise the limit (ulimit -n) or make larger shards" : "";
-    throw FileError(errno, std::strerror(errno) + remedy, spec.path);
-  }
-  try {
-    map_bytes_ = spec.offset + 2 * spec.n_tokens;
-    struct stat info{};
-    if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), spec.path);
-    modified_ = info.st_mtim;
-    check_unchanged();
-    map_ = mmap(nullptr, static_cast<size_t>(map_bytes_), PROT_READ, MAP_SHARED, fd_, 0);
-    if (map_ == MAP_FAILED) {
-      map_ = nullptr;
-      throw FileError(errno, std::string("cannot map the file: ") + std::strerror(errno),
-                      spec.path);
+class MappedShard {
+ public:
+  explicit MappedShard(const ShardSpec& spec) : path(spec.path), n_tokens(spec.n_tokens) {
+    if (spec.n_tokens < 1 || spec.n_tokens > MAX_TOKENS || spec.offset < 0 ||
+        spec.offset > MAX_TOKENS || spec.offset % 2 != 0) {
+      throw std::invalid_argument(join("shard ", path, ": needs n_tokens in [1, ", MAX_TOKENS,
+                                       "] and an even offset >= 0, got n_tokens ", n_tokens,
+                                       " and offset ", spec.offset));
     }
-  } catch (...) {
+    fd_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (fd_ < 0) {
+      const char* remedy =
+          errno == EMFILE ? "; raise the limit (ulimit -n) or make larger shards" : "";
+      throw FileError(errno, join(std::strerror(errno), remedy), path);
+    }
+    bytes_ = spec.offset + 2 * spec.n_tokens;
+    try {
+      modified_ns_ = modified_ns();
+      map_ = mmap(nullptr, static_cast<size_t>(bytes_), PROT_READ, MAP_SHARED, fd_, 0);
+      if (map_ == MAP_FAILED) {
+        throw FileError(errno, join("cannot map the file: ", std::strerror(errno)), path);
+      }
+    } catch (...) {
+      close(fd_);
+      throw;
+    }
+    // Windows are read in random order: the kernel's own read-ahead would fetch what is not wanted.
+    madvise(map_, static_cast<size_t>(bytes_), MADV_RANDOM);
+    tokens = reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + spec.offset);
+  }
+  ~MappedShard() {
+    munmap(map_, static_cast<size_t>(bytes_));
     close(fd_);
-    throw;
   }
-  // Windows are read in random order: the kernel's own read-ahead would only fetch what is not
-  // wanted.
-  madvise(map_, static_cast<size_t>(map_bytes_), MADV_RANDOM);
-  tokens_ = reinterpret_cast<const uint16_t*>(static_cast<const char*>(map_) + spec.offset);
-}
+  MappedShard(const MappedShard&) = delete;
+  MappedShard& operator=(const MappedShard&) = delete;
 
-MappedShard::~MappedShard() {
-  if (map_ != nullptr) munmap(map_, static_cast<size_t>(map_bytes_));
-  if (fd_ >= 0) close(fd_);
-}
-
-MappedShard::MappedShard(MappedShard&& other) noexcept
-    : spec_(std::move(other.spec_)),
-      fd_(std::exchange(other.fd_, -1)),
-      map_(std::exchange(other.map_, nullptr)),
-      map_bytes_(other.map_bytes_),
-      modified_(other.modified_),
-      tokens_(other.tokens_) {}
-
-void MappedShard::check_unchanged() const {
-  struct stat info{};
-  if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), spec_.path);
-  if (info.st_size < map_bytes_) {
-    throw FileError(EIO,
-                    "the file has " + number(info.st_size) + " bytes but its tokens need " +
-                        number(map_bytes_) +
-                        "; it was cut short or is being rewritten. Prepare the data again",
-                    spec_.path);
+  // Throws if the file got shorter since it was mapped, or was written to.
+  void check_unchanged() const {
+    if (modified_ns() != modified_ns_) {
+      throw FileError(EIO,
+                      "the file was written to while it is in use, so its tokens may not be those "
+                      "of this run any more; start again from the last checkpoint",
+                      path);
+    }
   }
-  if (!same_time(info.st_mtim, modified_)) {
-    throw FileError(EIO,
-                    "the file was written to while it is in use, so its tokens may not be those "
-                    "of this run any more; start again from the last checkpoint",
-                    spec_.path);
-  }
-}
 
-void MappedShard::will_need(int64_t first, int64_t count) const {
-  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(tokens_ + first) & ~(page - 1);
-  const uintptr_t end = reinterpret_cast<uintptr_t>(tokens_ + first + count);
-  madvise(reinterpret_cast<void*>(begin), end - begin,
-          MADV_WILLNEED);  // advice only: failure costs nothing
-}
+  const std::string path;
+  const int64_t n_tokens;
+  const uint16_t* tokens;
+
+ private:
+  int fd_;
+  void* map_;
+  int64_t bytes_, modified_ns_;
+
+  // When the file was written to. Throws if it is too short.
+  int64_t modified_ns() const {
+    struct stat info{};
+    if (fstat(fd_, &info) != 0) throw FileError(errno, std::strerror(errno), path);
+    if (info.st_size < bytes_) {
+      throw FileError(EIO,
+                      join("the file has ", info.st_size, " bytes but its tokens need ", bytes_,
+                           "; it was cut short or is being rewritten. Prepare the data again"),
+                      path);
+    }
+    return int64_t{info.st_mtim.tv_sec} * 1'000'000'000 + info.st_mtim.tv_nsec;
+  }
+};
 
 TokenLoader::TokenLoader(const std::vector<ShardSpec>& shards, int64_t block_size, uint64_t seed,
                          bool shuffle, int64_t vocab_size)
     : block_size_(block_size), seed_(seed), shuffle_(shuffle), vocab_size_(vocab_size) {
   if (block_size < 1 || block_size > MAX_BLOCK) {
-    throw std::invalid_argument("block_size must be at least 1 and at most " + number(MAX_BLOCK) +
-                                ", got " + number(block_size));
+    throw std::invalid_argument(
+        join("block_size must be at least 1 and at most ", MAX_BLOCK, ", got ", block_size));
   }
   if (shards.empty()) throw std::invalid_argument("no shards given");
   static const bool installed = install_handler();
   static_cast<void>(installed);
-  shards_.reserve(shards.size());
   starts_.push_back(0);
   for (const ShardSpec& spec : shards) {
-    shards_.emplace_back(spec);
+    shards_.push_back(std::make_shared<MappedShard>(spec));
     starts_.push_back(starts_.back() + spec.n_tokens);
   }
   // With shuffling every epoch shifts its windows by up to block_size - 1 tokens, and that room is
   // kept free.
   n_windows_ = (n_tokens() - (shuffle ? block_size : 1)) / block_size;
   if (n_windows_ < 1) {
-    throw std::invalid_argument(
-        shards_[0].path() + (shards_.size() > 1 ? " and the other shards hold " : ": holds ") +
-        number(n_tokens()) + " tokens, but block_size " + number(block_size) +
-        " needs at least " + number(shuffle ? 2 * block_size : block_size + 1) +
-        ": use a smaller block_size or more text");
+    const char* hold = shards_.size() > 1 ? " and the other shards hold " : ": holds ";
+    throw std::invalid_argument(join(shards_[0]->path, hold, n_tokens(), " tokens, but block_size ",
+                                     block_size, " needs at least ",
+                                     shuffle ? 2 * block_size : block_size + 1,
+                                     ": use a smaller block_size or more text"));
   }
 }
 
 int64_t TokenLoader::window_start(int64_t sample) const {
-  if (sample < 0) throw std::invalid_argument("sample must not be negative, got " + number(sample));
+  if (sample < 0) throw std::invalid_argument(join("sample must not be negative, got ", sample));
   const int64_t epoch = sample / n_windows_, index = sample % n_windows_;
   if (!shuffle_) return index * block_size_;
   const uint64_t key = epoch_key(seed_, epoch);
@@ -226,8 +228,12 @@ int64_t TokenLoader::window_start(int64_t sample) const {
   return permute(index, n_windows_, key) * block_size_ + shift;
 }
 
-size_t TokenLoader::shard_of(int64_t position) const {
-  return std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
+TokenLoader::Piece TokenLoader::piece(int64_t position, int64_t count) const {
+  const size_t s =
+      std::upper_bound(starts_.begin(), starts_.end(), position) - starts_.begin() - 1;
+  const int64_t offset = position - starts_[s];
+  count = std::min(count, shards_[s]->n_tokens - offset);
+  return {s, offset, count, shards_[s]->tokens + offset};
 }
 
 void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y,
@@ -237,74 +243,61 @@ void TokenLoader::fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t
   int64_t next = 0;  // where the next row begins
   for (int64_t row = 0; row < rows; ++row, x += block_size_, y += block_size_) {
     if (samples[row] == SKIP) continue;
-    int64_t position = row > 0 && samples[row - 1] != SKIP ? next : window_start(samples[row]);
+    const int64_t start = row > 0 && samples[row - 1] != SKIP ? next : window_start(samples[row]);
     if (row + 1 < rows && samples[row + 1] != SKIP) {
       next = window_start(samples[row + 1]);
-      fetch_lines(next);
+      const Piece ahead = piece(next, block_size_ + 1);
+      fetch_lines(ahead.tokens, ahead.count);
     }
     // The window's block_size + 1 tokens may lie in several shards; `done` counts those already
     // widened.
     for (int64_t done = 0; done <= block_size_;) {
-      const size_t s = shard_of(position);
-      const MappedShard& shard = shards_[s];
+      const auto [s, offset, count, source] = piece(start + done, block_size_ + 1 - done);
       touched[s] = 1;
-      const int64_t offset = position - starts_[s];
-      const int64_t count = std::min(block_size_ + 1 - done, shard.n_tokens() - offset);
-      const uint16_t* source = shard.tokens() + offset;
-      const int64_t x_count =
-          std::min(count, block_size_ - done);  // the last token is a target only
+      const int64_t x_count = std::min(count, block_size_ - done);  // the last is a target only
       const int64_t skip = done == 0 ? 1 : 0;  // the first token is an input only
       const int32_t largest = widen_guarded(source, count, x + done, x_count, y + done, skip);
       if (largest < 0 || largest >= vocab_size_) {
+        const MappedShard& shard = *shards_[s];
         shard.check_unchanged();
-        if (largest < 0) throw FileError(EIO, "cannot be read: a fault of its disk", shard.path());
+        if (largest < 0) throw FileError(EIO, "cannot be read: a fault of its disk", shard.path);
         int64_t i = 0;
         while (i < x_count && x[done + i] < vocab_size_) ++i;
         throw std::invalid_argument(
-            "shard " + shard.path() + ": token " + number(offset + i) + " is " +
-            number(i < x_count ? x[done + i] : y[block_size_ - 1]) + ", but the vocabulary has " +
-            number(vocab_size_) +
-            " entries: the file is damaged or was made with another tokenizer");
+            join("shard ", shard.path, ": token ", offset + i, " is ",
+                 i < x_count ? x[done + i] : y[block_size_ - 1], ", but the vocabulary has ",
+                 vocab_size_, " entries: the file is damaged or was made with another tokenizer"));
       }
       done += count;
-      position += count;
     }
     if (doc_start != nullptr) {
       int32_t* row_start = doc_start + row * block_size_;
-      int32_t start = 0;
+      int32_t first = 0;
       for (int64_t i = 0; i < block_size_; ++i) {
-        if (x[i] == eot) start = static_cast<int32_t>(i);
-        row_start[i] = start;
+        if (x[i] == eot) first = static_cast<int32_t>(i);
+        row_start[i] = first;
       }
     }
   }
-  // Once a batch, as a system call a row would cost as much as the copying; and after it, so that no
-  // change of a file before this moment goes unnoticed.
+  // Once a batch, as a system call a row would cost as much as the copying; and after it, so that
+  // no change of a file before this moment goes unnoticed.
   for (size_t s = 0; s < shards_.size(); ++s) {
-    if (touched[s]) shards_[s].check_unchanged();
+    if (touched[s]) shards_[s]->check_unchanged();
   }
   if (major_faults() > faults) cold_batches_.store(COLD_BATCHES, std::memory_order_relaxed);
-}
-
-void TokenLoader::fetch_lines(int64_t position) const {
-  constexpr int64_t LINE = 32;  // tokens in the 64 bytes of a cache line
-  const size_t s = shard_of(position);
-  const int64_t offset = position - starts_[s];
-  const int64_t count = std::min(block_size_ + 1, shards_[s].n_tokens() - offset);
-  const uint16_t* tokens = shards_[s].tokens() + offset;
-  for (int64_t i = 0; i < count; i += LINE) __builtin_prefetch(tokens + i);
 }
 
 void TokenLoader::prefetch(const int64_t* samples, int64_t rows) const {
   const int cold = cold_batches_.load(std::memory_order_relaxed);
   if (cold == 0) return;
   cold_batches_.store(cold - 1, std::memory_order_relaxed);
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   for (int64_t row = 0; row < rows; ++row) {
     if (samples[row] == SKIP) continue;
-    const int64_t position = window_start(samples[row]);
-    const size_t s = shard_of(position);
-    const int64_t offset = position - starts_[s];
-    shards_[s].will_need(offset, std::min(block_size_ + 1, shards_[s].n_tokens() - offset));
+    const Piece ahead = piece(window_start(samples[row]), block_size_ + 1);
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(ahead.tokens) & ~(page - 1);
+    const uintptr_t end = reinterpret_cast<uintptr_t>(ahead.tokens + ahead.count);
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_WILLNEED);  // advice only
   }
 }
 

@@ -15,10 +15,9 @@
 
 #pragma once
 
-#include <time.h>
-
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -42,33 +41,7 @@ struct FileError : std::runtime_error {
   std::string path;
 };
 
-// A file mapped read-only for as long as this object lives.
-class MappedShard {
- public:
-  explicit MappedShard(const ShardSpec& spec);
-  ~MappedShard();
-  MappedShard(MappedShard&& other) noexcept;
-  MappedShard(const MappedShard&) = delete;
-  MappedShard& operator=(const MappedShard&) = delete;
-  MappedShard& operator=(MappedShard&&) = delete;
-
-  const uint16_t* tokens() const { return tokens_; }
-  int64_t n_tokens() const { return spec_.n_tokens; }
-  const std::string& path() const { return spec_.path; }
-
-  // Throws if the file got shorter since it was mapped, or was written to.
-  void check_unchanged() const;
-  // Asks the kernel to read tokens [first, first + count) ahead.
-  void will_need(int64_t first, int64_t count) const;
-
- private:
-  ShardSpec spec_;
-  int fd_ = -1;
-  void* map_ = nullptr;
-  int64_t map_bytes_ = 0;
-  struct timespec modified_{};
-  const uint16_t* tokens_ = nullptr;
-};
+class MappedShard;  // a file mapped read-only for as long as the object lives
 
 class TokenLoader {
  public:
@@ -91,13 +64,13 @@ class TokenLoader {
   // past the end of a mapped file, which ends a process with SIGBUS, is caught for this.
   void fill(const int64_t* samples, int64_t rows, int64_t* x, int64_t* y, int32_t* doc_start,
             int64_t eot) const;
-  // Starts reading samples into the page cache and returns at once. Does so
-  // only after a fill had to wait for the disk: where the pages are there already, asking for them
-  // takes half as long as copying them.
+  // Starts reading samples into the page cache and returns at once. Does so only after a fill had
+  // to wait for the disk: where the pages are there already, asking for them takes half as long as
+  // copying them.
   void prefetch(const int64_t* samples, int64_t rows) const;
 
  private:
-  std::vector<MappedShard> shards_;
+  std::vector<std::shared_ptr<const MappedShard>> shards_;
   std::vector<int64_t> starts_;  // stream position of each shard's first token, then the total
   int64_t block_size_;
   uint64_t seed_;
@@ -107,9 +80,14 @@ class TokenLoader {
 
   mutable std::atomic<int> cold_batches_{0};  // prefetches that are still to be made; advice only
 
-  size_t shard_of(int64_t position) const;
-  // Has the processor fetch a window from memory meanwhile; never waits for the disk.
-  void fetch_lines(int64_t position) const;
+  // `count` tokens of the stream from a position on, or as many of them as its shard has.
+  struct Piece {
+    size_t shard;
+    int64_t offset;  // in the shard
+    int64_t count;
+    const uint16_t* tokens;
+  };
+  Piece piece(int64_t position, int64_t count) const;
 };
 
 }  // namespace token_loader

@@ -12,6 +12,8 @@ what is compared. Characters that a terminal would obey are written as escapes.
 """
 
 from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from gpt2.checkpoint import list_checkpoints, load_model, load_tokenizer, read_checkpoint
 from gpt2.cli import parse, read_config, run_script
 from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
-from gpt2.data.loader import rank_rows
+from gpt2.data.loader import BatchSource, rank_rows
 from gpt2.options import ShowBatchConfig
 from gpt2.text import printable
 from gpt2.tokenizer import Tokenizer
@@ -31,10 +33,8 @@ def main() -> None:
     show = parse(ShowBatchConfig, __doc__)
     run = Path(show.run)
     path = run / "config.yaml" if run.is_dir() else run
-    config = read_config(path, TrainConfig, SFTConfig, DPOConfig)
-    data, tokenizer = _open(config)
+    data, tokenizer, step_rows = _open(read_config(path, TrainConfig, SFTConfig, DPOConfig))
     offset = _offset(run, show.step)
-    step_rows = config.tokens_per_step // data.block_size
     first, rows = rank_rows(show.step, step_rows, show.rank, show.world_size, offset)
     parts = data.batch(show.step, step_rows, show.rank, show.world_size, offset=offset)
     for r in range(rows)[: show.rows]:
@@ -50,8 +50,8 @@ def main() -> None:
         print(f"== {rows - show.rows} more rows of rank {show.rank}: --rows {rows}")
 
 
-def _open(config: TrainConfig):
-    """The data that a run trains on, and its tokenizer."""
+def _open(config: TrainConfig) -> tuple[BatchSource, Tokenizer, int]:
+    """The data that a run trains on, its tokenizer, and the rows of a step."""
     block_size = config.block_size
     if block_size is None:
         shape = load_model(config.init_from).config if config.init_from else config.model_config()
@@ -59,36 +59,31 @@ def _open(config: TrainConfig):
     if isinstance(config, SFTConfig | DPOConfig):
         tokenizer = load_tokenizer(config.init_from)
         if isinstance(config, SFTConfig):
-            return open_conversations(config, tokenizer, block_size)[0], tokenizer
-        return open_pairs(with_template(config), tokenizer, block_size)[0], tokenizer
-    return open_data(config, "train", block_size), find_tokenizer(config.data)
+            data = open_conversations(config, tokenizer, block_size)[0]
+        else:
+            data = open_pairs(with_template(config), tokenizer, block_size)[0]
+    else:
+        data, tokenizer = open_data(config, "train", block_size), find_tokenizer(config.data)
+    return data, tokenizer, config.tokens_per_step // data.block_size
 
 
 def _offset(run: Path, step: int) -> int:
-    """How many samples after its own a step's data lie, by the run's checkpoints; says so."""
+    """How many samples after its own a step's data lie, by the run's checkpoints; says so.
+
+    What training left at a checkpoint has held since the last change before it.
+    """
     saved = [read_checkpoint(path) for path in list_checkpoints(run)]
     known = [(0, 0), *((c.step, c.state.get("offset", 0)) for c in saved)]
-    # What training left at a checkpoint has held since the last change before it.
-    before, after = known[0], known[-1]
-    for at in known:
-        if at[0] > step:
-            after = at
-            break
-        before = at
-    offset = after[1]
-    if before[1] != offset:
-        print(
-            f"== data offset {offset} samples, from a step between {before[0]} and {after[0]} on; "
-            f"before that, {before[1]}"
-        )
-    elif offset:
-        until = f"to {after[0] - 1}" if after[0] > step else "on"
-        print(f"== data offset {offset} samples, for steps from {before[0]} {until}")
-    return offset
+    before = [at for at in known if at[0] <= step][-1]
+    after = next((at for at in known if at[0] > step), before)
+    if before[1] or after[1]:
+        places = ", ".join(f"{n} at step {at}" for at, n in dict.fromkeys((before, after)))
+        print(f"== data offset {after[1]} samples (by the checkpoints {places})")
+    return after[1]
 
 
 def _texts(
-    data, tokenizer: Tokenizer, sample: int, idx: Tensor, targets: Tensor
+    data: BatchSource, tokenizer: Tokenizer, sample: int, idx: Tensor, targets: Tensor
 ) -> Iterator[tuple[int, int, str]]:
     """(first token, token after the last, text) of what stands in a row."""
     if data.chat_template is None:
@@ -102,21 +97,15 @@ def _texts(
     for n, (start, end, _) in enumerate(data.spans(data.index(sample))):
         line, at = (n, 0) if len(idx) > 1 else (0, start)
         seen = slice(at, at + end - start)
-        text = _with_marks(tokenizer, idx[line, seen].tolist(), targets[line, seen].tolist())
+        tokens, text = idx[line, seen].tolist(), ""
+        # Each token with whether it is learnt; a conversation's last one is only a target.
+        last = targets[line, seen][-1].item()
+        learnt = [False, *(targets[line, seen] != IGNORE_INDEX).tolist()]
+        tokens += [last] if learnt[-1] else []
+        for is_learnt, group in groupby(zip(learnt, tokens, strict=False), key=itemgetter(0)):
+            part = tokenizer.decode([token for _, token in group])
+            text += f"[[{part}]]" if is_learnt else part
         yield start, end, text
-
-
-def _with_marks(tokenizer: Tokenizer, tokens: list[int], targets: list[int]) -> str:
-    """A conversation's text, what is learnt in [[ ]]."""
-    text, part, learning = "", tokens[:1], False
-    for target, following in zip(targets, [*tokens[1:], None], strict=True):
-        learnt = target != IGNORE_INDEX
-        if learnt != learning:
-            text += tokenizer.decode(part) + ("[[" if learnt else "]]")
-            part, learning = [], learnt
-        if learnt or following is not None:
-            part.append(target if learnt else following)
-    return text + tokenizer.decode(part) + ("]]" if learning else "")
 
 
 if __name__ == "__main__":

@@ -155,23 +155,12 @@ def test_a_checkpoint_of_adapters(config, tmp_path):
     assert torch.equal(load_model(run_of(second), kernels="torch")(idx), before)
 
 
-def test_runs_that_move_together_with_their_working_folder(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = replace(config, init_from="runs/base", out_dir="runs", max_steps=1, **LORA)
-    dpo(config)
-    (tmp_path / "elsewhere").mkdir()
-    shutil.move("runs", "elsewhere/runs")
-    assert load_model("elsewhere/runs/run").config.n_embd == 32
-
-
 def test_adapters_for_another_model(config, tmp_path):
     dpo(replace(config, **LORA))
     shutil.rmtree(config.init_from)
     save_start(Path(config.init_from), seed=1)
     with pytest.raises(ValueError, match="adapters for another model.*runs/base.*hash.*has"):
         load_model(run_of(config))
-    with pytest.raises(ValueError, match="adapters for another model"):
-        dpo(replace(config, resume="auto", max_steps=8, **LORA))
     shutil.rmtree(config.init_from)
     save_start(Path(config.init_from), n_layer=3)
     with pytest.raises(ValueError, match="holds another model: n_layer 2 .here 3."):
@@ -191,18 +180,12 @@ def test_other_adapters_on_resume(config):
 
 
 def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
-    model = load_model(config.init_from, kernels="torch")
-    add_lora(model, LoRAConfig(2))
-    for layer in ("c_attn", "c_proj"):
-        torch.nn.init.normal_(getattr(model.transformer.h[0].attn, layer).lora_B.weight)
+    model = add_lora(load_model(config.init_from, kernels="torch"), LoRAConfig(2))
+    torch.nn.init.normal_(model.transformer.h[0].attn.c_attn.lora_B.weight)
     save_adapters(model, tmp_path / "adapters", config.init_from)
     idx = torch.randint(0, 257, (1, 20))
     loaded = load_model(tmp_path / "adapters", kernels="torch")
     assert_close(loaded(idx), model(idx), rtol=1e-4, atol=1e-5)
-    text = (tmp_path / "adapters" / "adapter_config.json").read_text()
-    (tmp_path / "adapters" / "adapter_config.json").write_text(text.replace("runs/base", "no/no/x"))
-    with pytest.raises(OSError, match="neither here nor"):
-        load_model(tmp_path / "adapters")
 
 
 def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
@@ -228,11 +211,7 @@ def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
         ({"lora_rank": -1}, "lora_rank must not be negative"),
         ({"lora_rank": 2, "lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
         ({"lora_dropout": 0.1}, "lora_dropout goes with adapters"),
-        ({"init_from": ""}, "fine-tuning starts from a model"),
         ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
-        ({"block_size": 128}, "block_size 128 is longer than the context"),
-        ({"val_fraction": 0.0}, "val_fraction 0 leaves none of .* for validation"),
-        ({"data": "nowhere.jsonl"}, "no such file or folder: 'nowhere.jsonl'"),
         ({"data": "alpaca"}, "no such file or folder: 'alpaca'"),
     ],
 )
@@ -277,6 +256,6 @@ def test_show_batch_shows_pairs_and_what_a_rollback_skipped(config, tmp_path, mo
     later = show(4).replace("step 4", "step 3")
     model, tokenizer = load_model(run, kernels="torch"), read_checkpoint(run).tokenizer
     save_checkpoint(run, 3, model, tokenizer=tokenizer, train={}, state={"offset": 8})
-    assert show(3) == f"== data offset 8 samples, for steps from 3 on\n{later}"
-    assert show(2).startswith("== data offset 8 samples, from a step between 1 and 3 on; before")
+    assert show(3) == f"== data offset 8 samples (by the checkpoints 8 at step 3)\n{later}"
+    assert "offset 8 samples (by the checkpoints 0 at step 1, 8 at step 3)" in show(2)
     assert show(0) == shown

@@ -1,6 +1,5 @@
 """Shards of consecutive integers: a window's tokens say where they came from."""
 
-import inspect
 import multiprocessing
 import os
 import signal
@@ -14,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.config import DataSource, GPTConfig
-from gpt2.data import Mixture, TokenLoader, find_shards, write_shard
-from gpt2.data.loader import BatchSource
+from gpt2.config import GPTConfig
+from gpt2.data import TokenLoader, find_shards, write_shard
+from gpt2.data.shards import HEADER_BYTES, shard_header
 from gpt2.model import GPT
 
 BACKENDS = ["cpp", "numpy"]
@@ -35,18 +34,6 @@ def shards(folder, *sizes):
         write_shard(paths[-1], np.arange(start, start + size))
         start += size
     return paths
-
-
-@pytest.mark.parametrize("kind", [TokenLoader, Mixture])
-def test_sources_have_what_a_batch_source_has(kind, counting):
-    for name, method in inspect.getmembers(BatchSource, inspect.isfunction):
-        if not name.startswith("_"):
-            wanted, found = (inspect.signature(f).parameters for f in (method, getattr(kind, name)))
-            assert list(wanted.values()) == list(found.values()), name
-    source = TokenLoader(find_shards(counting, "train"), 16)
-    if kind is Mixture:
-        source = Mixture((DataSource("a"),), {"a": source})
-    assert all(hasattr(source, name) for name in BatchSource.__annotations__)
 
 
 def test_windows_are_whole_and_targets_shifted(counting, backend):
@@ -74,11 +61,8 @@ def test_an_epoch_shows_every_window_once_and_the_next_another_order(counting, b
 
 
 def test_seeds_give_unrelated_orders(counting):
-    orders = []
-    for seed in range(20):
-        data = TokenLoader(find_shards(counting, "train"), 4, seed=seed)
-        orders.append(data.batch(0, data.n_windows)[0][:, 0].numpy() // 4)
-    orders = np.array(orders)
+    loaders = [TokenLoader(find_shards(counting, "train"), 4, seed=seed) for seed in range(20)]
+    orders = np.array([d.batch(0, d.n_windows)[0][:, 0].numpy() // 4 for d in loaders])
     assert abs(np.corrcoef(orders) - np.eye(20)).max() < 0.3
     # Neighbours in an order are no nearer to each other than chance (a third of the range).
     assert 0.28 < np.abs(np.diff(orders)).mean() / orders.max() < 0.39
@@ -189,29 +173,29 @@ def test_file_that_is_removed_or_replaced_while_it_is_read(tmp_path, backend):
     assert torch.equal(data.batch(0, 400)[0], expected)
 
 
+def run(code: str, *arguments) -> subprocess.CompletedProcess:
+    """code in a process of its own, so that its memory, limits and signals are the loader's."""
+    command = [sys.executable, "-c", "from gpt2.data import *\n" + code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def test_bus_errors_of_others_still_end_the_process(counting):
-    code = f"""if True:
-        import os, signal
-        from gpt2.data import TokenLoader
-        TokenLoader({str(counting / "train_000000.bin")!r}, 16, backend="cpp").batch(0, 1)
-        os.kill(os.getpid(), signal.SIGBUS)"""
-    assert subprocess.run([sys.executable, "-c", code]).returncode == -signal.SIGBUS
+    code = """
+import os, signal, sys
+TokenLoader(sys.argv[1], 16, backend="cpp").batch(0, 1)
+os.kill(os.getpid(), signal.SIGBUS)"""
+    assert run(code, counting / "train_000000.bin").returncode == -signal.SIGBUS
 
 
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((-1, 4, 0, 1), "step >= 0"),
-        ((1 << 60, 4, 0, 1), "beyond 2.60 samples"),
-        ((0, 0, 0, 1), "global_batch_size >= 1"),
-        ((0, 4, 2, 2), "rank < world_size"),
-        ((0, 5, 0, 2), "does not divide among 2 ranks"),
-    ],
-)
-def test_bad_batch_arguments(counting, arguments, message):
+def test_bad_batch_arguments(counting):
     data = TokenLoader(find_shards(counting, "train"), 16)
-    with pytest.raises(ValueError, match=message):
-        data.batch(*arguments)
+    for arguments, message in [
+        ((-1, 4, 0, 1), "step >= 0"), ((1 << 60, 4, 0, 1), "beyond 2.60 samples"),
+        ((0, 0, 0, 1), "global_batch_size >= 1"), ((0, 4, 2, 2), "rank < world_size"),
+        ((0, 5, 0, 2), "does not divide among 2 ranks"),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            data.batch(*arguments)
     with pytest.raises(ValueError, match=r"offset -9: before the first sample"):
         data.batch(2, 4, offset=-9)
 
@@ -280,7 +264,7 @@ def test_provenance_leads_back_to_the_token(documents, backend):
                 seen.add(shard)
     assert len(seen) == 2
     assert data.provenance(5, 3, 8, offset=-2) == data.provenance(5, 1, 8)
-    for row, token, message in [(8, 0, "row 8 is not one of the 8"), (0, 34, "outside a window")]:
+    for row, token, message in [(8, 0, "row 8 is not one of the 8"), (0, 34, "outside a row")]:
         with pytest.raises(ValueError, match=message):
             data.provenance(0, row, 8, token)
     assert TokenLoader(list(documents), 33, backend=backend).provenance(5, 5, 8).document == 0
@@ -307,13 +291,43 @@ def test_threads_and_forked_processes_may_share_a_loader(counting, backend):
 
 
 def test_cpp_asked_for_and_not_built(counting):
-    code = (
-        "import sys; sys.modules['gpt2._token_loader'] = None\n"
-        "from gpt2.data import TokenLoader\n"
-        f"path = {str(counting / 'train_000000.bin')!r}\n"
-        "assert TokenLoader(path, 16).backend == 'numpy'\n"
-        "try: TokenLoader(path, 16, backend='cpp')\n"
-        "except ImportError as e: print(e)\n"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "install a C++17 compiler" in out.stdout
+    code = """
+import sys
+sys.modules["gpt2._token_loader"] = None
+assert TokenLoader(sys.argv[1], 16).backend == "numpy"
+TokenLoader(sys.argv[1], 16, backend="cpp")"""
+    done = run(code, counting / "train_000000.bin")
+    assert "ImportError: the C++ token loader was not built: install a C++17" in done.stderr
+
+
+def test_ten_billion_tokens_in_100_shards_take_no_memory(tmp_path, backend):
+    for i in range(100):
+        with open(tmp_path / f"fineweb_train_{i:06}.bin", "wb") as file:
+            file.write(shard_header(10**8))
+            file.truncate(HEADER_BYTES + 2 * 10**8)  # sparse
+    code = """
+import sys
+def memory(key):
+    return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+before = memory("VmRSS")
+data = TokenLoader(find_shards(sys.argv[1], "train"), 1024, backend=sys.argv[2])
+opened = memory("VmRSS") - before
+data.batch(10**9, 16)
+before = memory("RssAnon")
+for step in range(500):
+    data.batch(step * 7919, 16)
+print(data.n_tokens, opened, memory("RssAnon") - before)"""
+    n_tokens, opened, read = map(int, run(code, tmp_path, backend).stdout.split())
+    assert n_tokens == 10_000_000_000 and opened < 200e6 and read < 4e6
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    for i in range(300):
+        np.arange(100, dtype="<u2").tofile(tmp_path / f"train_{i}.bin")
+    code = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, int(sys.argv[2])))
+print(TokenLoader(find_shards(sys.argv[1], "train"), 8).n_tokens)"""
+    assert run(code, tmp_path, 1000).stdout == "30000\n"
+    refused = run(code, tmp_path, 200).stderr
+    assert all(text in refused for text in ("Too many open files", "train_2", "ulimit -n"))

@@ -230,14 +230,15 @@ def test_training_on_a_mixture(train_config, shakespeare, tmp_path, capsys):
     assert losses(runs / "mixed")[3:] != losses(runs / "later")[3:]
     pretrain(replace(later, max_steps=7, resume="auto"))
     out = capsys.readouterr().out
-    assert "changed since the checkpoint: max_steps" in out and "seen the other" not in out
+    other = "the steps so far have seen the other"
+    assert "changed since the checkpoint: max_steps" in out and other not in out
     pretrain(replace(config, max_steps=8, resume="auto", run_name="later"))
-    assert "seen the other" in capsys.readouterr().out
+    assert other in capsys.readouterr().out
 
 
 def test_one_tokenizer_for_all_sources(shakespeare, train_config, tmp_path):
     (tmp_path / "other.txt").write_text("To be, or not to be. " * 100)
-    for kind, which in (("byte", "char and byte"), ("char", "char, but another one")):
+    for kind, which in (("byte", "char.* and .*byte"), ("char", "char.* and .*char")):
         out = tmp_path / kind
         prepare(PrepareConfig(text=str(tmp_path / "other.txt"), tokenizer=kind, out=str(out)))
         config = replace(train_config, data=f"{shakespeare}:1,{out}:1")

@@ -101,25 +101,21 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     assert f"resumed               from step {n_rows}" in out and "changed since" not in out
 
 
-def test_the_template_is_saved(config, tmp_path, capsys):
+def test_the_template_is_saved_and_val_data_is_its_own(config, tmp_path, capsys):
     start, before = save_base(tmp_path / "long", block_size=256), None
     assert load_chat_template(start) is None and load_chat_template("gpt2") is None
-    config = replace(config, tokens_per_step=512, max_steps=1, eval_every=0)
+    val = write(tmp_path / "val.jsonl", [{"question": "5 + 5?", "answer": "It is 10."}])
+    config = replace(config, tokens_per_step=512, max_steps=1, val_data=val)
     for template in ("user_assistant", "alpaca"):
         run = replace(config, template=template, init_from=start, run_name=template)
         sft(run)
         start = str(run_of(run))
+        assert len(losses(run_of(run), "val/loss")) == 2  # before and after the step
         assert load_chat_template(start) == read_checkpoint(start).chat_template == template
-        assert f"was trained with {before}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert "train: 40 conversations" in out and "val: 1 conversations in 1 packed rows" in out
+        assert f"was trained with {before}" in out
         before = template
-
-
-def test_the_recipe():
-    recipe = parse(SFTConfig, "", [str(ROOT / "configs" / "sft_alpaca.yaml")])
-    assert (recipe.init_from, recipe.max_steps, recipe.bad_rows) == ("gpt2", 0, "skip")
-    assert recipe.grad_accum_steps(1024, 1) == 2
-    on_eight = replace(recipe, micro_batch_size=2)
-    assert on_eight.grad_accum_steps(1024, 8) == 1
 
 
 def same_as_whole(train, config, file="model.safetensors") -> Path:
@@ -167,14 +163,6 @@ def test_two_ranks_give_the_losses_of_one(config, free_port):
     assert printed.count("train: ") == 1
 
 
-def test_val_data_of_its_own(config, tmp_path, capsys):
-    val = write(tmp_path / "val.jsonl", [{"question": "5 + 5?", "answer": "It is 10."}])
-    sft(replace(config, val_data=val, max_steps=1))
-    out = capsys.readouterr().out
-    assert "train: 40 conversations" in out and "val: 1 conversations in 1 packed rows" in out
-    assert len(losses(run_of(config), "val/loss")) == 2  # before and after the step
-
-
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -191,12 +179,8 @@ def test_val_data_of_its_own(config, tmp_path, capsys):
         (dict(val_data="x.jsonl", eval_every=0), "is for validation, but eval_every is 0"),
         (dict(max_conversations=0), "max_conversations must be at least 1"),
         (dict(max_steps=0, epochs=0.1, warmup_steps=9), "warmup_steps 9 must not be above max_st"),
-        (dict(max_steps=-1), "max_steps must be above 0"),
-        (dict(lr=-1.0, max_steps=0), "lr must be above 0"),
-        (dict(n_layer=3), "n_layer comes from init_from"),
         (dict(preset="char"), "the shape comes from init_from"),
         (dict(doc_mask=True), "never see each other"),
-        (dict(resume="nowhere"), "no checkpoint"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(config, changes, message):

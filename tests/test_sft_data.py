@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import lzma
 from pathlib import Path
 
 import numpy as np
@@ -204,19 +203,15 @@ def test_a_setting_that_no_row_could_meet_is_one_error(tmp_path, template, least
         load_conversations(data, TOKENIZER, least - 1, **options)
 
 
-BAD_ROWS = [
-    ({"question": "q"}, "no answer"),
-    ({"messages": []}, "empty conversation"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role"),
-    ({"question": "say <|assistant|>", "answer": "no"}, "template marker in text"),
-    ({"question": "q", "answer": ["a"]}, "not text"),
-    ({"text": "x"}, "unknown fields"),
-    ("q", "unknown fields"),
-    ({"message_id": ["m"], "parent_id": 3, "role": "prompter", "text": "q"}, "unknown fields"),
-]
-
-
-@pytest.mark.parametrize("row, kind", BAD_ROWS)
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ({"question": "q"}, "no answer"),
+        ({"question": "say <|assistant|>", "answer": "no"}, "template marker in text"),
+        ("q", "unknown fields"),
+        ({"message_id": ["m"], "parent_id": 3, "role": "prompter", "text": "q"}, "unknown fields"),
+    ],
+)
 def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, row, kind):
     path = write(tmp_path / "bad.jsonl", [QA[0], row, QA[1], row])
     match = r"bad\.jsonl: line 2: .*; --bad_rows skip leaves such rows out"
@@ -237,19 +232,16 @@ def test_every_kind_of_file_and_of_folder(tmp_path):
     def read(path) -> list:
         return [messages_from_row(row) for _, row in read_rows(str(path), Counts())]
 
-    lines = [json.dumps(row).encode() + b"\n" for row in QA]
     folder = tmp_path / "a,b"
     folder.mkdir()
-    (folder / "a.jsonl").write_bytes(b"".join(lines[:5]))
-    (folder / "b.jsonl.gz").write_bytes(gzip.compress(b"".join(lines[5:9])))
+    write(folder / "a.jsonl", QA[:5])
+    lines = "".join(json.dumps(row) + "\n" for row in QA[5:9])
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pq.write_table(pa.Table.from_pylist(QA[9:]), folder / "c.parquet")
-    (tmp_path / "rows.jsonl.xz").write_bytes(lzma.compress(b"".join(lines)))
     (tmp_path / "rows.json").write_text(json.dumps(QA))
     expected = read(folder)
     assert len(expected) == 12 and expected[3][0]["content"] == "What is 3 + 3?"
-    assert read(tmp_path / "rows.jsonl.xz") == read(tmp_path / "rows.json") == expected
-    both = read(f"{tmp_path / 'rows.json'}, {tmp_path / 'rows.jsonl.xz'}")
-    assert both == expected * 2
+    assert read(f"{tmp_path / 'rows.json'}, {tmp_path / 'rows.json'}") == expected * 2
     plain = [[{k: m[k] for k in ("role", "content")} for m in talk] for talk in expected[:2]]
     pq.write_table(pa.Table.from_pylist([{"messages": m} for m in plain]), tmp_path / "n.parquet")
     (tmp_path / "lists.json").write_text(json.dumps(plain))
@@ -382,15 +374,6 @@ def test_a_small_file_has_at_least_one_question_in_train_and_in_val(tmp_path, fr
     if fraction:
         with pytest.raises(ValueError, match="one question cannot be in train and in val"):
             load(path, 64, val_fraction=fraction)
-
-
-def test_loader_refuses_what_it_cannot_hold():
-    with pytest.raises(ValueError, match=r"2 to 9 tokens for rows of 8, got 3 to 10"):
-        ConversationLoader(conversations([3, 10]), 8)
-    with pytest.raises(ValueError, match="got 1 to 3"):
-        ConversationLoader(conversations([3, 1]), 8)
-    with pytest.raises(ValueError, match="no conversations"):
-        ConversationLoader(conversations([3]).select(np.array([False])), 8)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,5 @@ from gpt2.data.mixture import Mixture
 from gpt2.data.shards import find_shards, open_shards, read_manifest, write_shard
 
 __all__ = [
-    "Mixture",
-    "TokenLoader",
-    "find_shards",
-    "open_shards",
-    "read_manifest",
-    "write_shard",
-]
+    "Mixture", "TokenLoader", "find_shards", "open_shards", "read_manifest", "write_shard"
+]  # fmt: skip

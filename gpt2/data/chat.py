@@ -12,7 +12,7 @@ ends every answer, is a token of its own. So content that holds a marker of its 
 nobody could tell it from a turn. Content loses the white space around it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpt2.config import suggest
@@ -43,8 +43,6 @@ class Template:
     input, where it has one. assistant: before an answer. markers: what no content may hold.
     """
 
-    name: str
-    summary: str
     system: tuple[str, str]
     default: tuple[str, str]
     user: tuple[str, str]
@@ -56,12 +54,7 @@ class Template:
 _ALPACA = "Write a response that appropriately completes the request.\n\n"
 TEMPLATES: dict[str, Template] = {
     "user_assistant": Template(
-        "user_assistant",
-        "<|user|>, newline, question, newline, <|assistant|>, newline, answer, <|endoftext|>",
-        system=("<|system|>\n", "\n"),
-        default=("", ""),
-        user=("<|user|>\n", "\n"),
-        input="\n",
+        system=("<|system|>\n", "\n"), default=("", ""), user=("<|user|>\n", "\n"), input="\n",
         assistant="<|assistant|>\n",
         markers=("<|system|>", "<|user|>", "<|assistant|>", END_OF_TEXT),
     ),
@@ -69,20 +62,17 @@ TEMPLATES: dict[str, Template] = {
     # before the answer that the `text` column of its data set has. System text replaces its first
     # sentences; a further turn has only the headings.
     "alpaca": Template(
-        "alpaca",
-        "### Instruction:, perhaps ### Input:, ### Response:, answer, <|endoftext|>",
         system=("", "\n\n"),
         default=(
             f"Below is an instruction that describes a task. {_ALPACA}",
             "Below is an instruction that describes a task, paired with an input that provides "
             f"further context. {_ALPACA}",
         ),
-        user=("### Instruction:\n", "\n\n"),
-        input="\n\n### Input:\n",
+        user=("### Instruction:\n", "\n\n"), input="\n\n### Input:\n",
         assistant="### Response:\n",
         markers=("### Instruction:", "### Input:", "### Response:", END_OF_TEXT),
     ),
-}
+}  # fmt: skip
 
 
 def find_template(name: str) -> Template:
@@ -97,10 +87,11 @@ def encode_chat(
 ) -> tuple[list[int], list[bool]]:
     """A conversation for training: its tokens, and for each whether it is to be learnt.
 
-    Learnt are the tokens of an answer and the <|endoftext|> after it, unless its weight is 0.
+    messages: as messages_from_row gives them. Learnt are the tokens of an answer and the
+    <|endoftext|> after it, unless its weight is 0.
     Raises ChatError for a conversation that is empty, has no answer at its end or none to learn,
-    roles that are unknown or out of turn, content that is not text or holds a marker; ValueError
-    for an unknown template and a tokenizer without an end of text.
+    roles out of turn, content that is not text or holds a marker; ValueError for an unknown
+    template and a tokenizer without an end of text.
     """
     check_messages(messages, template)
     if messages[-1]["role"] != "assistant":
@@ -126,44 +117,43 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) 
 def check_messages(messages: list[Message], template: str) -> None:
     """Raises ChatError for what encode_chat refuses, except for an answer that is missing."""
     markers = find_template(template).markers
-    if not isinstance(messages, list):
-        kind = type(messages).__name__
-        raise ChatError("not text", f"messages must be a list, got {kind}")
     if not messages:
         raise ChatError("empty conversation", "the conversation has no messages")
     expected = ("system", "user")
     for number, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise ChatError(
-                "not text", f"message {number} needs a role and a content, got {message!r:.80}"
-            )
-        role = message["role"]
-        if role not in ("system", "user", "assistant"):
-            raise ChatError(
-                "unknown role",
-                f"message {number} has the unknown role {role!r:.40}: use system, user or "
-                "assistant",
-            )
+        role, content, weight = message["role"], message["content"], message.get("weight")
         if role not in expected:
             raise ChatError(
                 "roles out of turn",
                 f"message {number} is from {role!r}, where {' or '.join(expected)} is due",
             )
         expected = ("assistant",) if role == "user" else ("user",)
-        _check_text(message["content"], f"message {number} ({role})", markers)
-        if not message["content"].strip():
+        _check_text(content, f"message {number} ({role})", markers)
+        if not content.strip():
             kind = "no answer" if role == "assistant" else "empty message"
             raise ChatError(kind, f"message {number} ({role}) is empty")
         if message.get("input") is not None:
             _check_text(message["input"], f"the input of message {number}", markers)
-        if message.get("weight") not in (None, 0, 1):
+        if weight not in (None, 0, 1):
             raise ChatError(
                 "unknown weight",
-                f"message {number} has the weight {message['weight']!r:.40}: use 1, or 0 for an "
-                "answer that is not learnt",
+                f"message {number} has the weight {weight!r:.40}: use 1, or 0 for an answer that "
+                "is not learnt",
             )
-    if expected == ("user",) and len(messages) == 1:
+    if role == "system":
         raise ChatError("empty conversation", "the conversation has system text only")
+
+
+def _check_text(text, where: str, markers: tuple[str, ...]) -> None:
+    if not isinstance(text, str):
+        raise ChatError("not text", f"{where} holds {type(text).__name__}, not text")
+    for marker in markers:
+        if marker in text:
+            raise ChatError(
+                "template marker in text",
+                f"{where} holds the template's marker {marker!r}, which could not be told from a "
+                "turn",
+            )
 
 
 def messages_from_row(row: dict | list) -> list[Message]:
@@ -182,22 +172,44 @@ def messages_from_row(row: dict | list) -> list[Message]:
         return _message_list(row, "messages")
     if not isinstance(row, dict):
         raise ChatError("unknown fields", f"a row must be an object, got {type(row).__name__}")
-    for fields, read in _FORMS:
-        if all(any(name in row for name in names) for names in fields):
-            messages = read(row)
-            break
-    else:
-        for name in ("instruction", "prompt", "question"):
-            if name in row:
-                raise ChatError("no answer", f"the row has {name!r} but no answer")
-        raise ChatError(
-            "unknown fields",
-            "the row has none of the known fields (messages; conversations; instruction, output; "
-            f"prompt, response or completion; question, answer): it has {field_names(row)}",
-        )
-    if row.get("system"):
-        messages = [{"role": "system", "content": row["system"]}, *messages]
-    return messages
+    messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    if "messages" in row:
+        return messages + _message_list(row["messages"], "messages")
+    turns = row.get("conversations")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        roles = ("user", "assistant")
+        return messages + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
+    if "conversations" in row:
+        return messages + _message_list(turns, "conversations")
+    for question, answers in _FORMS.items():
+        answer = next((row[name] for name in answers if name in row), None)
+        if question not in row or answer is None:
+            continue
+        history, more = [], None
+        if question == "instruction":
+            history, more = row.get("history") or [], row.get("input", row.get("context"))
+        if not isinstance(history, list) or any(
+            not isinstance(pair, list | tuple) or len(pair) != 2 for pair in history
+        ):
+            raise ChatError("not text", "history must be a list of [question, answer]")
+        for asked, answered in history:
+            messages += _turn("user", asked) + _turn("assistant", answered)
+        return messages + _turn("user", row[question], more) + _turn("assistant", answer)
+    for question in _FORMS:
+        if question in row:
+            raise ChatError("no answer", f"the row has {question!r} but no answer")
+    raise ChatError(
+        "unknown fields",
+        "the row has none of the known fields (messages; conversations; instruction, output; "
+        f"prompt, response or completion; question, answer): it has {field_names(row)}",
+    )
+
+
+# The field of a question, and those that its answer may stand in.
+_FORMS = {
+    "instruction": ("output", "response"), "prompt": ("response", "completion"),
+    "question": ("answer",),
+}  # fmt: skip
 
 
 def field_names(row: dict) -> str:
@@ -240,65 +252,11 @@ def _input(message: Message) -> str:
     return (message.get("input") or "").strip()
 
 
-def _check_text(text, where: str, markers: tuple[str, ...]) -> None:
-    if not isinstance(text, str):
-        raise ChatError("not text", f"{where} holds {type(text).__name__}, not text")
-    for marker in markers:
-        if marker in text:
-            raise ChatError(
-                "template marker in text",
-                f"{where} holds the template's marker {marker!r}, which could not be told from a "
-                "turn",
-            )
-
-
-def _from_conversations(row: dict) -> list[Message]:
-    turns = row["conversations"]
-    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
-        roles = ("user", "assistant")
-        return [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return _message_list(turns, "conversations")
-
-
-def _from_instruction(row: dict) -> list[Message]:
-    history = row.get("history") or []
-    if not isinstance(history, list) or any(
-        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in history
-    ):
-        raise ChatError("not text", "history must be a list of [question, answer]")
-    messages = [message for question, answer in history for message in _pair(question, answer)]
-    answer, more = _first(row, ("output", "response")), _first(row, ("input", "context"))
-    return messages + _pair(row["instruction"], answer, more)
-
-
-# (fields, how to read them): of each group of names one is there.
-_FORMS: list[tuple[tuple[tuple[str, ...], ...], Callable[[dict], list[Message]]]] = [
-    ((("messages",),), lambda row: _message_list(row["messages"], "messages")),
-    ((("conversations",),), _from_conversations),
-    ((("instruction",), ("output", "response")), _from_instruction),
-    (
-        (("prompt",), ("response", "completion")),
-        lambda row: _pair(row["prompt"], _first(row, ("response", "completion"))),
-    ),
-    ((("question",), ("answer",)), lambda row: _pair(row["question"], row["answer"])),
-]
-
-
-def _pair(question, answer, more=None) -> list[Message]:
-    """A question, perhaps with an input, and its answer; either may be a list of messages."""
-    if answer is None:
-        raise ChatError("no answer", "the row's answer is null")
-    return _side("user", question, more) + _side("assistant", answer)
-
-
-def _side(role: str, content, more=None) -> list[Message]:
+def _turn(role: str, content, more=None) -> list[Message]:
+    """A message, or the list of messages that stands in its place."""
     if isinstance(content, list):
         return _message_list(content, "messages")
     return [{"role": role, "content": content, "input": more}]
-
-
-def _first(row: dict, names: tuple[str, ...]):
-    return next((row[name] for name in names if name in row), None)
 
 
 def _message_list(turns, name: str) -> list[Message]:

@@ -5,12 +5,13 @@ nothing is left out silently.
 """
 
 import errno
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.readers import JSON_SUFFIXES, HubRows, JsonRows, ParquetRows, find_files
+from gpt2.data.files import JSON_SUFFIXES, LeftOut, find_files
+from gpt2.data.readers import HubRows, JsonRows, ParquetRows
 
 
 @dataclass(frozen=True)
@@ -31,45 +32,36 @@ class ChatDataset:
 
 CHAT_DATASETS = {
     "alpaca": ChatDataset(
-        "Stanford Alpaca, 52,002 instructions", "tatsu-lab/alpaca", "CC BY-NC 4.0"
-    ),
+        "Stanford Alpaca, 52,002 instructions", "tatsu-lab/alpaca", "CC BY-NC 4.0"),
     "dolly": ChatDataset(
-        "Dolly, 15,011 instructions", "databricks/databricks-dolly-15k", "CC BY-SA 3.0"
-    ),
+        "Dolly, 15,011 instructions", "databricks/databricks-dolly-15k", "CC BY-SA 3.0"),
     "tulu2": ChatDataset(
-        "Tulu v2 mixture, 326,154 conversations", "allenai/tulu-v2-sft-mixture", "ODC-By 1.0"
-    ),
+        "Tulu v2 mixture, 326,154 conversations", "allenai/tulu-v2-sft-mixture", "ODC-By 1.0"),
     "lima": ChatDataset("LIMA, 1,030 conversations", "GAIR/lima", "CC BY-NC-SA", gated=True),
     "oasst1": ChatDataset(
         "OpenAssistant, of each English tree the best-ranked thread", "OpenAssistant/oasst1",
-        "Apache-2.0", lang="en",
-    ),
+        "Apache-2.0", lang="en"),
     "gsm8k": ChatDataset("GSM8K, 7,473 problems", "openai/gsm8k", "MIT", config="main"),
 }  # fmt: skip
 
 
 @dataclass
 class Counts:
-    """What became of the rows. left_out: what is wrong -> (how many, the first of them)."""
+    """What became of the rows."""
 
     what: str = "conversations"  # that the rows hold
     used: int = 0
     cut: int = 0  # those that were cut to fit; they are used
-    left_out: dict[str, tuple[int, str]] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
     @property
     def rows(self) -> int:
         return self.used + sum(n for n, _ in self.left_out.values())
 
-    def leave_out(self, kind: str, text: str) -> None:
-        n, first = self.left_out.get(kind, (0, text))
-        self.left_out[kind] = n + 1, first
-
     def lines(self) -> list[str]:
         """For the log: one line for each reason."""
-        found = [f"left out {n:,}: {kind}, first {text}" for kind, (n, text) in
-                 self.left_out.items()]  # fmt: skip
-        return found + ([f"cut {self.cut:,} {self.what} to fit block_size"] if self.cut else [])
+        cut = [f"cut {self.cut:,} {self.what} to fit block_size"]
+        return self.left_out.lines() + cut * bool(self.cut)
 
 
 def listing() -> str:
@@ -93,21 +85,26 @@ def read_rows(
     for name in map(str.strip, names):
         if not name:
             raise ValueError(f"data {data!r} leaves a name empty: name a file or folder there")
-        rows, lang = _open(name, known)
-        yield from _without_trees(rows, lang, counts)
+        if Path(name).exists():
+            rows, lang = _local_rows(name), ""
+        elif name in known:
+            rows, lang = _known_rows(name, known[name]), known[name].lang
+        else:
+            others = f", and no known data set: {suggest(name, known)}" if known else ""
+            raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
+        messages = []
+        for where, row in rows:
+            if _is_of_a_tree(row):
+                messages.append((where, row))
+            else:
+                yield where, row
+        yield from best_threads(messages, lang, counts)
 
 
-def _open(name: str, known: dict[str, ChatDataset]) -> tuple[Iterator[tuple[str, object]], str]:
-    """The rows of a file, a folder or a known data set; the language to keep."""
-    if Path(name).exists():
-        return _local_rows(name), ""
-    if name not in known:
-        others = f", and no known data set: {suggest(name, known)}" if known else ""
-        raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
-    dataset = known[name]
-    if not dataset.gated:
-        return HubRows(dataset.repo, dataset.config).objects(), dataset.lang
+def _known_rows(name: str, dataset: ChatDataset) -> Iterator[tuple[str, object]]:
     local = Path("data") / name
+    if not dataset.gated:
+        return HubRows(dataset.repo, dataset.config).objects()
     if not local.exists():
         raise OSError(
             errno.ENOENT,
@@ -117,7 +114,7 @@ def _open(name: str, known: dict[str, ChatDataset]) -> tuple[Iterator[tuple[str,
             " or name the folder that holds its train.jsonl as --data",
             str(local),
         )
-    return _local_rows(str(local)), dataset.lang
+    return _local_rows(str(local))
 
 
 def _local_rows(name: str) -> Iterator[tuple[str, object]]:
@@ -128,20 +125,8 @@ def _local_rows(name: str) -> Iterator[tuple[str, object]]:
     yield from ParquetRows(tables).objects()
 
 
-def _without_trees(
-    rows: Iterable[tuple[str, object]], lang: str, counts: Counts
-) -> Iterator[tuple[str, object]]:
-    """Rows as they are; single messages of trees (OpenAssistant) as their trees' best threads."""
-    messages = []
-    for where, row in rows:
-        if _is_of_a_tree(row):
-            messages.append((where, row))
-        else:
-            yield where, row
-    yield from best_threads(messages, lang, counts)
-
-
 def _is_of_a_tree(row) -> bool:
+    """Whether it is a single message of OpenAssistant's."""
     if not isinstance(row, dict) or not row.keys() >= {"message_id", "parent_id", "role", "text"}:
         return False
     return isinstance(row["message_id"], str) and isinstance(row["parent_id"], str | None)
@@ -161,7 +146,7 @@ def best_threads(
     known = {None, *(row["message_id"] for _, row in rows)}
     for where, row in rows:
         if row["parent_id"] not in known:
-            counts.leave_out("what it replies to is missing", where)
+            counts.left_out.add("what it replies to is missing", where)
         if not row.get("deleted") or row["parent_id"] is None:
             replies.setdefault(row["parent_id"], []).append((where, row))
 
@@ -171,10 +156,10 @@ def best_threads(
 
     for where, root in replies.get(None, ()):
         if lang and root.get("lang", lang) != lang:
-            counts.leave_out(f"language is not {lang}", f"{where}: {root['lang']!r:.40}")
+            counts.left_out.add(f"language is not {lang}", f"{where}: {root['lang']!r:.40}")
             continue
         if root.get("deleted"):
-            counts.leave_out("deleted question", where)
+            counts.left_out.add("deleted question", where)
             continue
         thread, seen = [root], {root["message_id"]}
         while following := replies.get(thread[-1]["message_id"]):

@@ -59,7 +59,7 @@ class Feed:
         self._buffers: list[Batch | None] = [None] * SLOTS
         self._sent: list = [None] * SLOTS  # each slot's last batch, alive until its copy is done
         self._slot = 0
-        self._ahead: tuple[tuple, Future] | None = None
+        self._ahead: tuple[tuple | None, Future | None] = None, None
         self._thread = ThreadPoolExecutor(1, "feed") if copies is not None else None
 
     def batch(
@@ -72,13 +72,13 @@ class Feed:
         if self.copies is None:
             parts = self._fill(key)
         else:
-            ahead, self._ahead = self._ahead, None
-            # One thread: what was started for another step ends before this one is begun.
-            future = ahead[1] if ahead is not None and ahead[0] == key else self._start(key)
+            (ready, future), self._ahead = self._ahead, (None, None)
+            if ready != key:  # one thread: what was started for another step ends before this one
+                future = self._thread.submit(self._send, key)
             parts, done = future.result()
             self.copies.receive(parts, done)
             following = (step + 1, *key[1:])
-            self._ahead = following, self._start(following)
+            self._ahead = following, self._thread.submit(self._send, following)
         self.waited_s += time.perf_counter() - start
         return parts
 
@@ -86,9 +86,6 @@ class Feed:
         """Ends the thread, after the batch it is at."""
         if self._thread is not None:
             self._thread.shutdown()
-
-    def _start(self, key: tuple) -> Future:
-        return self._thread.submit(self._send, key)
 
     def _send(self, key: tuple):
         following = (self._slot + 1) % SLOTS
@@ -104,9 +101,8 @@ class Feed:
     def _fill(self, key: tuple) -> Batch:
         """The batch in the next slot's buffers, which become the current one's."""
         self._slot = slot = (self._slot + 1) % SLOTS
-        *sizes, offset = key
         rows, out = rank_rows(*key)[1], self._buffers[slot]
         if out is None or len(out[0]) != rows:
             pin_memory = self.copies is not None and self.copies.pin_memory
             out = self._buffers[slot] = self.source.buffers(rows, pin_memory=pin_memory)
-        return self.source.batch(*sizes, offset=offset, out=out)
+        return self.source.batch(*key[:-1], offset=key[-1], out=out)

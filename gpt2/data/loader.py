@@ -1,12 +1,13 @@
 """TokenLoader: batches as a pure function of (data, seed, step, rank, world size).
 
 The C++ module does the work (csrc/token_loader.h describes the algorithm); NumpyBackend is its twin
-for machines without a compiler, and the oracle of its tests. Both give identical batches.
+for machines without a compiler. Both give identical batches.
 """
 
 import resource
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,8 @@ from gpt2.data.integrity import Verifier, identity
 from gpt2.data.numpy_backend import NumpyBackend
 from gpt2.data.shards import open_shards
 
+FINISH_S = 10.0  # how long the end of a run waits for a check of its data
 SPARE_FILES = 256  # open files that are left to the rest of the process
-
-
 Batch = tuple[Tensor, ...]
 
 
@@ -30,7 +30,7 @@ class Provenance(NamedTuple):
     document: int  # its number in the shard, from 1; 0 if it began in the shard before, or no eot
 
 
-class BatchSource(Protocol):
+class BatchSource(ABC):
     """What a run takes its batches from. All methods are functions of their arguments alone.
 
     names: of the parts of a batch, in order.  block_size: positions of a row.  n_windows: rows in
@@ -44,8 +44,8 @@ class BatchSource(Protocol):
     n_windows: int
     n_tokens: int
     backend: str
-    full_rows: bool
-    chat_template: str | None
+    full_rows: bool = True
+    chat_template: str | None = None
 
     def batch(
         self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
@@ -59,18 +59,38 @@ class BatchSource(Protocol):
         out: what buffers(rows) gave, to be written and returned; default: new tensors.
         Raises ValueError for numbers out of range.
         """
+        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
+        out = self.buffers(rows) if out is None else out
+        return self.read(np.arange(first, first + rows), global_batch_size, out)
 
     def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch | None:
         """Tensors for a batch of so many rows, not initialised; None: batch makes new ones."""
+        return None
 
     def provenance(
         self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
     ) -> Provenance:
         """Where token `token` of a row of the global batch came from. Raises as batch does."""
+        first, rows = rank_rows(step, global_batch_size, offset=offset)
+        if not 0 <= row < rows:
+            raise ValueError(f"row {row} is not one of the {rows} rows of a step")
+        if not 0 <= token <= self.block_size:
+            raise ValueError(f"token {token} lies outside a row of {self.block_size} + 1 tokens")
+        return self.place(first + row, global_batch_size, token)
 
-    def finish(self, timeout_s: float = 10.0) -> None:
-        """Waits for a check of the data that goes on in the background; raises what it finds."""
+    def finish(self) -> None:
+        """Waits a while for a check of the data in the background; raises what it finds."""
+        return None
 
+    @abstractmethod
+    def read(self, samples: np.ndarray, global_batch_size: int, out: Batch | None) -> Batch:
+        """These samples of the run, (rows,) int64, as a batch; global_batch_size is the step's."""
+
+    @abstractmethod
+    def place(self, sample: int, global_batch_size: int, token: int) -> Provenance:
+        """Where a token of a sample of the run came from."""
+
+    @abstractmethod
     def identity(self) -> list[dict]:
         """What the data is, for each folder or file {"path", "tokens", "hash", ...}, fit for JSON.
 
@@ -78,80 +98,59 @@ class BatchSource(Protocol):
         """
 
 
-class TokenLoader:
-    """A BatchSource: windows of block_size tokens, each exactly once an epoch, in an order of its
-    own each epoch.
+class TokenLoader(BatchSource):
+    """Windows of block_size tokens, each exactly once an epoch, in an order of its own each epoch.
 
     paths: shard files (gpt2.data.shards lists the formats); together they are one stream of tokens.
     shuffle: False reads the windows in order and without shifting them, for evaluation.
-    vocab_size: a larger token is an error when it is read; None accepts any uint16.
+    vocab_size: a larger token is an error when it is read.
     eot: the token that begins a document, None where there is none.
     doc_mask: batches have a third part, doc_start, which keeps attention inside documents.
-    verify: whether the shards' content is compared with the manifest beside them: "off"; "open",
-    before the first batch; "background", in a thread from the first batch on, and what it finds is
-    raised by the next batch, or by finish(). verify_share: (i, n), this process checks every n-th
-    shard from i on.
+    verify: (i, n): from the first batch on, the content of every n-th shard from the i-th on is
+    compared with the manifest beside it, in a thread; the next batch raises what it finds.
     backend: "cpp", "numpy", or "auto": C++ where it was built.
 
-    Attribute beside BatchSource's: verifiers (its one gpt2.data.integrity.Verifier).
+    A batch is idx, targets (rows, block_size) int64, targets = idx shifted by one token; and, with
+    doc_mask, doc_start (rows, block_size) int32: the index in its row of the first token of the
+    document that each of idx belongs to.
     Raises ValueError (damaged shard, too few tokens, unknown backend, doc_mask without eot),
-    OSError, ImportError ("cpp" not built).
+    OSError, ImportError ("cpp" not built). batch raises ValueError for a token beyond the
+    vocabulary, OSError for a file that was cut or written to.
     """
-
-    full_rows, chat_template = True, None
 
     def __init__(
         self, paths: str | Path | list[str | Path], block_size: int, seed: int = 1337,
-        shuffle: bool = True, *, vocab_size: int | None = None, eot: int | None = None,
-        doc_mask: bool = False, verify: str = "off", verify_share: tuple[int, int] = (0, 1),
-        backend: str = "auto",
+        shuffle: bool = True, *, vocab_size: int = 1 << 16, eot: int | None = None,
+        doc_mask: bool = False, verify: tuple[int, int] | None = None, backend: str = "auto",
     ):  # fmt: skip
         if doc_mask and eot is None:
             raise ValueError("doc_mask needs an end-of-text token, which this tokenizer has not")
         self.shards = open_shards(paths)
-        self.verifiers = [Verifier(self.shards, verify, verify_share)]
+        self.verifier = Verifier(self.shards, verify)
         self.block_size, self.shuffle, self.eot = block_size, shuffle, eot
         self.names = ("idx", "targets", "doc_start") if doc_mask else ("idx", "targets")
         make, self.backend = _select_backend(backend)
         _allow_open_files(len(self.shards))
-        specs = [(s.path, s.offset, s.n_tokens) for s in self.shards]
-        vocab_size = 1 << 16 if vocab_size is None else vocab_size
-        self._backend = make(specs, block_size, seed % (1 << 64), shuffle, vocab_size)
+        self._backend = make(self.shards, block_size, seed % (1 << 64), shuffle, vocab_size)
         self.n_tokens: int = self._backend.n_tokens
         self.n_windows: int = self._backend.n_windows
 
-    def batch(
-        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
-        *, offset: int = 0, out: Batch | None = None,
-    ) -> Batch:  # fmt: skip
-        """As BatchSource.batch: idx, targets (rows, block_size) int64, targets = idx shifted by one
-        token; and, with doc_mask, doc_start (rows, block_size) int32: the index in its row of the
-        first token of the document that each of idx belongs to.
+    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
+        shape, dtypes = (rows, self.block_size), (torch.int64, torch.int64, torch.int32)
+        dtypes = dtypes[: len(self.names)]
+        return tuple(torch.empty(shape, dtype=dtype, pin_memory=pin_memory) for dtype in dtypes)
 
-        Raises ValueError for numbers out of range and for tokens beyond the vocabulary or shards
-        that `verify` found damaged; OSError for a file that was cut or written to.
-        """
-        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
-        out = self.buffers(rows) if out is None else out
-        samples = np.arange(first, first + rows)
+    def read(self, samples: np.ndarray, global_batch_size: int, out: Batch) -> Batch:
         self.fill(samples, out)
         self.prefetch(samples + global_batch_size)
         return out
-
-    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
-        """As BatchSource.buffers."""
-        shape, dtypes = (rows, self.block_size), (torch.int64, torch.int64, torch.int32)
-        return tuple(
-            torch.empty(shape, dtype=dtype, pin_memory=pin_memory)
-            for dtype in dtypes[: len(self.names)]
-        )
 
     def fill(self, samples: np.ndarray, out: Batch) -> None:
         """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row.
 
         Raises ValueError where out has another number of rows, and as batch does.
         """
-        self.verifiers[0].check()
+        self.verifier.check()
         parts = [part.numpy() for part in out]
         self._backend.fill(samples, *parts, *([self.eot] if len(parts) == 3 else []))
 
@@ -159,16 +158,8 @@ class TokenLoader:
         """Starts reading samples from a cold disk, and returns at once."""
         self._backend.prefetch(samples)
 
-    def provenance(
-        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
-    ) -> Provenance:
-        """As BatchSource.provenance; counts the document by reading the shard up to there."""
-        return self.provenance_of(row_sample(step, row, global_batch_size, offset), token)
-
-    def provenance_of(self, sample: int, token: int = 0) -> Provenance:
-        """Where token `token` of a sample of the run came from."""
-        if not 0 <= token <= self.block_size:
-            raise ValueError(f"token {token} lies outside a window of {self.block_size} + 1 tokens")
+    def place(self, sample: int, global_batch_size: int, token: int) -> Provenance:
+        """Counts the document by reading the shard up to there."""
         at = self._backend.window_start(sample) + token
         for shard in self.shards:
             if at < shard.n_tokens:
@@ -181,14 +172,11 @@ class TokenLoader:
             document += int(np.count_nonzero(part == self.eot))
         return Provenance(shard.path, at, document)
 
-    def identity(self) -> list[dict]:
-        """As BatchSource.identity; gpt2.data.integrity says what it is made from."""
-        return identity(self.shards)
+    def finish(self) -> None:
+        self.verifier.finish(FINISH_S)
 
-    def finish(self, timeout_s: float = 10.0) -> None:
-        """Waits that long for the check in the background to end; raises what it found."""
-        for verifier in self.verifiers:
-            verifier.finish(timeout_s)
+    def identity(self) -> list[dict]:
+        return identity(self.shards)
 
 
 def rank_rows(
@@ -211,14 +199,6 @@ def rank_rows(
             + ("before the first sample" if first < 0 else "beyond 2^60 samples")
         )
     return first + rank * rows, rows
-
-
-def row_sample(step: int, row: int, global_batch_size: int, offset: int = 0) -> int:
-    """The sample that is a row of a step's global batch. Raises ValueError."""
-    first, rows = rank_rows(step, global_batch_size, offset=offset)
-    if not 0 <= row < rows:
-        raise ValueError(f"row {row} is not one of the {rows} rows of a step")
-    return first + row
 
 
 def _select_backend(name: str):

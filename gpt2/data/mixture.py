@@ -1,4 +1,4 @@
-"""Mixtures: several data sets in exact proportions, as one loader.
+"""The tokens that a run names as one loader: a data folder, or several in exact proportions.
 
 Which source the i-th sample of a mixture comes from, and how many came from that source before it,
 are computed from i alone, so batches stay a pure function of (data, seed, step) and any step is
@@ -18,14 +18,18 @@ exactly once, so that its mean loss is that of all their tokens: n_windows of ea
 the weights, and sources alternate, so that the first windows alone stand for all sources too.
 """
 
+from bisect import bisect
 from fractions import Fraction
 from math import lcm
+from pathlib import Path
 
 import numpy as np
 
-from gpt2.config import DataSource
-from gpt2.data.loader import Batch, Provenance, TokenLoader, rank_rows, row_sample
+from gpt2 import tokenizer
+from gpt2.config import DataSource, data_sources
+from gpt2.data.loader import Batch, BatchSource, Provenance, TokenLoader
 from gpt2.data.numpy_backend import SKIP
+from gpt2.data.shards import find_shards, folder_tokenizer
 
 # Products of a weight and a count below the sum of weights stay within int64.
 MAX_WEIGHTS = 1 << 31
@@ -49,10 +53,6 @@ class Ratio:
             )
         self.weights: list[int] = [int(w) for w in whole]
 
-    def part(self, source: int) -> str:
-        """A source's part of the samples, such as 7/10."""
-        return str(Fraction(self.weights[source], sum(self.weights)))
-
     def counts(self, i: np.ndarray) -> np.ndarray:
         """How many of the first i samples each source has: i (n,) int64 -> (sources, n) int64."""
         total = sum(self.weights)
@@ -64,8 +64,8 @@ class Ratio:
         return np.stack([c + periods * w for c, w in zip(counts, self.weights, strict=True)])
 
 
-class Mixture:
-    """Several TokenLoaders as one BatchSource.
+class Mixture(BatchSource):
+    """Several TokenLoaders as one.
 
     sources: what to mix, as the config lists it.
     loaders: one for each path of sources; their block_size, eot, doc_mask and shuffle are alike.
@@ -76,13 +76,10 @@ class Mixture:
     Raises ValueError for weights that Ratio refuses.
     """
 
-    full_rows, chat_template = True, None
-
     def __init__(self, sources: tuple[DataSource, ...], loaders: dict[str, TokenLoader]):
         self.paths, self.loaders = list(loaders), list(loaders.values())
         one = self.loaders[0]
         self.names, self.block_size, self.backend = one.names, one.block_size, one.backend
-        self.verifiers = [verifier for loader in self.loaders for verifier in loader.verifiers]
         self.windows = [loader.n_windows for loader in self.loaders]
         if one.shuffle:
             self.from_steps = sorted({s.from_step for s in sources})
@@ -95,16 +92,13 @@ class Mixture:
             self.from_steps, self.ratios = [0], [Ratio([Fraction(n) for n in self.windows])]
         self.phases = len(self.ratios)
         self.n_tokens = sum(loader.n_tokens for loader in self.loaders)
-        self.n_windows = self._one_epoch()
 
-    def batch(
-        self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
-        *, offset: int = 0, out: Batch | None = None,
-    ) -> Batch:  # fmt: skip
-        """As TokenLoader.batch."""
-        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
-        out = self.buffers(rows) if out is None else out
-        i = np.arange(first, first + rows)
+        def repeats(i: int) -> bool:
+            return bool((self.ratios[0].counts(np.array([i]))[:, 0] > self.windows).any())
+
+        self.n_windows = bisect(range(sum(self.windows) + 1), False, key=repeats) - 1
+
+    def read(self, i: np.ndarray, global_batch_size: int, out: Batch) -> Batch:
         samples = self._samples(i, global_batch_size)
         ahead = self._samples(i + global_batch_size, global_batch_size)
         for loader, mine, next_step in zip(self.loaders, samples, ahead, strict=True):
@@ -113,7 +107,6 @@ class Mixture:
         return out
 
     def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
-        """As TokenLoader.buffers."""
         return self.loaders[0].buffers(rows, pin_memory=pin_memory)
 
     def epochs(self, step: int, global_batch_size: int) -> dict[str, float]:
@@ -121,30 +114,23 @@ class Mixture:
         counts = self._before(step * global_batch_size, global_batch_size).tolist()
         return {p: c / n for p, c, n in zip(self.paths, counts, self.windows, strict=True)}
 
-    def provenance(
-        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
-    ) -> Provenance:
-        """As TokenLoader.provenance."""
-        i = row_sample(step, row, global_batch_size, offset)
+    def place(self, i: int, global_batch_size: int, token: int) -> Provenance:
         samples = self._samples(np.array([i]), global_batch_size)[:, 0]
         source = int(np.argmax(samples != SKIP))
-        return self.loaders[source].provenance_of(int(samples[source]), token)
+        return self.loaders[source].place(int(samples[source]), global_batch_size, token)
+
+    def finish(self) -> None:
+        for loader in self.loaders:
+            loader.finish()
 
     def identity(self) -> list[dict]:
         """As TokenLoader.identity, each with "weights": [[from_step, its part of the samples]]."""
-        return [
-            entry | {"weights": [[step, ratio.part(s)] for step, ratio in self._phases()]}
-            for s, loader in enumerate(self.loaders)
-            for entry in loader.identity()
-        ]
-
-    def finish(self, timeout_s: float = 10.0) -> None:
-        """As TokenLoader.finish, for each source."""
-        for loader in self.loaders:
-            loader.finish(timeout_s)
-
-    def _phases(self):
-        return zip(self.from_steps, self.ratios, strict=True)
+        found = []
+        for s, loader in enumerate(self.loaders):
+            parts = [str(Fraction(r.weights[s], sum(r.weights))) for r in self.ratios]
+            weights = [list(pair) for pair in zip(self.from_steps, parts, strict=True)]
+            found += [entry | {"weights": weights} for entry in loader.identity()]
+        return found
 
     def _starts(self, global_batch_size: int) -> list[int]:
         """The first sample of each phase; those beyond all samples of a run are alike."""
@@ -171,10 +157,43 @@ class Mixture:
             counts += ratio.counts(np.array([max(min(end, sample) - start, 0)]))[:, 0]
         return counts
 
-    def _one_epoch(self) -> int:
-        windows, low, high = np.array(self.windows), 1, sum(self.windows)
-        while low < high:
-            middle = (low + high + 1) // 2
-            enough = bool((self.ratios[0].counts(np.array([middle]))[:, 0] <= windows).all())
-            low, high = (middle, high) if enough else (low, middle - 1)
-        return low
+
+def find_tokenizer(data: str) -> tokenizer.Tokenizer:
+    """The tokenizer of the data that a config names; GPT-2's where nothing there says.
+
+    Raises ValueError where the folders of a mixture differ in it, and for a damaged manifest.
+    """
+    found = {s.path: folder_tokenizer(s.path) or {"name": "gpt2"} for s in data_sources(data)}
+    first, description = next(iter(found.items()))
+    for path, other in found.items():
+        if other != description:
+            raise ValueError(
+                f"{first} and {path} were made with different tokenizers ({description!r:.60} and "
+                f"{other!r:.60}): a mixture needs the same; prepare one of them again"
+            )
+    try:
+        return tokenizer.from_dict(description)
+    except ValueError as error:
+        raise ValueError(f"{Path(first) / 'manifest.json'}: {error}") from error
+
+
+def open_split(
+    data: str, split: str, block_size: int, *, seed: int = 1337, doc_mask: bool = False,
+    share: tuple[int, int] = (0, 1),
+) -> TokenLoader | Mixture:  # fmt: skip
+    """The loader of a split ("train" or "val"): shuffled for training, in order for validation.
+
+    Of a mixture validation reads every window of every source once, whatever the weights.
+    share: (rank, world size), by which the checking of hashes is divided.
+    Raises as TokenLoader does.
+    """
+    sources = data_sources(data)
+    data_tokenizer = find_tokenizer(data)
+    loaders = {
+        path: TokenLoader(
+            find_shards(path, split), block_size, seed, split == "train", eot=data_tokenizer.eot,
+            vocab_size=data_tokenizer.vocab_size, doc_mask=doc_mask, verify=share,
+        )
+        for path in dict.fromkeys(s.path for s in sources)
+    }  # fmt: skip
+    return Mixture(sources, loaders) if len(sources) > 1 else next(iter(loaders.values()))

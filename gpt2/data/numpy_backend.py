@@ -1,5 +1,8 @@
 """The algorithm of csrc/token_loader.h in numpy, for machines without a compiler; the oracle of its
 tests. It takes several times as long.
+
+The order of an epoch is a keyed permutation of [0, n), computed and not stored: in Python's
+integers, cut to 64 bits by hand, since numpy's take ten times as long for a single value.
 """
 
 import errno
@@ -7,32 +10,63 @@ import os
 
 import numpy as np
 
-from gpt2.data.order import epoch_key, mix, permute
 from gpt2.data.shards import Shard
 
 MAX_BLOCK = 1 << 30
 SKIP = -1  # the sample of a row that fill leaves as it is
+ROUNDS = 8
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = (1 << 64) - 1
+
+
+def mix(z: int) -> int:
+    """The finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+    generators, 2014)."""
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """The key of an epoch's permutation."""
+    return mix(mix(seed + GOLDEN & MASK) + GOLDEN * (epoch + 1) & MASK)
+
+
+def permute(index: int, n: int, key: int) -> int:
+    """Where a keyed permutation of [0, n) takes index: a Feistel network with cycle walking."""
+    bits = max(2, (n - 1).bit_length())
+    low_bits = bits // 2
+    low_mask, high_mask = (1 << low_bits) - 1, (1 << (bits - low_bits)) - 1
+    while True:
+        low, high = index & low_mask, index >> low_bits
+        for r in range(0, ROUNDS, 2):
+            low ^= mix(high + key + GOLDEN * (r + 1) & MASK) & low_mask
+            high ^= mix(low + key + GOLDEN * (r + 2) & MASK) & high_mask
+        index = high << low_bits | low
+        if index < n:
+            return index
 
 
 class NumpyBackend:
     """Same arguments, same results, same errors as the C++ TokenLoader."""
 
-    def __init__(self, shards, block_size: int, seed: int, shuffle: bool, vocab_size: int):
+    def __init__(
+        self, shards: list[Shard], block_size: int, seed: int, shuffle: bool, vocab_size: int
+    ):
         if not 1 <= block_size <= MAX_BLOCK:
-            raise ValueError(
-                f"block_size must be at least 1 and at most {MAX_BLOCK}, got {block_size}"
-            )
+            limits = f"at least 1 and at most {MAX_BLOCK}"
+            raise ValueError(f"block_size must be {limits}, got {block_size}")
         if not shards:
             raise ValueError("no shards given")
-        self.shards = [Shard(*shard) for shard in shards]
         # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
+        self.shards = shards
         self.files = [open(shard.path, "rb", buffering=0) for shard in self.shards]
         self.modified = [os.fstat(file.fileno()).st_mtime_ns for file in self.files]
-        for s in range(len(self.shards)):
+        for s in range(len(shards)):
             self._check_unchanged(s)
-        self.starts = np.cumsum([0] + [shard.n_tokens for shard in self.shards])
-        self.block_size, self.seed, self.shuffle = block_size, seed, shuffle
-        self.vocab_size = vocab_size
+        self.starts = np.cumsum([0] + [shard.n_tokens for shard in shards])
+        self.block_size, self.seed = block_size, seed
+        self.shuffle, self.vocab_size = shuffle, vocab_size
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
         if self.n_windows < 1:
@@ -97,16 +131,15 @@ class NumpyBackend:
         shard, info = self.shards[s], os.fstat(self.files[s].fileno())
         needed = shard.offset + 2 * shard.n_tokens
         if info.st_size < needed:
-            raise OSError(
-                errno.EIO,
+            what = (
                 f"the file has {info.st_size} bytes but its tokens need {needed}; it was cut short "
-                "or is being rewritten. Prepare the data again",
-                shard.path,
+                "or is being rewritten. Prepare the data again"
             )
-        if info.st_mtime_ns != self.modified[s]:
-            raise OSError(
-                errno.EIO,
+        elif info.st_mtime_ns != self.modified[s]:
+            what = (
                 "the file was written to while it is in use, so its tokens may not be those of "
-                "this run any more; start again from the last checkpoint",
-                shard.path,
+                "this run any more; start again from the last checkpoint"
             )
+        else:
+            return
+        raise OSError(errno.EIO, what, shard.path)

@@ -7,16 +7,10 @@ tokens that come after everything that counts, so that causal attention never se
 """
 
 import re
+from os.path import commonprefix
 
-from gpt2.data.chat import (
-    ChatError,
-    Message,
-    encode_chat,
-    encode_prompt,
-    field_names,
-    find_template,
-    messages_from_row,
-)
+from gpt2.data import chat
+from gpt2.data.chat import ChatError, Message, encode_chat, encode_prompt, messages_from_row
 from gpt2.data.loader import Batch
 from gpt2.data.rows import Conversations, RowLoader, Tokens, TooLong, check_settings, load_rows
 from gpt2.tokenizer import Tokenizer
@@ -44,15 +38,15 @@ def pair_from_row(row: dict) -> tuple[list[Message], list[Message]]:
             raise ChatError("no preference", f"preference is {row['preference']!r:.40}, not 1 or 2")
         better, worse = (1, 2) if row["preference"] == 1 else (2, 1)
         row = row | {"chosen": row[f"output_{better}"], "rejected": row[f"output_{worse}"]}
-    if "chosen" not in row or "rejected" not in row:
+    if not row.keys() >= {"chosen", "rejected"}:
         raise ChatError(
             "unknown fields",
             "the row needs chosen and rejected (and a prompt, or output_1, output_2 and "
-            f"preference): it has {field_names(row)}",
+            f"preference): it has {chat.field_names(row)}",
         )
     answers = row["chosen"], row["rejected"]
     for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-        if answer is None or isinstance(answer, str | list) and not answer:
+        if not answer:
             raise ChatError("no answer", f"{name} is empty")
         if not isinstance(answer, str | list):
             raise ChatError("not text", f"{name} is {type(answer).__name__}, not text or messages")
@@ -120,11 +114,8 @@ def encode_pair(
     encoded = [encode_chat(messages, tokenizer, template) for messages in (chosen, rejected)]
     if encoded[0][0] == encoded[1][0]:
         raise ChatError("chosen and rejected are the same", "chosen and rejected are the same")
-    shared = 0
-    for a, b in zip(chosen, rejected, strict=False):
-        if _plain(a) != _plain(b):
-            break
-        shared += 1
+    # As the template writes them; commonprefix takes any sequences.
+    shared = len(commonprefix([[_plain(m) for m in messages] for messages in (chosen, rejected)]))
     if shared == 0 or chosen[shared - 1]["role"] != "user":
         raise ChatError(
             "prompts differ",
@@ -138,19 +129,13 @@ def encode_pair(
 
 
 def _plain(message: Message) -> tuple[str, str, str]:
-    """A message as the template writes it."""
     return message["role"], message["content"].strip(), (message.get("input") or "").strip()
 
 
 def load_pairs(
-    data: str,
-    tokenizer: Tokenizer,
-    block_size: int,
-    *,
-    template: str,
-    overlong: str = "drop",
+    data: str, tokenizer: Tokenizer, block_size: int, *, template: str, overlong: str = "drop",
     **options,
-) -> tuple[Conversations, Conversations]:
+) -> tuple[Conversations, Conversations]:  # fmt: skip
     """Reads and tokenises pairs into (train, val): at 2 i the chosen, at 2 i + 1 the rejected.
 
     data: files or folders; options and errors: gpt2.data.rows.load_rows.
@@ -159,7 +144,7 @@ def load_pairs(
     not enough).
     """
     check_settings(tokenizer, template, block_size)
-    marker = len(tokenizer.encode(find_template(template).assistant))
+    marker = len(tokenizer.encode(chat.find_template(template).assistant))
 
     def encode(row):
         chosen, rejected = pair_from_row(row)
@@ -190,7 +175,7 @@ class PairLoader(RowLoader):
     names, backend = ("idx", "targets"), "pairs"
 
     def __init__(self, pairs: Conversations, length: int, *args, trim: bool = True, **options):
-        super().__init__(pairs, length, *args, **options)
+        super().__init__(pairs, *args, **options)
         self.length, self.full_rows = length, not trim
         self.n_windows, self.block_size = len(pairs) // 2, 2 * length
 
@@ -207,5 +192,5 @@ class PairLoader(RowLoader):
         halves = (part.view(len(rows), 2, self.length)[..., :T] for part in (idx, targets))
         return tuple(half.contiguous() for half in halves)
 
-    def _content(self) -> str:
+    def content(self) -> str:
         return f"{self.n_windows:,} pairs in rows of 2 x {self.length}"

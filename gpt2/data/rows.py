@@ -5,7 +5,7 @@ is a pure function of (data, seed, step), and each row comes exactly once an epo
 is computed from (seed, epoch).
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,8 +18,8 @@ import xxhash
 from gpt2.config import IGNORE_INDEX
 from gpt2.data.chat import ChatError, Message, encode_chat
 from gpt2.data.conversations import CHAT_DATASETS, ChatDataset, Counts, read_rows
-from gpt2.data.loader import Batch, Provenance, rank_rows, row_sample
-from gpt2.data.order import epoch_key, permute
+from gpt2.data.loader import Batch, BatchSource, Provenance
+from gpt2.data.numpy_backend import epoch_key, permute
 from gpt2.data.readers import Row
 from gpt2.tokenizer import Tokenizer
 
@@ -63,16 +63,10 @@ class Conversations:
 
 
 def load_rows(
-    data: str,
-    encode: Callable[[object], tuple[list[Message], list[Tokens], bool]],
-    what: str,
-    *,
-    bad_rows: str = "error",
-    val_fraction: float = 0.0,
-    limit: int | None = None,
-    parts: tuple[str, ...] = ("",),
-    known: dict[str, ChatDataset] = CHAT_DATASETS,
-) -> tuple[Conversations, Conversations]:
+    data: str, encode: Callable[[object], tuple[list[Message], list[Tokens], bool]], what: str,
+    *, bad_rows: str = "error", val_fraction: float = 0.0, limit: int | None = None,
+    parts: tuple[str, ...] = ("",), known: dict[str, ChatDataset] = CHAT_DATASETS,
+) -> tuple[Conversations, Conversations]:  # fmt: skip
     """Reads data (see read_rows) into (train, val), which share counts.
 
     encode: of a row the messages whose first question decides between train and val, the tokens of
@@ -96,7 +90,7 @@ def load_rows(
                 raise ValueError(
                     f"{place}: {error}; --bad_rows skip leaves such rows out, and counts them"
                 ) from error
-            counts.leave_out(error.kind, f"{place}: {error}")
+            counts.left_out.add(error.kind, f"{place}: {error}")
             continue
         counts.used += 1
         counts.cut += cut
@@ -110,15 +104,13 @@ def load_rows(
         raise ValueError(f"{data}: no {what} to train on in {counts.rows:,} rows: {reasons}")
     ends = np.cumsum([len(ids) for ids in tokens])
     both = Conversations(data, np.concatenate(tokens), np.concatenate(learnt), ends, where, counts)
-    is_val = np.array([h < val_fraction * 2.0**64 for h in hashes])
-    if val_fraction > 0:
-        if min(hashes) == max(hashes):
-            raise ValueError(
-                f"{data}: one question cannot be in train and in val: name a file as val_data, or "
-                "switch validation off with eval_every 0"
-            )
-        is_val |= np.array([h == min(hashes) for h in hashes])
-        is_val &= np.array([h != max(hashes) for h in hashes])
+    low, high, bound = min(hashes), max(hashes), val_fraction * 2.0**64
+    if val_fraction > 0 and low == high:
+        raise ValueError(
+            f"{data}: one question cannot be in train and in val: name a file as val_data, or "
+            "switch validation off with eval_every 0"
+        )
+    is_val = np.array([bound > 0 and h != high and (h < bound or h == low) for h in hashes])
     return both.select(~is_val), both.select(is_val)
 
 
@@ -141,42 +133,21 @@ def check_settings(tokenizer: Tokenizer, template: str, block_size: int) -> None
         )
 
 
-class RowLoader(ABC):
-    """A BatchSource (see gpt2.data.loader) of rows made of conversations.
+class RowLoader(BatchSource):
+    """Rows made of conversations; see gpt2.data.loader.BatchSource.
 
-    data: each of 2 to `longest` + 1 tokens; one of n takes n - 1 positions, since its last token is
-    only predicted. shuffle: False gives the rows in order, for validation. pad: the token that
-    fills rows up. chat_template: the name of the template they are written in.
+    data: as load_rows gives it; a conversation of n tokens takes n - 1 positions, since its last
+    token is only predicted. shuffle: False gives the rows in order, for validation. pad: the token
+    that fills rows up. chat_template: the name of the template they are written in.
 
-    Attributes: those of a BatchSource; n_filled (positions of an epoch that hold a conversation),
-    n_targets (those that are learnt).
-    Raises ValueError for no conversations and for those that do not fit.
+    Attributes: n_filled (positions of an epoch that hold a conversation), n_targets (those that are
+    learnt).
     """
 
-    names: tuple[str, ...]
-    backend: str
-    block_size: int
-    n_windows: int
-    full_rows: bool
-
     def __init__(
-        self,
-        data: Conversations,
-        longest: int,
-        seed: int = 1337,
-        shuffle: bool = True,
-        *,
-        pad: int = 0,
-        chat_template: str | None = None,
-    ):
-        if not len(data):
-            raise ValueError("there are no conversations to make rows of")
-        shortest, most = data.lengths.min(), data.lengths.max()
-        if shortest < 2 or most > longest + 1:
-            raise ValueError(
-                f"conversations must have 2 to {longest + 1} tokens for rows of {longest}, got "
-                f"{shortest} to {most}"
-            )
+        self, data: Conversations, seed: int = 1337, shuffle: bool = True,
+        *, pad: int = 0, chat_template: str | None = None,
+    ):  # fmt: skip
         self.data, self.pad, self.chat_template = data, pad, chat_template
         self.seed, self.shuffle = seed % (1 << 64), shuffle
         first = data.ends - data.lengths  # has nothing before it to be predicted from
@@ -192,10 +163,6 @@ class RowLoader(ABC):
     def spans(self, row: int) -> list[tuple[int, int, int]]:
         """(first position, position after the last, conversation) of those in a row, in order."""
 
-    def finish(self, timeout_s: float = 10.0) -> None:
-        """Nothing is checked in the background."""
-        return None
-
     def index(self, sample: int) -> int:
         """The row that is a sample of the run."""
         epoch, index = divmod(sample, self.n_windows)
@@ -203,22 +170,8 @@ class RowLoader(ABC):
             index = permute(index, self.n_windows, epoch_key(self.seed, epoch))
         return index
 
-    def batch(
-        self,
-        step: int,
-        global_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        *,
-        offset: int = 0,
-        out: Batch | None = None,
-    ) -> Batch:
-        """The rows of a step's global batch that belong to a rank, as TokenLoader.batch.
-
-        out: not used, since buffers has none. Raises ValueError for numbers out of range.
-        """
-        first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
-        return self.make([self.index(sample) for sample in range(first, first + rows)])
+    def read(self, samples: np.ndarray, global_batch_size: int, out: None) -> Batch:
+        return self.make([self.index(sample) for sample in samples.tolist()])
 
     def make(self, rows: list[int]) -> Batch:
         """These rows: idx and targets (rows, block_size) int64, -100 where nothing is learnt;
@@ -236,28 +189,14 @@ class RowLoader(ABC):
                 doc_start[r, start:stop] = start
         return tuple(map(torch.from_numpy, (idx, targets, doc_start)))
 
-    def buffers(self, rows: int, *, pin_memory: bool = False) -> None:
-        """None: batch makes new tensors."""
-        return None
-
-    def provenance(
-        self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
-    ) -> Provenance:
-        """Where token `token` of a row of the global batch came from.
-
-        shard is the place of its conversation in the data, offset the token in it, document its
-        number, from 1. Filling counts as the end of the conversation before it. Raises as batch
-        does.
-        """
-        sample = row_sample(step, row, global_batch_size, offset)
-        if not 0 <= token <= self.block_size:
-            raise ValueError(f"token {token} lies outside a row of {self.block_size}")
+    def place(self, sample: int, global_batch_size: int, token: int) -> Provenance:
+        """shard is the place of its conversation in the data, offset the token in it, document its
+        number, from 1. Filling counts as the end of the conversation before it."""
         spans = self.spans(self.index(sample))
         start, stop, i = next(span for span in reversed(spans) if span[0] <= token)
         return Provenance(self.data.where[i], min(token, stop) - start, i + 1)
 
     def identity(self) -> list[dict]:
-        """What the data is: equal where training would read the same tokens."""
         hasher = xxhash.xxh3_128()
         for part in (self.data.tokens, self.data.learnt, self.data.ends):
             hasher.update(part.tobytes())
@@ -266,8 +205,8 @@ class RowLoader(ABC):
     def describe(self) -> str:
         """One line on what the rows hold."""
         filled = self.n_filled / self.n_tokens
-        return f"{self._content()}, {filled:.1%} filled, {self.n_targets:,} tokens to learn"
+        return f"{self.content()}, {filled:.1%} filled, {self.n_targets:,} tokens to learn"
 
     @abstractmethod
-    def _content(self) -> str:
+    def content(self) -> str:
         """How many of what, in rows of what length."""

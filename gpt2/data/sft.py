@@ -16,14 +16,9 @@ from gpt2.tokenizer import Tokenizer
 
 
 def load_conversations(
-    data: str,
-    tokenizer: Tokenizer,
-    block_size: int,
-    *,
-    template: str,
-    overlong: str = "drop",
+    data: str, tokenizer: Tokenizer, block_size: int, *, template: str, overlong: str = "drop",
     **options,
-) -> tuple[Conversations, Conversations]:
+) -> tuple[Conversations, Conversations]:  # fmt: skip
     """Reads and tokenises data into (train, val); options and errors: gpt2.data.rows.load_rows.
 
     block_size: the longest row; a conversation of more than block_size + 1 tokens is overlong.
@@ -75,10 +70,10 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[list[int]]:
 class ConversationLoader(RowLoader):
     """Rows of several conversations each, their indices in rows; see RowLoader."""
 
-    names, backend, full_rows = ("idx", "targets", "doc_start"), "packed", True
+    names, backend = ("idx", "targets", "doc_start"), "packed"
 
     def __init__(self, conversations: Conversations, block_size: int, *args, **options):
-        super().__init__(conversations, block_size, *args, **options)
+        super().__init__(conversations, *args, **options)
         self.rows = best_fit_decreasing(conversations.lengths - 1, block_size)
         self.n_windows, self.block_size = len(self.rows), block_size
 
@@ -86,6 +81,6 @@ class ConversationLoader(RowLoader):
         ends = np.cumsum(self.data.lengths[self.rows[row]] - 1).tolist()
         return list(zip([0, *ends], ends, self.rows[row], strict=False))
 
-    def _content(self) -> str:
-        n = len(self.data)
-        return f"{n:,} conversations in {self.n_windows:,} packed rows of {self.block_size}"
+    def content(self) -> str:
+        rows = f"{self.n_windows:,} packed rows of {self.block_size}"
+        return f"{len(self.data):,} conversations in {rows}"

@@ -19,8 +19,9 @@ import json
 import os
 import pickle
 import re
-from dataclasses import dataclass
+import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,8 +33,7 @@ BLOCK_BYTES = 1 << 22
 BLOCK_KEY = "xxh3_64_of_4MiB"
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """n_tokens uint16 tokens from byte `offset` of `path` on."""
 
     path: str
@@ -47,10 +47,7 @@ class Shard:
 
 def shard_header(n_tokens: int) -> bytes:
     """The 1024 bytes before n_tokens tokens in the native format."""
-    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
-    header[:2] = MAGIC, VERSION
-    header[2:4] = np.array([n_tokens], dtype="<i8").view("<i4")
-    return header.tobytes()
+    return struct.pack("<iiq", MAGIC, VERSION, n_tokens).ljust(HEADER_BYTES, b"\0")
 
 
 def write_shard(path: str | Path, tokens: np.ndarray) -> None:
@@ -61,15 +58,11 @@ def write_shard(path: str | Path, tokens: np.ndarray) -> None:
     """
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(
-            f"{path}: tokens must be one dimension of at least one integer, "
-            f"got shape {tokens.shape} of {tokens.dtype}"
-        )
+        found = f"shape {tokens.shape} of {tokens.dtype}"
+        raise ValueError(f"{path}: tokens must be one dimension of integers, got {found}")
     if tokens.min() < 0 or tokens.max() > 0xFFFF:
-        raise ValueError(
-            f"{path}: tokens must lie in [0, 65535] to fit uint16, "
-            f"got {tokens.min()} to {tokens.max()}"
-        )
+        found = f"{tokens.min()} to {tokens.max()}"
+        raise ValueError(f"{path}: tokens must lie in [0, 65535] to fit uint16, got {found}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -99,31 +92,23 @@ def find_shards(data: str | Path, split: str) -> list[Path]:
     of the folder's manifest.
     """
     folder = Path(data)
-    files = split_files(folder, split)
-    records = manifest_records(folder)
+    files, records = split_files(folder, split), manifest_records(folder)
     for problem in listing_problems(folder, split, records):
         raise ValueError(problem)
     if not files:
-        raise OSError(
-            errno.ENOENT,
-            f"no {split} shards (*_{split}_*.bin, {split}_*.bin, {split}.bin or .npy) here",
-            str(folder),
-        )
-    for path in files:
-        if records:
-            open_recorded(path, records[path.name])
+        names = f"*_{split}_*.bin, {split}_*.bin, {split}.bin or .npy"
+        raise OSError(errno.ENOENT, f"no {split} shards ({names}) here", str(folder))
+    for path in files if records else ():
+        open_recorded(path, records[path.name])
     return files
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
     """Files that are named as shards of a split, in order. Raises OSError without the folder."""
     if not folder.is_dir():
-        raise OSError(
-            errno.ENOENT,
-            "no such data folder. Make one with: python scripts/prepare_data.py --help",
-            str(folder),
-        )
-    return sorted(f for f in folder.iterdir() if _is_shard_name(f.name, split))
+        remedy = "Make one with: python scripts/prepare_data.py --help"
+        raise OSError(errno.ENOENT, f"no such data folder. {remedy}", str(folder))
+    return sorted(path for path in folder.iterdir() if _is_shard_name(path.name, split))
 
 
 def listing_problems(folder: Path, split: str, records: dict[str, dict]) -> list[str]:
@@ -133,24 +118,22 @@ def listing_problems(folder: Path, split: str, records: dict[str, dict]) -> list
     missing = "missing, but the manifest lists it; copy it again, or prepare the data again"
     extra = ("not in the manifest, but training would read it; if it is a copy, or of another "
              "preparation, move it out of the folder")  # fmt: skip
-    return [f"{folder / name}: {missing}" for name in sorted(listed - there)] + [
-        f"{folder / name}: {extra}" for name in sorted(there - listed)
-    ]
+    found = sorted((name, name in there) for name in listed ^ there)
+    return [f"{folder / name}: {extra if is_there else missing}" for name, is_there in found]
 
 
-def open_recorded(path: Path, record: dict) -> Shard:
-    """open_shards for one file, which must have the size and tokens of its record.
+def open_recorded(path: Path, record: dict | None) -> None:
+    """Checks a file as open_shards does, and against the size and tokens of its record.
 
     Raises ValueError, OSError.
     """
     (shard,) = open_shards(path)
     for key, found in (("tokens", shard.n_tokens), ("bytes", path.stat().st_size)):
-        if record[key] != found:
+        if record is not None and record[key] != found:
             raise ValueError(
                 f"{path}: has {found} {key}, but manifest.json says {record[key]}: another file "
                 "than the one that was prepared; prepare or copy it again"
             )
-    return shard
 
 
 def read_manifest(data: str | Path) -> dict | None:
@@ -172,19 +155,29 @@ def manifest_records(folder: str | Path) -> dict[str, dict]:
 
     Raises ValueError for a manifest that is damaged.
     """
-    manifest, records = read_manifest(folder), {}
-    if manifest is None or "splits" not in manifest:
-        return records
+    splits = (read_manifest(folder) or {}).get("splits", {})
     try:
-        for split in manifest["splits"].values():
-            for record in split["shards"]:
-                _check_record(record)
-                records[record["file"]] = record
+        records = [record for split in splits.values() for record in split["shards"]]
+        for record in records:
+            _check_record(record)
+        return {record["file"]: record for record in records}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{Path(folder) / 'manifest.json'}: damaged ({error!r}); prepare the data again"
         ) from error
-    return records
+
+
+def _check_record(record: dict) -> None:
+    blocks, size = record.get(BLOCK_KEY), record["bytes"]
+    hashes = [record["sha256"]] if blocks is None else blocks
+    digits = 64 if blocks is None else 16
+    if not (
+        type(size) is type(record["tokens"]) is int
+        and Path(record["file"]).name == record["file"]
+        and (blocks is None or len(blocks) == -(-size // BLOCK_BYTES))
+        and all(re.fullmatch(f"[0-9a-f]{{{digits}}}", text) for text in hashes)
+    ):
+        raise ValueError(f"a record is {record!r:.200}")
 
 
 def folder_tokenizer(data: str | Path) -> dict | None:
@@ -193,10 +186,9 @@ def folder_tokenizer(data: str | Path) -> dict | None:
     It stands in manifest.json, or in the meta.pkl of nanoGPT's character data.
     Raises ValueError where either is damaged.
     """
-    manifest = read_manifest(data)
+    manifest, path = read_manifest(data), Path(data) / "meta.pkl"
     if manifest is not None:
         return manifest["tokenizer"]
-    path = Path(data) / "meta.pkl"
     if not path.exists():
         return None
     try:
@@ -223,81 +215,36 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _is_shard_name(name: str, split: str) -> bool:
-    if name.startswith(".") or not name.endswith((".bin", ".npy")):
-        return False
-    return re.search(rf"(^|_){split}(_|\.)", name) is not None
-
-
-def _check_record(record: dict) -> None:
-    for key, kind in (("file", str), ("tokens", int), ("bytes", int)):
-        if type(record[key]) is not kind:
-            raise ValueError(f"{key} is {record[key]!r}")
-    if Path(record["file"]).name != record["file"]:
-        raise ValueError(f"file is {record['file']!r}, not a file's name")
-    blocks = record.get(BLOCK_KEY)
-    if blocks is None:
-        if not re.fullmatch("[0-9a-f]{64}", record["sha256"]):
-            raise ValueError(f"sha256 is {record['sha256']!r}")
-    elif not isinstance(blocks, list) or len(blocks) != -(-record["bytes"] // BLOCK_BYTES):
-        raise ValueError(f"{BLOCK_KEY} of {record['file']} is not a list of a hash a block")
-    elif not all(isinstance(b, str) and re.fullmatch("[0-9a-f]{16}", b) for b in blocks):
-        raise ValueError(f"{BLOCK_KEY} of {record['file']} holds what is no hash")
+    return re.fullmatch(rf"(?!\.)(.*_)?{split}([_.].*)?\.(bin|npy)", name) is not None
 
 
 def _open_bin(path: Path) -> Shard:
-    size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(HEADER_BYTES)
-    words = np.frombuffer(head[: len(head) // 4 * 4], dtype="<i4")
-    if words.size and words[0] == MAGIC:
-        if size < HEADER_BYTES:
-            raise ValueError(
-                f"{path}: cut short: {size} bytes, the header alone has {HEADER_BYTES}"
-            )
-        if words[1] != VERSION:
-            raise _other_width(path, f"shard version {words[1]} of llm.c")
-        n_tokens = int(words[2:4].view("<i8")[0])
-        expected = HEADER_BYTES + 2 * n_tokens
-        if n_tokens < 1 or size != expected:
-            raise ValueError(
-                f"{path}: the header promises {n_tokens} tokens ({expected} bytes), "
-                f"the file has {size} bytes: cut short or damaged, prepare or download it again"
-            )
-        return Shard(str(path), HEADER_BYTES, n_tokens)
-    if words.size and words[0] == LLAMA_MAGIC:
-        raise _other_width(path, "llm.c's shard of Llama 3 tokens")
+    magic, version, n_tokens = struct.unpack("<iiq", head[:16].ljust(16, b"\0"))
+    if magic == MAGIC and version == VERSION:
+        return _whole(path, HEADER_BYTES, n_tokens)
+    if magic in (MAGIC, LLAMA_MAGIC):
+        raise _other_width(path, f"a shard of llm.c with magic {magic} and version {version}")
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise ValueError(f"{path}: {size} bytes cannot be a row of uint16 tokens")
     # A damaged header must not be read as tokens. What is numbered has one, in all programs.
     numbered = re.search(r"_\d{6}\.bin$", path.name)
-    if (
-        words.size
-        and numbered
-        or (size >= HEADER_BYTES and 1 <= words[1] <= 16 and not words[4:].any())
-    ):
+    if numbered or (size >= HEADER_BYTES and 1 <= version <= 16 and not any(head[16:])):
         raise ValueError(
-            f"{path}: should begin with a header, but its magic number is {words[0]} and not "
+            f"{path}: should begin with a header, but its magic number is {magic} and not "
             f"{MAGIC}: damaged, or another program's file (nanoGPT's, which have no header, are "
             "named train.bin and val.bin)"
         )
-    if size == 0 or size % 2:
-        raise ValueError(f"{path}: {size} bytes cannot be a row of uint16 tokens")
     return Shard(str(path), 0, size // 2)  # nanoGPT
-
-
-def _other_width(path: Path, what: str) -> ValueError:
-    return ValueError(
-        f"{path}: {what}, with tokens of another width than the 16 bits (version {VERSION}) that "
-        "this program reads: prepare the text again with its own tokenizers"
-    )
 
 
 def _open_npy(path: Path) -> Shard:
     with open(path, "rb") as file:
         try:
-            version = np.lib.format.read_magic(file)
-            read_header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
+            major, minor = np.lib.format.read_magic(file)
+            read_header = getattr(np.lib.format, f"read_array_header_{major}_{minor}")
             shape, _, dtype = read_header(file)
         except OSError:
             raise
@@ -306,12 +253,24 @@ def _open_npy(path: Path) -> Shard:
         offset = file.tell()
     if dtype in (np.dtype("<u4"), np.dtype("<i4"), np.dtype("<i8")):
         raise _other_width(path, f"an array of {dtype}")
-    if dtype != np.dtype("<u2") or len(shape) != 1 or shape[0] < 1:
+    if dtype != np.dtype("<u2") or len(shape) != 1:
         raise ValueError(f"{path}: needs one dimension of uint16, has shape {shape} of {dtype}")
-    size = path.stat().st_size
-    if size != offset + 2 * shape[0]:
+    return _whole(path, offset, shape[0])
+
+
+def _whole(path: Path, offset: int, n_tokens: int) -> Shard:
+    """The shard that a header promises, if the file has just that size."""
+    size, promised = path.stat().st_size, offset + 2 * n_tokens
+    if n_tokens < 1 or size != promised:
         raise ValueError(
-            f"{path}: the header promises {shape[0]} tokens ({offset + 2 * shape[0]} bytes), "
-            f"the file has {size} bytes: cut short or damaged"
+            f"{path}: the header promises {n_tokens} tokens ({promised} bytes), the file has "
+            f"{size} bytes: cut short or damaged, prepare or download it again"
         )
-    return Shard(str(path), offset, shape[0])
+    return Shard(str(path), offset, n_tokens)
+
+
+def _other_width(path: Path, what: str) -> ValueError:
+    return ValueError(
+        f"{path}: {what}, with tokens of another width than the 16 bits (version {VERSION}) that "
+        "this program reads: prepare the text again with its own tokenizers"
+    )

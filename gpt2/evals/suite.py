@@ -17,7 +17,7 @@ import torch
 
 from gpt2 import checkpoint
 from gpt2.config import data_sources
-from gpt2.data.split import find_tokenizer, open_split
+from gpt2.data.mixture import find_tokenizer, open_split
 from gpt2.device import device_name
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file, read_text

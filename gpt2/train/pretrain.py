@@ -17,7 +17,7 @@ from gpt2.cli import say
 from gpt2.config import TrainConfig
 from gpt2.data import Mixture, TokenLoader
 from gpt2.data.loader import BatchSource
-from gpt2.data.split import find_tokenizer, open_split
+from gpt2.data.mixture import find_tokenizer, open_split
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import read_hellaswag
@@ -136,7 +136,7 @@ def fingerprint(parts: Parts, identity: dict, resumed: checkpoint.Checkpoint | N
 def open_data(
     config: TrainConfig, split: str, block_size: int, share: tuple[int, int] = (0, 1)
 ) -> TokenLoader | Mixture:
-    """The run's loader of a split; see gpt2.data.split.open_split."""
+    """The run's loader of a split; see gpt2.data.mixture.open_split."""
     return open_split(
         config.data, split, block_size, seed=config.seed, doc_mask=config.doc_mask, share=share
     )
