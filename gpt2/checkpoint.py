@@ -65,14 +65,9 @@ def save_checkpoint(
 
 
 def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
-    """What write_checkpoint writes beside the tensors, as plain values: fields of Checkpoint.
-
-    others: of state, chat_template, run_id and identity those that there are.
-    """
+    """What write_checkpoint writes beside the tensors; others: further fields of Checkpoint."""
     meta = {"model": asdict(model.config), "tokenizer": tokenizer, "train": train, "state": {}}
     if lora.lora_config(model) is not None:
-        if model.lora_base is None:
-            raise ValueError("a checkpoint of adapters names their base: give it to add_lora")
         meta |= {"lora": asdict(model.lora), "base": model.lora_base}
     return meta | others
 
@@ -80,9 +75,9 @@ def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
 def write_checkpoint(
     run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0
 ) -> Path:
-    """Writes a snapshot as RUN/checkpoints/step_<step>; returns its path.
+    """Writes a snapshot as RUN/checkpoints/step_<step>, then deletes all but the newest keep_last
+    (0 keeps all) and this one; returns its path.
 
-    Then deletes all but the newest keep_last (0 keeps all) and this one.
     Raises OSError where there is no room or it cannot be written, ValueError for weights or moments
     that are not finite; what was there before stays.
     """
@@ -122,11 +117,8 @@ def write_checkpoint(
 
 
 def set_aside(run: str | Path, after_step: int) -> list[Path]:
-    """Renames a run's checkpoints of later steps, so that none is taken for one of the run that
-    goes on from there: they are damaged, or of a continuation that was left.
-
-    Whoever writes to the run is waited for first (Saver.wait). Returns their new paths.
-    """
+    """Renames a run's checkpoints of later steps, which are damaged or of a continuation that was
+    left, so that none is resumed; returns their new paths. Whoever writes is to be waited for."""
     folder, moved = Path(run) / "checkpoints", []
     for step, name, path in _named(folder, OLD) + _named(folder, WHOLE):
         if step > after_step:
@@ -166,11 +158,12 @@ def _point_latest_at(folder: Path) -> None:
         os.replace(temporary, folder.with_name("latest"))
 
 
-def _sign(meta: dict) -> str:
-    """meta as JSON with its own hash, so that a change of any of its bytes is noticed."""
+def _sign(meta: dict) -> str | None:
+    """meta as JSON with its own hash, by which a change of any byte is noticed."""
     meta = {key: value for key, value in meta.items() if key != "xxh3_128"}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
-    return json.dumps({**meta, "xxh3_128": digest}, indent=2)
+    with suppress(RecursionError):  # of what somebody else wrote
+        digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
+        return json.dumps({**meta, "xxh3_128": digest}, indent=2)
 
 
 def _hash(path: Path) -> str:
@@ -191,14 +184,14 @@ def newest_good(
 ) -> Checkpoint | None:
     """The newest checkpoint of a run whose every byte is as it was written; None without any.
 
-    say is told of each one passed over: damaged, or, where run_id is given, of another run. Raises
-    ValueError where there are only such.
+    Those that are damaged or, where run_id is given, of another run are passed over and told to
+    say. Raises ValueError where there are only such.
     """
     found = list_checkpoints(run)
     for path in reversed(found):
         try:
             checkpoint = read_checkpoint(path)
-            if run_id is None or checkpoint.run_id in (None, run_id):
+            if run_id in (None, checkpoint.run_id) or checkpoint.run_id is None:
                 verify(checkpoint)
                 return checkpoint
             say(f"{path} is of another run, {checkpoint.run_id}: trying the one before it")
@@ -210,7 +203,7 @@ def newest_good(
 
 
 def verify(checkpoint: Checkpoint, names: tuple[str, ...] = FILES) -> None:
-    """Raises ValueError where a file's content is not what was written, OSError if unreadable."""
+    """Raises ValueError where a file's content is not what was written."""
     for name in checkpoint.files.keys() & set(names):
         path = checkpoint.path / name
         if _hash(path) != checkpoint.files[name].get("xxh3_128"):
@@ -218,10 +211,8 @@ def verify(checkpoint: Checkpoint, names: tuple[str, ...] = FILES) -> None:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """What checkpoint.json of a checkpoint says, or of the newest one of a run.
-
-    Raises OSError where there is none, ValueError where it is damaged or of a newer format.
-    """
+    """A checkpoint, or the newest one of a run. Raises OSError where there is none, ValueError
+    where it is damaged or of a newer format."""
     return _read_newest(Path(path), lambda checkpoint: checkpoint)
 
 
@@ -243,12 +234,8 @@ def _read(folder: Path) -> Checkpoint:
     path = folder / META
     content = storage.read_json(path)
     if type(number := content.get("format")) is int and number > FORMAT:
-        words = f"checkpoint format {number}, this version reads up to {FORMAT}"
-        raise ValueError(f"{path}: {words}: update gpt2-triton")
-    unchanged = False
-    with suppress(RecursionError):
-        unchanged = _sign(content) == path.read_text(encoding="utf-8")
-    if not unchanged:
+        raise ValueError(f"{path}: format {number}: update gpt2-triton, which reads up to {FORMAT}")
+    if _sign(content) != path.read_text(encoding="utf-8"):
         raise ValueError(f"{path}: its content changed since it was written: {DAMAGED}")
     meta = {field.name: content.get(field.name) for field in fields(Checkpoint)} | {"path": folder}
     meta["model"] = storage.make(GPTConfig, meta["model"], f"{path}: model")
@@ -274,43 +261,38 @@ def _read(folder: Path) -> Checkpoint:
 def load_training_state(
     checkpoint: Checkpoint, model: GPT, optimizer: Optimizer | None = None
 ) -> None:
-    """Copies a checkpoint's weights into model and, where given, its moments into optimizer.
-
-    Where ranks share these out each takes its part.
-    Raises ValueError for another model, damaged files, or a checkpoint without optimizer state.
-    """
-    where = checkpoint.path
+    """Copies a checkpoint's weights into model and, where given, its moments into optimizer; where
+    ranks share these out each takes its part. Raises ValueError for another model, damaged files,
+    or a checkpoint without optimizer state."""
+    where, here = checkpoint.path, lora.lora_config(model)
     if optimizer is not None and OPTIMIZER not in checkpoint.files:
         raise ValueError(f"{where}: holds no optimizer state, so it cannot be resumed")
-    ours = _shape(model.config, lora.lora_config(model))
-    theirs = _shape(checkpoint.model, checkpoint.lora)
-    differ = [f"{k} {theirs[k]} (here {ours[k]})" for k in ours if ours[k] != theirs[k]]
+    ours, theirs = (
+        asdict(config) | {f"lora_{k}": getattr(a, k, None) for k in ("rank", "alpha", "layers")}
+        for config, a in ((model.config, here), (checkpoint.model, checkpoint.lora))
+    )
+    # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
+    names = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
+    differ = [f"{k} {theirs[k]} (here {ours[k]})" for k in names]
     if differ:
         raise ValueError(f"{where}: holds another model: {', '.join(differ)}")
     if checkpoint.lora is not None:
-        theirs, ours = checkpoint.base, model.lora_base
-        if ours["xxh3_128"] != theirs["xxh3_128"]:
+        base, ours = checkpoint.base, model.lora_base
+        if base["xxh3_128"] != ours["xxh3_128"]:
             raise ValueError(
-                f"{where}: adapters for another model: they were trained on {theirs['path']} with "
-                f"weights of hash {theirs['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
+                f"{where}: adapters for another model: they were trained on {base['path']} with "
+                f"weights of hash {base['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
             )
     verify(checkpoint)
     restore(where, model, optimizer)
 
 
-def _shape(config: GPTConfig, adapters: LoRAConfig | None) -> dict:
-    """What must be equal; dropout changes no tensor, so a run may go on with another."""
-    of_adapters = {f"lora_{k}": getattr(adapters, k, None) for k in ("rank", "alpha", "layers")}
-    return asdict(config) | {"dropout": None} | of_adapters
-
-
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
 
-    A checkpoint or a folder of peft that holds adapters gives its base model with them merged in.
-    Its n_tokens are the ids of the tokenizer, where that has fewer than the vocabulary has rows.
-    Raises OSError (nothing there), ValueError (damaged, not a GPT-2, or adapters whose base has
-    other weights), ImportError (a name without huggingface_hub).
+    Adapters, ours or peft's, give their base model with them merged in. n_tokens are the ids of the
+    tokenizer, where that has fewer than the vocabulary has rows. Raises OSError (nothing there),
+    ValueError (damaged, no GPT-2, or adapters of another base), ImportError (no huggingface_hub).
     """
     return _load(_find(path_or_name), device, kernels, above=())
 
@@ -349,10 +331,8 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
 
 
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer that a model was trained with.
-
-    Raises OSError as load_model, ValueError for a Hugging Face folder with another than GPT-2's.
-    """
+    """The tokenizer of a model. Raises as load_model, and ValueError for another of Hugging Face's
+    than GPT-2's."""
     found = _describing(path_or_name)
     if isinstance(found, Checkpoint):
         return tokenizer.from_dict(found.tokenizer)
@@ -361,9 +341,7 @@ def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
 
 def load_chat_template(path_or_name: str | Path) -> str | None:
     """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not.
-
-    Raises OSError as load_model, and ValueError for a Hugging Face folder with one of its own.
-    """
+    Raises as load_model, and ValueError for a Hugging Face folder with one of its own."""
     found = _describing(path_or_name)
     if isinstance(found, Checkpoint):
         return found.chat_template
@@ -377,11 +355,10 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     the hash is of hashes, since how the sums of merging are rounded differs between devices.
     """
     found = read_checkpoint(name) if _kind(Path(name)) == "ours" else None
-    if found is None or found.base is None:
-        path = name if found is None else found.path
-        return {"path": str(path), "xxh3_128": lora.weights_hash(model)}
-    parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
-    return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
+    if found is not None and found.base is not None:
+        parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
+        return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
+    return {"path": str(found.path if found else name), "xxh3_128": lora.weights_hash(model)}
 
 
 def _kind(path: Path) -> str | None:
@@ -393,11 +370,8 @@ def _kind(path: Path) -> str | None:
 
 
 def _find(name: str | Path, adapters: Path | None = None) -> Path:
-    """The folder of a model, which is downloaded if it is on the hub. Raises OSError.
-
-    adapters: those that name it; a path may then be one from a folder above them as well, as when
-    a folder with runs has moved.
-    """
+    """The folder of a model, downloaded if it is on the hub. adapters: those that name it; a path
+    may then also be one from a folder above them, as when a folder with runs has moved."""
     for folder in (Path(), *(adapters.resolve().parents if adapters else ())):
         kind = _kind(folder / name)
         if kind and not (adapters and kind == "adapters"):

@@ -29,10 +29,8 @@ FIXED = {  # what the architecture here computes; a folder that says otherwise i
 }  # fmt: skip
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # The first four are compared with GPT-2's own; the others are of other kinds of tokenizers.
-TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "vocab.txt", "tokenizer.model", "spiece.model",
-)  # fmt: skip
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
+                   "vocab.txt", "tokenizer.model", "spiece.model")  # fmt: skip
 GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
 CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
 ASSETS = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
@@ -46,7 +44,7 @@ def is_transposed(name: str) -> bool:
 def download(name: str) -> Path:
     """The local folder of a model of the hub: gpt2[-medium|-large|-xl], or owner/name.
 
-    Raises ImportError where huggingface_hub is missing, OSError where the model cannot be had.
+    Raises ImportError without huggingface_hub, OSError where the model cannot be had.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -59,10 +57,8 @@ def download(name: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=files))
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().split("\n")[0]
-        raise OSError(
-            f"cannot download {repo!r} from the Hugging Face hub ({reason}); check the name and "
-            "the network, or give a local folder with config.json and model.safetensors"
-        ) from error
+        words = f"cannot download {repo!r} from the Hugging Face hub ({reason}): check the name and"
+        raise OSError(f"{words} the network, or give a local folder with {WEIGHTS}") from error
 
 
 @torch.no_grad()
@@ -136,20 +132,15 @@ def check_chat_template(folder: Path) -> None:
     if settings.exists() and storage.read_json(settings).get("chat_template"):
         path = settings
     if path.exists():
-        raise ValueError(
-            f"{path}: a chat template of its own is not supported: take it out to use the model "
-            "without, or with one of the templates here"
-        )
+        words = "take it out to use the model without, or with one of the templates here"
+        raise ValueError(f"{path}: a chat template of its own is not supported: {words}")
 
 
 @torch.no_grad()
 def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a folder that transformers.GPT2LMHeadModel.from_pretrained loads.
-
-    With GPT-2's tokenizer also what AutoTokenizer needs. A model without biases gets biases of
-    zero. Raises OSError where the folder exists or cannot be written, ValueError for a model with
-    adapters that are not merged.
-    """
+    """Writes a folder that transformers.GPT2LMHeadModel loads, and, with GPT-2's tokenizer,
+    AutoTokenizer. A model without biases gets zeros. Raises OSError where the folder exists
+    or cannot be written, ValueError for a model with adapters that are not merged."""
     if any(".lora_" in name for name, _ in model.named_parameters()):
         raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
     folder, c = Path(folder), model.config
@@ -197,10 +188,8 @@ def _weights(folder: Path) -> tuple[list[Path], storage.Found]:
             raise ValueError(f"{index}: weight_map must name files of this folder")
         files = [folder / name for name in sorted(set(names))]
     elif not files[0].exists() and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
-        raise ValueError(
-            f"{pickles[0]}: a pickle, which is not read since it may run code; save the model with "
-            "transformers' save_pretrained, which writes model.safetensors"
-        )
+        words = "a pickle, which is not read since it may run code"
+        raise ValueError(f"{pickles[0]}: {words}; transformers' save_pretrained writes {WEIGHTS}")
     for path in files:
         for name, kind in storage.read_shapes(path).items():
             if (ours := _our_name(name)) in found:

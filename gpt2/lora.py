@@ -7,10 +7,9 @@
     save_adapters(model, folder)                    peft's files; load_adapters reads them
     merge(model)                                    W += (alpha / rank) B A; plain layers again
 
-A layer that gets an adapter stays where it is and keeps its weight and bias, so their names in
-checkpoints do not change; it has lora_A.weight and lora_B.weight besides, which peft writes as
-base_model.model.<layer>.lora_A.weight. GPT-2 of Hugging Face stores W transposed, which peft's
-config has as fan_in_fan_out; A and B are the same for both.
+A layer that gets an adapter keeps its weight and bias, and so their names in checkpoints; besides
+it has lora_A.weight and lora_B.weight, before whose names peft writes base_model.model.
+GPT-2 of Hugging Face stores W transposed, in peft's config fan_in_fan_out; A and B are the same.
 
 Sources: Hu et al., LoRA (arXiv 2106.09685), section 4; https://github.com/huggingface/peft.
 Left out: adapters on embeddings and biases, several adapters at a time, DoRA, quantised weights.
@@ -36,10 +35,8 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # What an adapter_config.json may say so that the formula above holds; options that neither these
 # two lists name must be off (None, false, empty). Some ways to begin change W too: not listed.
-ALLOWED = {
-    "peft_type": ("LORA",), "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+ALLOWED = {"peft_type": ("LORA",), "bias": ("none",),
+           "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # fmt: skip
 READ_OR_IRRELEVANT = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
     "layers_pattern", "layers_to_transform", "base_model_name_or_path", "revision", "task_type",
@@ -55,9 +52,9 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        place = dict(device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, **place)
-        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, **place)
+        device = linear.weight.device
+        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, device=device)
+        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft and nn.Linear begin
         nn.init.zeros_(self.lora_B.weight)
         self.scale, self.dropout, self.on = config.scale, config.dropout, True
@@ -73,9 +70,8 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(model: GPT, config: LoRAConfig, base: dict | None = None) -> GPT:
-    """Puts adapters into a model, in place, and freezes all else; returns the model.
+    """Puts adapters, at first no change, into a model, in place, and freezes all else; returns it.
 
-    The adapters begin as no change: the model's output is the same.
     base: what checkpoints are to say of the model as it is, {"path", "xxh3_128"}.
     Raises ValueError for a model that has adapters.
     """
@@ -97,14 +93,16 @@ def lora_config(model: GPT) -> LoRAConfig | None:
 @contextmanager
 def adapters_off(model: GPT) -> Iterator[None]:
     """The model without its adapters, as long as the context lasts."""
-    layers = lora_layers(model).values()
-    for layer in layers:
-        layer.on = False
+    _switch(model, False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.on = True
+        _switch(model, True)
+
+
+def _switch(model: GPT, on: bool) -> None:
+    for layer in lora_layers(model).values():
+        layer.on = on
 
 
 @torch.no_grad()
@@ -151,10 +149,8 @@ def adapter_config(config: LoRAConfig, base: str | None = None) -> dict:
 
 
 def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> None:
-    """Writes what peft.PeftModel.from_pretrained loads onto the exported base model.
-
-    Raises ValueError for a model without adapters, OSError where the folder cannot be written.
-    """
+    """Writes what peft.PeftModel.from_pretrained loads onto the exported base model. Raises
+    ValueError for a model without adapters, OSError where the folder cannot be written."""
     config, folder = lora_config(model), Path(folder)
     if config is None:
         raise ValueError("the model has no adapters to save")
@@ -167,9 +163,7 @@ def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> No
 @torch.no_grad()
 def load_adapters(model: GPT, folder: str | Path) -> GPT:
     """Puts the adapters of a folder, ours or peft's, into a model, in place; returns the model.
-
-    Raises OSError where a file is missing, ValueError for adapters of another shape or kind.
-    """
+    Raises OSError where a file is missing, ValueError for adapters of another shape or kind."""
     path = Path(folder) / TENSORS
     config = _read_config(Path(folder) / CONFIG, storage.read_shapes(path))
     tensors = storage.read_checked(path, adapter_shapes(model, config))
@@ -189,19 +183,18 @@ def _read_config(path: Path, found: storage.Found) -> LoRAConfig:
     layers = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in found)]
     if not layers:
         raise ValueError(f"{path.parent / TENSORS}: holds no adapters of GPT-2's linear layers")
-    rank, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
-    values = {"rank": rank, "alpha": alpha, "dropout": dropout or 0.0, "targets": layers}
-    made = storage.make(LoRAConfig, values, path)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    values = {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}
+    made = storage.make(LoRAConfig, values | {"targets": layers}, path)
     # rslora's scale is alpha / sqrt(rank)
     return replace(made, alpha=alpha * math.sqrt(rank)) if config.get("use_rslora") else made
 
 
-def base_name(folder: str | Path) -> str:
+def base_name(folder: Path) -> str:
     """What an adapter_config.json names as its base model. Raises ValueError where it does not."""
-    path = Path(folder) / CONFIG
-    name = storage.read_json(path).get("base_model_name_or_path")
+    name = storage.read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: does not name its base model, base_model_name_or_path")
+        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path does not name the base model")
     return name
 
 

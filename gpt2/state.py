@@ -30,8 +30,7 @@ def snapshot(
     """Copies of a model's weights and an optimizer's moments in host memory.
 
     Where ranks share these out all must call it; only those with keep copy what is gathered.
-    out: an earlier snapshot of the same model, whose memory is written over and returned.
-    """
+    out: an earlier snapshot of the same model, whose memory is written over and returned."""
     out = {} if out is None else out
     for file, name, tensor in _tensors(model, optimizer):
         if keep:
@@ -47,9 +46,7 @@ def snapshot(
 @torch.no_grad()
 def restore(folder: Path, model: GPT, optimizer: Optimizer | None = None) -> None:
     """Copies the tensors in a folder's files into a model and, where given, an optimizer.
-
-    Raises OSError, and ValueError where they are not exactly those of the model.
-    """
+    Raises OSError, and ValueError where they are not exactly those of the model."""
     file, prefix, saved = _saved(model)
     shapes = {name: tuple(_unpadded(name, p, model).shape) for name, p in saved.items()}
     weights = read_checked(folder / file, {prefix + n: s for n, s in shapes.items()}, ("F32",))
@@ -84,28 +81,28 @@ def _saved(model: GPT) -> tuple[str, str, dict[str, nn.Parameter]]:
 
 def _tensors(model: GPT, optimizer: Optimizer | None) -> Iterator[tuple[str, str, Tensor]]:
     """(file, name, tensor) of all that is saved; a collective where ranks share it out."""
+
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        return _unpadded(name, tensor.full_tensor() if _is_shared_out(tensor) else tensor, model)
+
     file, prefix, saved = _saved(model)
     for name, parameter in saved.items():
-        yield file, prefix + name, _whole(name, parameter.detach(), model)
+        yield file, prefix + name, whole(name, parameter.detach())
     if optimizer is not None:
         # An optimizer whose state lies on other ranks as well has a way to get it.
         moments = getattr(optimizer, "moments", optimizer.state.__getitem__)
         for name, parameter in saved.items():
             for key, value in moments(parameter).items():
-                yield OPTIMIZER, f"{name}/{key}", _whole(name, value, model)
-
-
-def _is_shared_out(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
-
-
-def _whole(name: str, tensor: Tensor, model: GPT) -> Tensor:
-    return _unpadded(name, tensor.full_tensor() if _is_shared_out(tensor) else tensor, model)
+                yield OPTIMIZER, f"{name}/{key}", whole(name, value)
 
 
 def _unpadded(name: str, tensor: Tensor, model: GPT) -> Tensor:
     is_table = name == "transformer.wte.weight" and tensor.dim() == 2  # not AdamW's step
     return tensor[: model.config.vocab_size] if is_table else tensor
+
+
+def _is_shared_out(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
 
 
 def _placed(value: Tensor, like: Tensor) -> Tensor:

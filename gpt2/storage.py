@@ -40,10 +40,9 @@ def read_json(path: Path) -> dict:
 
 
 def make(cls, values, where):
-    """The dataclass cls of a model's description, from plain values; sizes in a sane range."""
+    """The dataclass cls of a model's description, from plain values in a sane range."""
     kinds = {field.name: field.type for field in dataclasses.fields(cls)}
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be an object, got {values!r:.40}")
+    values = values if isinstance(values, dict) else {"it": values}
     values = {key: tuple(v) if type(v) is list else v for key, v in values.items()}
     for key, value in values.items():
         kind, most = kinds.get(key), MAX_LAYERS if key == "n_layer" else MAX_SIZE
@@ -94,9 +93,9 @@ def _reading(path: Path):
 
 def check_shapes(found: Found, wanted: Shapes, where, dtypes=FLOATS) -> None:
     """Raises ValueError where found is not exactly what is wanted: copying would broadcast."""
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
-        words = f"missing {missing[:3] or 'none'}, unknown {unknown[:3] or 'none'}"
+    if wanted.keys() != found.keys():
+        missing, unknown = sorted(wanted.keys() - found.keys())[:3], sorted(found.keys() - wanted)
+        words = f"missing {missing}, unknown {unknown[:3]}"
         raise ValueError(f"{where}: not the tensors of this model: {words}")
     for name, (dtype, shape) in found.items():
         if shape != wanted[name] or dtype not in dtypes:
@@ -113,17 +112,15 @@ def check_finite(tensors: dict[str, Tensor], where) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Writes a safetensors file."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, str(error), str(path)) from error
     sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file."""
     path.write_text(text, encoding="utf-8")
     sync(path)
 

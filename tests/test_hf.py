@@ -156,8 +156,6 @@ def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch):
     assert load_tokenizer("gpt2").name == "gpt2"
     with pytest.raises(ValueError, match="downloaded: has no tokenizer files"):
         load_tokenizer("someone/model")
-
-
     monkeypatch.undo()
     with pytest.raises(OSError, match="cannot download 'openai-community/gpt2-xl'"):
         gpt2.load_model("gpt2-xl")

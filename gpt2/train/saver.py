@@ -1,8 +1,7 @@
 """Checkpoints written while training goes on.
 
 Training stands still only while weights and moments, 12 bytes a parameter, are copied to host
-memory; a thread writes the copy. A second checkpoint waits until the first is written, so there is
-never more than one copy.
+memory; a thread writes the one copy. A second checkpoint waits until the first is written.
 """
 
 import time
@@ -72,8 +71,7 @@ class Saver:
             self._thread.shutdown()
 
     def _write(self, step: int, meta: dict) -> tuple[Path, float]:
-        start = time.perf_counter()
-        path = checkpoint.write_checkpoint(
-            self.run, step, self._tensors, meta, keep_last=self.keep_last
-        )
-        return path, (time.perf_counter() - start) * 1e3
+        started = time.perf_counter()
+        what = (self.run, step, self._tensors, meta)
+        path = checkpoint.write_checkpoint(*what, keep_last=self.keep_last)
+        return path, (time.perf_counter() - started) * 1e3
