@@ -1,12 +1,10 @@
 """Checkpoints: one format, one way out (save_checkpoint), one way in (load_model).
 
 RUN/checkpoints/step_00001000/
-    checkpoint.json         format, step, model shape, tokenizer, chat template of a fine-tuned
-                            model, training options, the trainer's state, which run and what data it
-                            is of, the size and xxh3-128 hash of each file, and its own hash
-    *.safetensors           weights and moments, see gpt2.state. LoRA adapters lie in peft's layout,
-                            with adapter_config.json; checkpoint.json names their base model
-RUN/checkpoints/latest      a link to the newest one
+    checkpoint.json     format, what Checkpoint has, size and xxh3-128 of each file, its own hash
+    *.safetensors       weights and moments, see gpt2.state. LoRA adapters lie in peft's layout,
+                        with adapter_config.json; checkpoint.json names their base model
+RUN/checkpoints/latest  a link to the newest one
 
 Folders named step_<digits> are checkpoints, in the order of the number; nothing else there is
 touched. One is written as .step_<digits>.tmp, synced, then renamed: one that exists is complete.
@@ -15,37 +13,28 @@ There is no random state, because that is a function of (seed, step). Nothing is
 of any byte is noticed when it is read; newest_good then takes the checkpoint before.
 """
 
-import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
+import xxhash
 
-from gpt2 import hf, lora, tokenizer
+from gpt2 import hf, lora, storage, tokenizer
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.model import GPT, parameter_shapes
-from gpt2.models import META, find, find_base, is_hf, is_model, is_ours
-from gpt2.state import MODEL, OPTIMIZER, Tensors, restore, snapshot
-from gpt2.storage import (
-    check_finite,
-    check_shapes,
-    make,
-    read_json,
-    read_shapes,
-    sync_folder,
-    write_tensors,
-    write_text,
-)
+from gpt2.state import MODEL, OPTIMIZER, Optimizer, Tensors, restore, snapshot
 
-FORMAT = 2  # 1 had no run_id and identity
+META, FORMAT = "checkpoint.json", 2  # format 1 had no run_id and identity
 FILES = (MODEL, OPTIMIZER, lora.TENSORS, lora.CONFIG)  # no other is read
 DAMAGED = "damaged; use another checkpoint"
+WHOLE, OLD, HALF = r"(step_([0-9]+))", r"\.(step_([0-9]+))\.old", r"\.(step_([0-9]+))\.tmp"
 
 
 @dataclass(frozen=True)
@@ -67,98 +56,126 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run: str | Path,
-    step: int,
-    model: GPT,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    keep_last: int = 0,
-    **description,
-) -> Path:
-    """Writes RUN/checkpoints/step_<step> and returns its path; see write_checkpoint.
-
-    description: what describe takes.
-    """
+    run: str | Path, step: int, model: GPT, optimizer: Optimizer | None = None, *,
+    keep_last: int = 0, **description,
+) -> Path:  # fmt: skip
+    """write_checkpoint of a model and optimizer as they are; description: see describe."""
     meta = describe(model, **description)
     return write_checkpoint(run, step, snapshot(model, optimizer), meta, keep_last=keep_last)
 
 
-def describe(
-    model: GPT,
-    *,
-    tokenizer: dict,
-    train: dict,
-    state: dict | None = None,
-    chat_template: str | None = None,
-    run_id: str | None = None,
-    identity: dict | None = None,
-) -> dict:
-    """What write_checkpoint writes beside the tensors, as plain values; see Checkpoint."""
-    meta = {
-        "model": dataclasses.asdict(model.config), "tokenizer": tokenizer, "train": train,
-        "state": state or {}, "chat_template": chat_template, "run_id": run_id,
-        "identity": identity,
-    }  # fmt: skip
+def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
+    """What write_checkpoint writes beside the tensors; others: further fields of Checkpoint."""
+    meta = {"model": asdict(model.config), "tokenizer": tokenizer, "train": train, "state": {}}
     if lora.lora_config(model) is not None:
-        if model.lora_base is None:
-            raise ValueError("a checkpoint of adapters names their base: give it to add_lora")
-        meta |= {"lora": dataclasses.asdict(model.lora), "base": model.lora_base}
-    return meta
+        meta |= {"lora": asdict(model.lora), "base": model.lora_base}
+    return meta | others
 
 
 def write_checkpoint(
     run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0
 ) -> Path:
-    """Writes a snapshot as RUN/checkpoints/step_<step>; returns its path.
+    """Writes a snapshot as RUN/checkpoints/step_<step>, then deletes all but the newest keep_last
+    (0 keeps all) and this one; returns its path.
 
-    Then deletes all but the newest keep_last (0 keeps all) and this one.
     Raises OSError where there is no room or it cannot be written, ValueError for weights or moments
     that are not finite; what was there before stays.
     """
     for group in tensors.values():
-        check_finite(group, f"step {step} is not saved")
+        storage.check_finite(group, f"step {step} is not saved")
     folder = Path(run) / "checkpoints" / f"step_{step:08d}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     _tidy(folder.parent)
     needed = sum(t.nbytes for group in tensors.values() for t in group.values()) + (1 << 20)
     if needed > (free := shutil.disk_usage(folder.parent).free):
-        raise OSError(
-            errno.ENOSPC,
-            f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB that are "
-            "free; earlier checkpoints are untouched. Free room, or lower keep_last",
-            str(folder.parent),
-        )
-    temporary = _hidden(folder, "tmp")
+        words = f"a checkpoint of {needed / 1e6:.0f} MB does not fit the {free / 1e6:.0f} MB free"
+        raise OSError(errno.ENOSPC, f"{words}: make room, or lower keep_last", str(folder.parent))
+    temporary, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     try:
         temporary.mkdir()
         for name, group in tensors.items():
-            write_tensors(temporary / name, group)
+            storage.write_tensors(temporary / name, group)
         if "lora" in meta:
             config = lora.adapter_config(LoRAConfig(**meta["lora"]), meta["base"]["path"])
-            write_text(temporary / lora.CONFIG, json.dumps(config, indent=2))
-        files = {path.name: _describe_file(path) for path in sorted(temporary.iterdir())}
+            storage.write_text(temporary / lora.CONFIG, json.dumps(config, indent=2))
+        paths = sorted(temporary.iterdir())
+        files = {p.name: {"bytes": p.stat().st_size, "xxh3_128": _hash(p)} for p in paths}
         content = {"format": FORMAT, "step": step, **meta, "files": files}
-        write_text(temporary / META, _sign(content))
-        sync_folder(temporary)
+        storage.write_text(temporary / META, _sign(content))
+        storage.sync(temporary)
         if folder.exists():  # the same step again
-            os.rename(folder, _hidden(folder, "old"))
+            os.rename(folder, old)
         os.rename(temporary, folder)
-        sync_folder(folder.parent)
+        storage.sync(folder.parent)
+        _point_latest_at(folder)
+        for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
+            if path != folder:  # renamed, so that a half deleted one is never seen
+                os.rename(path, path.with_name(f".{path.name}.tmp"))
     finally:
         _tidy(folder.parent)
-    _point_latest_at(folder)
-    for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
-        if path != folder:
-            os.rename(path, _hidden(path, "tmp"))  # so that a half deleted one is never seen
-    _tidy(folder.parent)
     return folder
+
+
+def set_aside(run: str | Path, after_step: int) -> list[Path]:
+    """Renames a run's checkpoints of later steps, which are damaged or of a continuation that was
+    left, so that none is resumed; returns their new paths. Whoever writes is to be waited for."""
+    folder, moved = Path(run) / "checkpoints", []
+    for step, name, path in _named(folder, OLD) + _named(folder, WHOLE):
+        if step > after_step:
+            target = folder / f"aside_{name}"
+            while target.exists():
+                target = target.with_name(f"{target.name}.again")
+            moved.append(path.rename(target))
+    if moved and (good := list_checkpoints(run)):
+        _point_latest_at(good[-1])
+    return moved
+
+
+def _named(folder: Path, pattern: str) -> list[tuple[int, str, Path]]:
+    """(step, step_<digits>, path) of what has such a name in a folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = [(re.fullmatch(pattern, path.name), path) for path in paths]
+    return [(int(match[2]), match[1], path) for match, path in found if match]
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what a crash left of writing or deleting; the one that was being replaced returns."""
+    for _, name, path in _named(folder, OLD) + _named(folder, HALF):
+        if path.suffix == ".old" and not (folder / name).exists():
+            os.rename(path, folder / name)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _point_latest_at(folder: Path) -> None:
+    """Moves the link at once: it never points at nothing."""
+    temporary = folder.with_name(".latest.tmp")
+    with suppress(OSError):  # a file system without links: nothing here reads it
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name, target_is_directory=True)
+        os.replace(temporary, folder.with_name("latest"))
+
+
+def _sign(meta: dict) -> str | None:
+    """meta as JSON with its own hash, by which a change of any byte is noticed."""
+    meta = {key: value for key, value in meta.items() if key != "xxh3_128"}
+    with suppress(RecursionError):  # of what somebody else wrote
+        digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
+        return json.dumps({**meta, "xxh3_128": digest}, indent=2)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def list_checkpoints(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run folder, oldest first."""
     folder = Path(run) / "checkpoints"
     # A crash while a step was replaced may have left only the one before.
-    found = _named(folder, r"\.(step_([0-9]+))\.old") | _named(folder, r"(step_([0-9]+))")
+    found = {found[:2]: found[2] for found in _named(folder, OLD) + _named(folder, WHOLE)}
     return [found[key] for key in sorted(found) if (found[key] / META).exists()]
 
 
@@ -167,59 +184,35 @@ def newest_good(
 ) -> Checkpoint | None:
     """The newest checkpoint of a run whose every byte is as it was written; None without any.
 
-    say is told of each one passed over: damaged, or, where run_id is given, of another run. Raises
-    ValueError where there are only such.
+    Those that are damaged or, where run_id is given, of another run are passed over and told to
+    say. Raises ValueError where there are only such.
     """
     found = list_checkpoints(run)
     for path in reversed(found):
         try:
             checkpoint = read_checkpoint(path)
-            if run_id is None or checkpoint.run_id in (None, run_id):
+            if run_id in (None, checkpoint.run_id) or checkpoint.run_id is None:
                 verify(checkpoint)
                 return checkpoint
             say(f"{path} is of another run, {checkpoint.run_id}: trying the one before it")
         except (ValueError, OSError) as error:
             say(f"a checkpoint is damaged, trying the one before it: {error}")
     if found:
-        other = "" if run_id is None else " or of another run"
-        raise ValueError(f"{run}: all {len(found)} checkpoints are damaged{other}")
+        raise ValueError(f"{run}: all {len(found)} checkpoints are damaged or of another run")
     return None
 
 
 def verify(checkpoint: Checkpoint, names: tuple[str, ...] = FILES) -> None:
-    """Raises ValueError where a file's content is not what was written, OSError if unreadable."""
+    """Raises ValueError where a file's content is not what was written."""
     for name in checkpoint.files.keys() & set(names):
-        if _hash(checkpoint.path / name) != checkpoint.files[name].get("xxh3_128"):
-            raise ValueError(
-                f"{checkpoint.path / name}: its content changed since it was written; use another "
-                "checkpoint"
-            )
-
-
-def set_aside(run: str | Path, after_step: int) -> list[Path]:
-    """Renames a run's checkpoints of later steps, which a run that goes on from there would meet.
-
-    They are damaged, or belong to a continuation that was left. Returns their new paths.
-    """
-    folder, moved = Path(run) / "checkpoints", []
-    _tidy(folder)
-    for (step, name), path in _named(folder, r"(step_([0-9]+))").items():
-        if step > after_step:
-            target, n = folder / f"aside_{name}", 1
-            while target.exists():
-                target, n = folder / f"aside_{name}.{n}", n + 1
-            moved.append(path.rename(target))
-    good = list_checkpoints(run)
-    if moved and good:
-        _point_latest_at(good[-1])
-    return moved
+        path = checkpoint.path / name
+        if _hash(path) != checkpoint.files[name].get("xxh3_128"):
+            raise ValueError(f"{path}: its content changed since it was written: {DAMAGED}")
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Reads checkpoint.json of a checkpoint folder, or of the newest one in a run folder.
-
-    Raises OSError where there is none, ValueError where it is damaged or of a newer format.
-    """
+    """A checkpoint, or the newest one of a run. Raises OSError where there is none, ValueError
+    where it is damaged or of a newer format."""
     return _read_newest(Path(path), lambda checkpoint: checkpoint)
 
 
@@ -239,84 +232,97 @@ def _read_newest(path: Path, use: Callable):
 
 def _read(folder: Path) -> Checkpoint:
     path = folder / META
-    meta = read_json(path)
-    number = meta.get("format")
-    if type(number) is int and number > FORMAT:
-        raise ValueError(
-            f"{path}: checkpoint format {number}, this version reads up to {FORMAT}: update "
-            "gpt2-triton"
-        )
-    try:
-        unchanged = _sign(meta) == path.read_text(encoding="utf-8")
-    except RecursionError:
-        unchanged = False
-    if not unchanged:
+    content = storage.read_json(path)
+    if type(number := content.get("format")) is int and number > FORMAT:
+        raise ValueError(f"{path}: format {number}: update gpt2-triton, which reads up to {FORMAT}")
+    if _sign(content) != path.read_text(encoding="utf-8"):
         raise ValueError(f"{path}: its content changed since it was written: {DAMAGED}")
-    needed = {"step": int, "tokenizer": dict, "train": dict, "state": dict, "files": dict}
-    optional = {"chat_template": str, "run_id": str, "identity": dict, "lora": dict, "base": dict}
-    for key, kind in (needed | optional).items():
-        value = meta.get(key)
-        if type(value) is not kind and (value is not None or key in needed):
-            raise ValueError(f"{path}: {key} must be {kind.__name__}, is {value!r:.40}: {DAMAGED}")
-    model = make(GPTConfig, meta.get("model"), f"{path}: model")
-    adapters, base = meta.get("lora"), meta.get("base")
-    if adapters is not None:
-        adapters = make(LoRAConfig, adapters, f"{path}: lora")
-        if not base or not all(type(base.get(key)) is str for key in ("path", "xxh3_128")):
-            raise ValueError(f"{path}: base must name the model of the adapters: {DAMAGED}")
-    files, weights = meta["files"], MODEL if adapters is None else lora.TENSORS
-    if meta["step"] < 0 or weights not in files or not files.keys() <= set(FILES):
-        raise ValueError(f"{path}: step {meta['step']}, files {list(files)[:5]}: {DAMAGED}")
+    meta = {field.name: content.get(field.name) for field in fields(Checkpoint)} | {"path": folder}
+    meta["model"] = storage.make(GPTConfig, meta["model"], f"{path}: model")
+    if meta["lora"] is not None:
+        meta["lora"] = storage.make(LoRAConfig, meta["lora"], f"{path}: lora")
+    for field in fields(Checkpoint):
+        if not isinstance(value := meta[field.name], field.type):
+            kind = getattr(field.type, "__name__", field.type)
+            raise ValueError(f"{path}: {field.name} must be {kind}, is {value!r:.40}: {DAMAGED}")
+    found, files, bases = Checkpoint(**meta), meta["files"], meta["base"] or {}
+    if found.lora is not None and {type(bases.get(key)) for key in ("path", "xxh3_128")} != {str}:
+        raise ValueError(f"{path}: base must name the model of the adapters: {DAMAGED}")
+    weights = MODEL if found.lora is None else lora.TENSORS
+    if found.step < 0 or weights not in files or not files.keys() <= set(FILES):
+        raise ValueError(f"{path}: step {found.step}, files {list(files)[:5]}: {DAMAGED}")
     for name, file in files.items():
-        found = (folder / name).stat().st_size if (folder / name).is_file() else None
-        if not isinstance(file, dict) or found is None or found != file.get("bytes"):
-            words = "is missing" if found is None else f"has {found} bytes, checkpoint.json differs"
-            raise ValueError(f"{folder / name}: {words}: {DAMAGED}")
-    return Checkpoint(
-        folder, meta["step"], model, meta["tokenizer"], meta["train"], meta["state"], files,
-        meta.get("chat_template"), adapters, base, meta.get("run_id"), meta.get("identity"),
-    )  # fmt: skip
+        size = (folder / name).stat().st_size
+        if not isinstance(file, dict) or size != file.get("bytes"):
+            raise ValueError(f"{folder / name}: has {size} bytes, {META} says other: {DAMAGED}")
+    return found
+
+
+def load_training_state(
+    checkpoint: Checkpoint, model: GPT, optimizer: Optimizer | None = None
+) -> None:
+    """Copies a checkpoint's weights into model and, where given, its moments into optimizer; where
+    ranks share these out each takes its part. Raises ValueError for another model, damaged files,
+    or a checkpoint without optimizer state."""
+    where, here = checkpoint.path, lora.lora_config(model)
+    if optimizer is not None and OPTIMIZER not in checkpoint.files:
+        raise ValueError(f"{where}: holds no optimizer state, so it cannot be resumed")
+    ours, theirs = (
+        asdict(config) | {f"lora_{k}": getattr(a, k, None) for k in ("rank", "alpha", "layers")}
+        for config, a in ((model.config, here), (checkpoint.model, checkpoint.lora))
+    )
+    # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
+    names = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
+    differ = [f"{k} {theirs[k]} (here {ours[k]})" for k in names]
+    if differ:
+        raise ValueError(f"{where}: holds another model: {', '.join(differ)}")
+    if checkpoint.lora is not None:
+        base, ours = checkpoint.base, model.lora_base
+        if base["xxh3_128"] != ours["xxh3_128"]:
+            raise ValueError(
+                f"{where}: adapters for another model: they were trained on {base['path']} with "
+                f"weights of hash {base['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
+            )
+    verify(checkpoint)
+    restore(where, model, optimizer)
 
 
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
     """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
 
-    A checkpoint or a folder of peft that holds adapters gives its base model with them merged in.
-    Its n_tokens are the ids of the tokenizer, where that has fewer than the vocabulary has rows.
-    Raises OSError (nothing there), ValueError (damaged, not a GPT-2, or adapters whose base has
-    other weights), ImportError (a name without huggingface_hub).
+    Adapters, ours or peft's, give their base model with them merged in. n_tokens are the ids of the
+    tokenizer, where that has fewer than the vocabulary has rows. Raises OSError (nothing there),
+    ValueError (damaged, no GPT-2, or adapters of another base), ImportError (no huggingface_hub).
     """
-    return _load(path_or_name, device, kernels, above=())
+    return _load(_find(path_or_name), device, kernels, above=())
 
 
-def _load(path_or_name: str | Path, device, kernels, above: tuple[Path, ...]) -> GPT:
+def _load(folder: Path, device, kernels, above: tuple[Path, ...]) -> GPT:
     """above: the adapters that this model is a base of."""
-    folder = find(path_or_name)
     if folder.resolve() in above:
         raise ValueError(f"{folder}: adapters that name themselves as their base model")
     above = (*above, folder.resolve())
-    if is_ours(folder):
+    if _kind(folder) == "ours":
         return _read_newest(folder, lambda found: _load_ours(found, device, kernels, above))
-    if is_hf(folder):
+    if _kind(folder) == "hf":
         return hf.load_hf(folder, device, kernels)
-    base = find_base(lora.base_name(folder), folder)
-    return lora.merge(lora.load_adapters(_load(base, device, kernels, above), folder))
+    base = _load(_find(lora.base_name(folder), folder), device, kernels, above)
+    return lora.merge(lora.load_adapters(base, folder))
 
 
 def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...]) -> GPT:
-    where, n_tokens = checkpoint.path, _make_tokenizer(checkpoint).vocab_size
+    where, n_tokens = checkpoint.path, tokenizer.from_dict(checkpoint.tokenizer).vocab_size
     if checkpoint.lora is None:
         verify(checkpoint, (MODEL,))
-        wanted = parameter_shapes(checkpoint.model)
-        check_shapes(read_shapes(where / MODEL), wanted, where / MODEL)
+        path, wanted = where / MODEL, parameter_shapes(checkpoint.model)
+        storage.check_shapes(storage.read_shapes(path), wanted, path)  # before memory is taken
         model = GPT(checkpoint.model, kernels, device)
         restore(where, model)
     else:
-        base = find_base(checkpoint.base["path"], where)
+        base = _find(checkpoint.base["path"], where)
         model = _load(base, device, kernels, above)
-        _check_same_model(checkpoint, model)
-        wanted = lora.adapter_shapes(model, checkpoint.lora)
-        check_shapes(read_shapes(where / lora.TENSORS), wanted, where / lora.TENSORS)
+        path, wanted = where / lora.TENSORS, lora.adapter_shapes(model, checkpoint.lora)
+        storage.check_shapes(storage.read_shapes(path), wanted, path)
         lora.add_lora(model, checkpoint.lora, describe_base(base, model))
         load_training_state(checkpoint, model)
         lora.merge(model)
@@ -325,40 +331,21 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
 
 
 def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
-    """The tokenizer that a model was trained with.
-
-    Raises OSError as load_model, ValueError for a Hugging Face folder with another than GPT-2's.
-    """
-    folder = _find_described(path_or_name)
-    if folder is None:
-        return tokenizer.GPT2Tokenizer()
-    if is_hf(folder):
-        return hf.read_tokenizer(folder)
-    return _make_tokenizer(read_checkpoint(folder))
+    """The tokenizer of a model. Raises as load_model, and ValueError for another of Hugging Face's
+    than GPT-2's."""
+    found = _describing(path_or_name)
+    if isinstance(found, Checkpoint):
+        return tokenizer.from_dict(found.tokenizer)
+    return tokenizer.GPT2Tokenizer() if found is None else hf.read_tokenizer(found)
 
 
 def load_chat_template(path_or_name: str | Path) -> str | None:
     """The template of gpt2.data.chat that a model was fine-tuned with; None where it was not.
-
-    Raises OSError as load_model, and ValueError for a Hugging Face folder with one of its own.
-    """
-    folder = _find_described(path_or_name)
-    if folder is None:
-        return None
-    if is_hf(folder):
-        return hf.check_chat_template(folder)
-    return read_checkpoint(folder).chat_template
-
-
-def _find_described(name: str | Path) -> Path | None:
-    """The folder that says how text is written for a model: for adapters of peft that of the base.
-    None for the hub's own GPT-2, of which it is known without a download."""
-    if str(name) in hf.HUB_NAMES and not is_model(Path(name)):
-        return None
-    folder = find(name)
-    if is_ours(folder) or is_hf(folder):
-        return folder
-    return _find_described(find_base(lora.base_name(folder), folder))
+    Raises as load_model, and ValueError for a Hugging Face folder with one of its own."""
+    found = _describing(path_or_name)
+    if isinstance(found, Checkpoint):
+        return found.chat_template
+    return None if found is None else hf.check_chat_template(found)
 
 
 def describe_base(name: str | Path, model: GPT) -> dict:
@@ -367,123 +354,47 @@ def describe_base(name: str | Path, model: GPT) -> dict:
     model: what load_model(name) gave, before it gets adapters. Where that came from adapters too,
     the hash is of hashes, since how the sums of merging are rounded differs between devices.
     """
-    found = read_checkpoint(name) if is_ours(Path(name)) else None
-    if found is None or found.base is None:
-        path = name if found is None else found.path
-        return {"path": str(path), "xxh3_128": lora.weights_hash(model)}
-    import xxhash
-
-    parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
-    return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
+    found = read_checkpoint(name) if _kind(Path(name)) == "ours" else None
+    if found is not None and found.base is not None:
+        parts = found.base["xxh3_128"] + found.files[lora.TENSORS]["xxh3_128"]
+        return {"path": str(found.path), "xxh3_128": xxhash.xxh3_128_hexdigest(parts.encode())}
+    return {"path": str(found.path if found else name), "xxh3_128": lora.weights_hash(model)}
 
 
-def load_training_state(
-    checkpoint: Checkpoint, model: GPT, optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Copies a checkpoint's weights into model and, where given, its moments into optimizer.
-
-    Where ranks share these out each takes its part.
-    Raises ValueError for a model of another shape, damaged files, or a checkpoint without optimizer
-    state.
-    """
-    _check_same_model(checkpoint, model)
-    if optimizer is not None and OPTIMIZER not in checkpoint.files:
-        raise ValueError(f"{checkpoint.path}: holds no optimizer state, so it cannot be resumed")
-    _check_adapters(checkpoint, model)
-    verify(checkpoint)
-    restore(checkpoint.path, model, optimizer)
+def _kind(path: Path) -> str | None:
+    """ours: a checkpoint or a run; hf: Hugging Face's GPT-2; adapters, as peft writes them."""
+    if (path / META).exists() or (path / "checkpoints").is_dir():
+        return "ours"
+    kinds = {hf.CONFIG: "hf", lora.CONFIG: "adapters"}
+    return next((kind for name, kind in kinds.items() if (path / name).exists()), None)
 
 
-def _check_same_model(checkpoint: Checkpoint, model: GPT) -> None:
-    ours, theirs = dataclasses.asdict(model.config), dataclasses.asdict(checkpoint.model)
-    # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
-    differ = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
-    if differ:
-        words = ", ".join(f"{k} {theirs[k]} (here {ours[k]})" for k in differ)
-        raise ValueError(f"{checkpoint.path}: holds another model: {words}")
+def _find(name: str | Path, adapters: Path | None = None) -> Path:
+    """The folder of a model, downloaded if it is on the hub. adapters: those that name it; a path
+    may then also be one from a folder above them, as when a folder with runs has moved."""
+    for folder in (Path(), *(adapters.resolve().parents if adapters else ())):
+        kind = _kind(folder / name)
+        if kind and not (adapters and kind == "adapters"):
+            return folder / name
+    # owner/name, unless that would be a path from here
+    exists, above = Path(name).exists(), Path(name).parent.exists()
+    is_owners = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) and not (exists or above)
+    if str(name) in hf.HUB_NAMES or is_owners:
+        return hf.download(str(name))
+    words = "not a model" if exists else "no such folder"
+    words += f": a folder with {META}, checkpoints or {hf.CONFIG}, or a name of the hub (gpt2, "
+    words += "gpt2-medium ..., owner/name) is one; pickles are not read, since they may run code"
+    if adapters:
+        words = f"{name}, the base of these adapters, is neither here nor in a folder above"
+    raise OSError(errno.ENOENT, words, str(adapters or name))
 
 
-def _check_adapters(checkpoint: Checkpoint, model: GPT) -> None:
-    """Raises ValueError where a checkpoint's adapters are not those of the model, and for it."""
-    here, there = lora.lora_config(model), checkpoint.lora
-    if (here is None) != (there is None):
-        kinds = {True: "all weights", False: "adapters"}
-        raise ValueError(
-            f"{checkpoint.path}: holds {kinds[there is None]}, but {kinds[here is None]} are "
-            "trained here: use the lora_rank that it was trained with"
-        )
-    if here is None:
-        return
-    if (here.rank, here.alpha, here.layers) != (there.rank, there.alpha, there.layers):
-        raise ValueError(f"{checkpoint.path}: holds other adapters: {there} (here {here})")
-    ours, theirs = model.lora_base, checkpoint.base
-    if ours["xxh3_128"] != theirs["xxh3_128"]:
-        raise ValueError(
-            f"{checkpoint.path}: adapters for another model: they were trained on {theirs['path']} "
-            f"with weights of hash {theirs['xxh3_128']}, but {ours['path']} has {ours['xxh3_128']}"
-        )
-
-
-def _make_tokenizer(checkpoint: Checkpoint) -> tokenizer.Tokenizer:
-    try:
-        return tokenizer.from_dict(checkpoint.tokenizer)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint.path / META}: {error}") from error
-
-
-def _sign(meta: dict) -> str:
-    """meta as JSON with its own hash, so that a change of any of its bytes is noticed."""
-    import xxhash
-
-    meta = {key: value for key, value in meta.items() if key != "xxh3_128"}
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(meta).encode())
-    return json.dumps({**meta, "xxh3_128": digest}, indent=2)
-
-
-def _describe_file(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "xxh3_128": _hash(path)}
-
-
-def _hash(path: Path) -> str:
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _point_latest_at(folder: Path) -> None:
-    """Moves the link at once: it never points at nothing."""
-    temporary = folder.with_name(".latest.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.symlink_to(folder.name, target_is_directory=True)
-        os.replace(temporary, folder.with_name("latest"))
-    except OSError:  # a file system without links: nothing here reads it
-        temporary.unlink(missing_ok=True)
-
-
-def _hidden(folder: Path, end: str) -> Path:
-    return folder.with_name(f".{folder.name}.{end}")
-
-
-def _named(folder: Path, pattern: str) -> dict[tuple[int, str], Path]:
-    """What has such a name in a folder, by (step, step_<digits>)."""
-    if not folder.is_dir():
-        return {}
-    found = [(re.fullmatch(pattern, path.name), path) for path in folder.iterdir()]
-    return {(int(match[2]), match[1]): path for match, path in found if match}
-
-
-def _tidy(folder: Path) -> None:
-    """Removes what a crash left of writing or deleting; the one that was being replaced returns."""
-    for end in ("old", "tmp"):
-        for (_, name), path in _named(folder, rf"\.(step_([0-9]+))\.{end}").items():
-            if end == "old" and not (folder / name).exists():
-                os.rename(path, folder / name)
-            elif path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+def _describing(name: str | Path, adapters: Path | None = None) -> Checkpoint | Path | None:
+    """What says how text is written for a model: a checkpoint, or a folder of Hugging Face's; for
+    peft's adapters that of the base. None: the hub's own GPT-2, known without a download."""
+    if str(name) in hf.HUB_NAMES and _kind(Path(name)) is None:
+        return None
+    folder = _find(name, adapters)
+    if _kind(folder) == "adapters":
+        return _describing(lora.base_name(folder), folder)
+    return read_checkpoint(folder) if _kind(folder) == "ours" else folder

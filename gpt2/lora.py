@@ -7,10 +7,9 @@
     save_adapters(model, folder)                    peft's files; load_adapters reads them
     merge(model)                                    W += (alpha / rank) B A; plain layers again
 
-A layer that gets an adapter stays where it is and keeps its weight and bias, so their names in
-checkpoints do not change; it has lora_A.weight and lora_B.weight besides, which peft writes as
-base_model.model.<layer>.lora_A.weight. GPT-2 of Hugging Face stores W transposed, which peft's
-config has as fan_in_fan_out; A and B are the same for both.
+A layer that gets an adapter keeps its weight and bias, and so their names in checkpoints; besides
+it has lora_A.weight and lora_B.weight, before whose names peft writes base_model.model.
+GPT-2 of Hugging Face stores W transposed, in peft's config fan_in_fan_out; A and B are the same.
 
 Sources: Hu et al., LoRA (arXiv 2106.09685), section 4; https://github.com/huggingface/peft.
 Left out: adapters on embeddings and biases, several adapters at a time, DoRA, quantised weights.
@@ -25,20 +24,19 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from torch import Tensor, nn
 
+from gpt2 import storage
 from gpt2.config import LORA_LAYERS, LoRAConfig
 from gpt2.model import GPT, Linear
-from gpt2.storage import Found, make, read_checked, read_json, read_shapes, write_tensors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # What an adapter_config.json may say so that the formula above holds; options that neither these
 # two lists name must be off (None, false, empty). Some ways to begin change W too: not listed.
-ALLOWED = {
-    "peft_type": ("LORA",), "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-}  # fmt: skip
+ALLOWED = {"peft_type": ("LORA",), "bias": ("none",),
+           "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # fmt: skip
 READ_OR_IRRELEVANT = {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
     "layers_pattern", "layers_to_transform", "base_model_name_or_path", "revision", "task_type",
@@ -48,55 +46,41 @@ READ_OR_IRRELEVANT = {
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter; made by add_lora, which shares `switch` among all of them."""
+    """A linear layer with an adapter, made by add_lora."""
 
-    def __init__(self, linear: nn.Linear, config: LoRAConfig, switch: "Switch"):
+    def __init__(self, linear: nn.Linear, config: LoRAConfig):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        place = dict(device=linear.weight.device, dtype=torch.float32)
-        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, **place)
-        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, **place)
+        device = linear.weight.device
+        self.lora_A = nn.Linear(self.in_features, config.rank, bias=False, device=device)
+        self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft and nn.Linear begin
         nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.dropout = config.scale, config.dropout
-        self.switch = switch
+        self.scale, self.dropout, self.on = config.scale, config.dropout, True
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)  # (..., out)
-        if not self.switch.on:
+        if not self.on:
             return y
         # F.dropout and not nn.Dropout: GPT.set_dropout must not change it.
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         return y + self.lora_B(self.lora_A(x)) * self.scale
 
-    def update(self) -> Tensor:
-        """What the adapter adds to the weight, (out, in) float32."""
-        return self.lora_B.weight @ self.lora_A.weight * self.scale
-
-
-class Switch:
-    """Whether the adapters of a model take part."""
-
-    def __init__(self):
-        self.on = True
-
 
 def add_lora(model: GPT, config: LoRAConfig, base: dict | None = None) -> GPT:
-    """Puts adapters into a model, in place, and freezes all else; returns the model.
+    """Puts adapters, at first no change, into a model, in place, and freezes all else; returns it.
 
-    The adapters begin as no change: the model's output is the same.
     base: what checkpoints are to say of the model as it is, {"path", "xxh3_128"}.
     Raises ValueError for a model that has adapters.
     """
     if lora_config(model) is not None:
         raise ValueError("the model has adapters already: merge them first")
     model.requires_grad_(False)
-    switch = Switch()
     for block in model.transformer.h:
         for layer in config.layers:
-            block.set_submodule(layer, LoRALinear(block.get_submodule(layer), config, switch))
+            block.set_submodule(layer, LoRALinear(block.get_submodule(layer), config))
     model.lora, model.lora_base = config, base
     return model
 
@@ -109,14 +93,16 @@ def lora_config(model: GPT) -> LoRAConfig | None:
 @contextmanager
 def adapters_off(model: GPT) -> Iterator[None]:
     """The model without its adapters, as long as the context lasts."""
-    switches = {layer.switch for layer in lora_layers(model).values()}
-    for switch in switches:
-        switch.on = False
+    _switch(model, False)
     try:
         yield
     finally:
-        for switch in switches:
-            switch.on = True
+        _switch(model, True)
+
+
+def _switch(model: GPT, on: bool) -> None:
+    for layer in lora_layers(model).values():
+        layer.on = on
 
 
 @torch.no_grad()
@@ -126,7 +112,7 @@ def merge(model: GPT) -> GPT:
         with torch.device("meta"):
             plain = Linear(layer.in_features, layer.out_features, False, model.ops)
         plain.weight, plain.bias = layer.weight, layer.bias
-        plain.weight += layer.update()
+        plain.weight += layer.lora_B.weight @ layer.lora_A.weight * layer.scale
         model.set_submodule(name, plain.train(layer.training))
     model.lora = model.lora_base = None
     return model.requires_grad_(True)
@@ -139,8 +125,6 @@ def lora_layers(model: GPT) -> dict[str, LoRALinear]:
 
 def weights_hash(model: GPT) -> str:
     """xxh3-128 of a model's weights, by which adapters know the model that they are for."""
-    import xxhash
-
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         rows = model.config.vocab_size if name == "transformer.wte.weight" else len(parameter)
@@ -165,67 +149,56 @@ def adapter_config(config: LoRAConfig, base: str | None = None) -> dict:
 
 
 def save_adapters(model: GPT, folder: str | Path, base: str | None = None) -> None:
-    """Writes what peft.PeftModel.from_pretrained loads onto the exported base model.
-
-    Raises ValueError for a model without adapters, OSError where the folder cannot be written.
-    """
+    """Writes what peft.PeftModel.from_pretrained loads onto the exported base model. Raises
+    ValueError for a model without adapters, OSError where the folder cannot be written."""
     config, folder = lora_config(model), Path(folder)
     if config is None:
         raise ValueError("the model has no adapters to save")
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + n: p.detach().cpu() for n, p in adapter_parameters(model).items()}
-    write_tensors(folder / TENSORS, tensors, {"format": "pt"})
+    storage.write_tensors(folder / TENSORS, tensors, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(adapter_config(config, base), indent=2) + "\n")
 
 
 @torch.no_grad()
 def load_adapters(model: GPT, folder: str | Path) -> GPT:
     """Puts the adapters of a folder, ours or peft's, into a model, in place; returns the model.
-
-    Raises OSError where a file is missing, ValueError for adapters of another shape or kind.
-    """
+    Raises OSError where a file is missing, ValueError for adapters of another shape or kind."""
     path = Path(folder) / TENSORS
-    config = read_adapter_config(folder, read_shapes(path))
-    tensors = read_checked(path, adapter_shapes(model, config))
+    config = _read_config(Path(folder) / CONFIG, storage.read_shapes(path))
+    tensors = storage.read_checked(path, adapter_shapes(model, config))
     add_lora(model, config)
     for name, parameter in adapter_parameters(model).items():
         parameter.copy_(tensors[PREFIX + name])
     return model
 
 
-def read_adapter_config(folder: str | Path, found: Found) -> LoRAConfig:
-    """The adapters of a folder; which layers have one is read from the names of the tensors.
-
-    Raises OSError (no adapter_config.json), ValueError (damaged, or options that are not
-    supported).
-    """
-    path = Path(folder) / CONFIG
-    config = read_json(path)
+def _read_config(path: Path, found: storage.Found) -> LoRAConfig:
+    """What adapter_config.json says; which layers have one, the names of the tensors say."""
+    config = storage.read_json(path)
     for key, value in config.items():
         allowed = value in ALLOWED[key] if key in ALLOWED else not value
         if not allowed and key not in READ_OR_IRRELEVANT:
             raise ValueError(f"{path}: {key} is {value!r:.40}, which is not supported here")
     layers = [layer for layer in LORA_LAYERS if any(f".{layer}.lora_A" in name for name in found)]
     if not layers:
-        raise ValueError(f"{Path(folder) / TENSORS}: holds no adapters of GPT-2's linear layers")
-    rank, alpha, dropout = (config.get(key) for key in ("r", "lora_alpha", "lora_dropout"))
-    values = {"rank": rank, "alpha": alpha, "dropout": dropout or 0.0, "targets": layers}
-    made = make(LoRAConfig, values, path)
-    if config.get("use_rslora"):  # its scale is alpha / sqrt(rank)
-        made = replace(made, alpha=made.alpha * math.sqrt(made.rank))
-    return made
+        raise ValueError(f"{path.parent / TENSORS}: holds no adapters of GPT-2's linear layers")
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    values = {"rank": rank, "alpha": alpha, "dropout": config.get("lora_dropout") or 0.0}
+    made = storage.make(LoRAConfig, values | {"targets": layers}, path)
+    # rslora's scale is alpha / sqrt(rank)
+    return replace(made, alpha=alpha * math.sqrt(rank)) if config.get("use_rslora") else made
 
 
-def base_name(folder: str | Path) -> str:
+def base_name(folder: Path) -> str:
     """What an adapter_config.json names as its base model. Raises ValueError where it does not."""
-    path = Path(folder) / CONFIG
-    name = read_json(path).get("base_model_name_or_path")
+    name = storage.read_json(folder / CONFIG).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise ValueError(f"{path}: does not name its base model, base_model_name_or_path")
+        raise ValueError(f"{folder / CONFIG}: base_model_name_or_path does not name the base model")
     return name
 
 
-def adapter_shapes(model: GPT, config: LoRAConfig) -> dict[str, tuple[int, ...]]:
+def adapter_shapes(model: GPT, config: LoRAConfig) -> storage.Shapes:
     """The tensors of config's adapters on a model, under peft's names, and their shapes."""
     shapes = {}
     for i, block in enumerate(model.transformer.h):

@@ -34,18 +34,16 @@ class KVCache:
         c = config
         shape = (c.n_layer, 2, batch_size, c.n_head, capacity, c.n_embd // c.n_head)
         self.keys_values = torch.zeros(shape, device=device, dtype=dtype)
-        self.capacity, self.fixed = capacity, fixed
-        self.length = 0
+        self.capacity, self.fixed, self.length = capacity, fixed, 0
         # The same number on the device; only kept up to date where fixed.
         self.end = torch.zeros(1, dtype=torch.int64, device=device)
         self.position, self.mask = self.end, None  # of the tokens that are being added
 
     def begin(self, n_new: int, doc_start: Tensor | None) -> Tensor:
         """Prepares for n_new tokens, doc_start (B, n_new); returns their positions (n_new,)."""
-        device = self.keys_values.device
+        device, self.mask = self.keys_values.device, None
         start = self.end if self.fixed else self.length
         self.position = start + torch.arange(n_new, device=device)
-        self.mask = None
         n_keys = self.capacity if self.fixed else self.length + n_new
         # Without a mask: one token that sees all keys, or a first call, which is causal.
         if self.fixed or doc_start is not None or 1 < n_new < n_keys:
@@ -162,23 +160,20 @@ class GPT(nn.Module):
     ops: "auto" (decided by device), "triton", "torch" or an Ops; see gpt2.ops.
     """
 
-    def __init__(
-        self, config: GPTConfig, ops: str | Ops = "auto", device: str | torch.device = "cpu"
-    ):
+    def __init__(self, config: GPTConfig, ops: str | Ops = "auto", device="cpu"):
         super().__init__()
         ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
         self.n_tokens = config.vocab_size  # ids that the tokenizer has: no others are generated
         # Training keeps only what enters each block, and computes the rest again going backward.
         self.activation_checkpointing = False
-        parts = dict(
+        self.transformer = nn.ModuleDict(dict(
             wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer)),
             ln_f=LayerNorm(config, ops),
-        )
-        self.transformer = nn.ModuleDict(parts)
+        ))  # fmt: skip
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size, False, ops)
         self.lm_head.weight = self.transformer.wte.weight
         self.init_weights()
@@ -186,10 +181,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Matrices and embeddings N(0, 0.02), biases 0, layer norms 1.
+        """Matrices and embeddings N(0, 0.02), biases 0, layer norms 1, the vocabulary's padding 0.
 
         The projections back into the residual stream are smaller by sqrt(2 n_layer), so that its
-        variance does not grow with depth (GPT-2 paper, section 2.3). The vocabulary's padding is 0.
+        variance does not grow with depth (GPT-2 paper, section 2.3).
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding) and module is not self.lm_head:
@@ -200,25 +195,17 @@ class GPT(nn.Module):
                     nn.init.zeros_(module.bias)
         self.transformer.wte.weight[self.config.vocab_size :] = 0.0
 
-    def hidden(
-        self, idx: Tensor, *, cache: KVCache | None = None, doc_start: Tensor | None = None
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, *, cache=None, doc_start=None) -> Tensor:
         """What the head sees: ln_f's output, (B, T, C). Arguments as in forward."""
         T, past = idx.shape[1], 0 if cache is None else cache.length
         if past + T > self.config.block_size:
-            raise ValueError(
-                f"{past + T} tokens do not fit the context of {self.config.block_size} "
-                "(block_size): shorten the prompt or generate fewer tokens"
-            )
-        if cache is None:
-            position = torch.arange(T, device=idx.device)  # (T,)
-        else:
-            position = cache.begin(T, doc_start)
+            words = f"{past + T} tokens do not fit the context of {self.config.block_size}"
+            raise ValueError(f"{words} (block_size): shorten the prompt or generate fewer tokens")
+        position = cache.begin(T, doc_start) if cache else torch.arange(T, device=idx.device)
         if doc_start is not None:
             position = position - doc_start  # (B, T): each document starts at position 0
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
-        x = self.transformer.drop(x)
-        branch = None
+        x, branch = self.transformer.drop(x), None
         again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             inputs = (x, branch, doc_start, cache)
@@ -235,8 +222,8 @@ class GPT(nn.Module):
 
         idx (B, T) int64.  cache: the tokens before idx; idx is appended to it.
         doc_start (B, T) int32: the first position each query may see, counted from the cache's
-        start; positions are embedded relative to it. It serves packed documents and left-padded
-        prompts alike. Returns (B, T, V).  Raises ValueError where the tokens do not fit block_size.
+        start; positions are embedded relative to it. For packed documents and left-padded prompts.
+        Returns (B, T, V).  Raises ValueError where the tokens do not fit block_size.
         """
         return self.logits(self.hidden(idx, cache=cache, doc_start=doc_start))
 
@@ -263,11 +250,10 @@ class GPT(nn.Module):
         trained weights have gradients. Source: PaLM (arXiv 2204.02311), appendix B.
         """
         c, n = self.config, self.n_params() - self.transformer.wpe.weight.numel()
-        attention = 12 * c.n_layer * c.n_embd * c.block_size
-        if self.lm_head.weight.requires_grad:
-            return 6 * n + attention
-        n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)  # adapters
-        return 4 * n + 2 * n_trained + attention
+        n_trained = n
+        if not self.lm_head.weight.requires_grad:
+            n_trained = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return 4 * n + 2 * n_trained + 12 * c.n_layer * c.n_embd * c.block_size
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:

@@ -4,14 +4,14 @@ model.safetensors       float32 weights under Hugging Face's names, without padd
 optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
 adapter_model.safetensors   instead of model.safetensors where LoRA adapters are trained
 
-Where ranks share tensors out (gpt2.train.parallel), files hold whole ones.
+Where ranks share tensors out (gpt2.train.layouts), files hold whole ones.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2 import lora
 from gpt2.model import GPT
@@ -20,46 +20,36 @@ from gpt2.storage import read_checked
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names of its state
 Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor name -> tensor in host memory
+Optimizer = torch.optim.Optimizer
 
 
 @torch.no_grad()
 def snapshot(
-    model: GPT,
-    optimizer: torch.optim.Optimizer | None = None,
-    out: Tensors | None = None,
-    *,
-    keep: bool = True,
+    model: GPT, optimizer: Optimizer | None = None, out: Tensors | None = None, *, keep: bool = True
 ) -> Tensors:
     """Copies of a model's weights and an optimizer's moments in host memory.
 
-    Where ranks share these out all must call it; each tensor is gathered for itself, and copied
-    only where keep is True.
-    out: an earlier snapshot of the same model, which is written over and returned: its memory, for
-    a GPU page-locked, is allocated only once.
-    """
+    Where ranks share these out all must call it; only those with keep copy what is gathered.
+    out: an earlier snapshot of the same model, whose memory is written over and returned."""
     out = {} if out is None else out
     for file, name, tensor in _tensors(model, optimizer):
-        if not keep:
-            continue
-        memory = out.setdefault(file, {})
-        if name not in memory:
-            memory[name] = host_memory(tensor)
-        memory[name].copy_(tensor, non_blocking=True)
+        if keep:
+            memory = out.setdefault(file, {})
+            if name not in memory:
+                memory[name] = host_memory(tensor)
+            memory[name].copy_(tensor, non_blocking=True)
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
     return out
 
 
 @torch.no_grad()
-def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer | None = None) -> None:
+def restore(folder: Path, model: GPT, optimizer: Optimizer | None = None) -> None:
     """Copies the tensors in a folder's files into a model and, where given, an optimizer.
-
-    Raises OSError, and ValueError where they are not exactly those of the model.
-    """
+    Raises OSError, and ValueError where they are not exactly those of the model."""
     file, prefix, saved = _saved(model)
-    shapes = {name: _unpadded(name, p, model).shape for name, p in saved.items()}
-    wanted = {prefix + name: shape for name, shape in shapes.items()}
-    weights = read_checked(folder / file, wanted, ("F32",))
+    shapes = {name: tuple(_unpadded(name, p, model).shape) for name, p in saved.items()}
+    weights = read_checked(folder / file, {prefix + n: s for n, s in shapes.items()}, ("F32",))
     for name, parameter in saved.items():
         parameter.copy_(_placed(weights[prefix + name], parameter))
     if optimizer is None:
@@ -68,15 +58,13 @@ def restore(folder: Path, model: GPT, optimizer: torch.optim.Optimizer | None = 
     wanted |= {f"{name}/{STEP}": () for name in shapes}
     moments = read_checked(folder / OPTIMIZER, wanted, ("F32",))
     own = {p for group in optimizer.param_groups for p in group["params"]}
-    for name, parameter in saved.items():
-        if parameter not in own:
-            continue
-        state = optimizer.state[parameter]
-        for key in MOMENTS:
-            value = _placed(moments[f"{name}/{key}"], parameter)
-            state[key] = torch.zeros_like(parameter).copy_(value)
-        # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
-        state[STEP] = moments[f"{name}/{STEP}"].to(parameter.device, copy=True)
+    for name, p in saved.items():
+        if p in own:
+            state = optimizer.state[p]
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(p).copy_(_placed(moments[f"{name}/{key}"], p))
+            # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
+            state[STEP] = moments[f"{name}/{STEP}"].to(p.device, copy=True)
 
 
 def host_memory(like: Tensor) -> Tensor:
@@ -84,29 +72,28 @@ def host_memory(like: Tensor) -> Tensor:
     return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
 
 
-def _saved(model: GPT) -> tuple[str, str, dict[str, torch.nn.Parameter]]:
+def _saved(model: GPT) -> tuple[str, str, dict[str, nn.Parameter]]:
     """The file of the weights, the prefix of their names in it, and which: adapters alone."""
     if lora.lora_config(model) is not None:
         return lora.TENSORS, lora.PREFIX, lora.adapter_parameters(model)
     return MODEL, "", dict(model.named_parameters())
 
 
-def _tensors(model: GPT, optimizer: torch.optim.Optimizer | None) -> Iterator:
+def _tensors(model: GPT, optimizer: Optimizer | None) -> Iterator[tuple[str, str, Tensor]]:
     """(file, name, tensor) of all that is saved; a collective where ranks share it out."""
+
+    def whole(name: str, tensor: Tensor) -> Tensor:
+        return _unpadded(name, tensor.full_tensor() if _is_shared_out(tensor) else tensor, model)
+
     file, prefix, saved = _saved(model)
     for name, parameter in saved.items():
-        yield file, prefix + name, _whole(name, parameter.detach(), model)
-    if optimizer is None:
-        return
-    # An optimizer whose state lies on other ranks as well has a way to get it.
-    moments = getattr(optimizer, "moments", optimizer.state.__getitem__)
-    for name, parameter in saved.items():
-        for key, value in moments(parameter).items():
-            yield OPTIMIZER, f"{name}/{key}", _whole(name, value, model)
-
-
-def _whole(name: str, tensor: Tensor, model: GPT) -> Tensor:
-    return _unpadded(name, tensor.full_tensor() if _is_shared_out(tensor) else tensor, model)
+        yield file, prefix + name, whole(name, parameter.detach())
+    if optimizer is not None:
+        # An optimizer whose state lies on other ranks as well has a way to get it.
+        moments = getattr(optimizer, "moments", optimizer.state.__getitem__)
+        for name, parameter in saved.items():
+            for key, value in moments(parameter).items():
+                yield OPTIMIZER, f"{name}/{key}", whole(name, value)
 
 
 def _unpadded(name: str, tensor: Tensor, model: GPT) -> Tensor:
@@ -114,16 +101,16 @@ def _unpadded(name: str, tensor: Tensor, model: GPT) -> Tensor:
     return tensor[: model.config.vocab_size] if is_table else tensor
 
 
+def _is_shared_out(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
+
+
 def _placed(value: Tensor, like: Tensor) -> Tensor:
     """value with the padding of a parameter; of one that ranks share out, this rank's part."""
     whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     whole[: len(value)] = value
-    if not _is_shared_out(like):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
+    if _is_shared_out(like):
+        from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def _is_shared_out(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return whole

@@ -20,6 +20,7 @@ from torch import Tensor
 MAX_JSON = 1 << 26  # bytes
 MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 12  # of a model: far beyond any, and cheap to describe
 FLOATS = ("F32", "F16", "BF16")  # what float32 represents exactly, as safetensors names them
+Shapes = dict[str, tuple[int, ...]]
 Found = dict[str, tuple[str, tuple[int, ...]]]  # name -> dtype, shape
 
 
@@ -38,34 +39,21 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def size(value, key: str, where) -> int:
-    """value, if it is one of a model's sizes: a whole number in a sane range."""
-    largest = MAX_LAYERS if key == "n_layer" else MAX_SIZE
-    if type(value) is not int or not 1 <= value <= largest:
-        raise ValueError(
-            f"{where}: {key} must be a whole number from 1 to {largest}, got {value!r:.40}"
-        )
-    return value
-
-
 def make(cls, values, where):
-    """The dataclass cls of a model's description, from plain values."""
-    kinds, checked = {field.name: field.type for field in dataclasses.fields(cls)}, {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be an object, got {values!r:.40}")
+    """The dataclass cls of a model's description, from plain values in a sane range."""
+    kinds = {field.name: field.type for field in dataclasses.fields(cls)}
+    values = values if isinstance(values, dict) else {"it": values}
+    values = {key: tuple(v) if type(v) is list else v for key, v in values.items()}
     for key, value in values.items():
-        kind, right = kinds.get(key), True
-        if kind is int:
-            size(value, key, where)
-        elif kind is float:  # neither NaN nor huge
-            right = type(value) in (int, float) and abs(value) <= MAX_SIZE
-        else:
-            right = type(value) is kind or kind == tuple[str, ...] and type(value) is list
+        kind, most = kinds.get(key), MAX_LAYERS if key == "n_layer" else MAX_SIZE
+        right = type(value) is getattr(kind, "__origin__", kind)
+        if kind in (int, float):  # a float is neither NaN nor huge
+            right = type(value) in (int, kind) and (1 if kind is int else -most) <= value <= most
         if not right:
-            raise ValueError(f"{where}: {key} cannot be {value!r:.40}")
-        checked[key] = tuple(value) if type(value) is list else value
+            limits = f" (a whole number from 1 to {most})" if kind is int else ""
+            raise ValueError(f"{where}: {key} cannot be {value!r:.40}{limits}")
     try:
-        return cls(**checked)
+        return cls(**values)
     except (ValueError, TypeError) as error:  # TypeError: a field is missing, or another type
         raise ValueError(f"{where}: {error}") from error
 
@@ -85,9 +73,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def read_checked(
-    path: Path, wanted: dict[str, tuple[int, ...]], dtypes: tuple[str, ...] = FLOATS
-) -> dict[str, Tensor]:
+def read_checked(path: Path, wanted: Shapes, dtypes=FLOATS) -> dict[str, Tensor]:
     """The tensors of a file that holds exactly what is wanted."""
     check_shapes(read_shapes(path), wanted, path, dtypes)
     return read_tensors(path)
@@ -105,21 +91,16 @@ def _reading(path: Path):
         raise OSError(errno.EIO, str(error), str(path)) from error
 
 
-def check_shapes(
-    found: Found, wanted: dict[str, tuple[int, ...]], where, dtypes: tuple[str, ...] = FLOATS
-) -> None:
+def check_shapes(found: Found, wanted: Shapes, where, dtypes=FLOATS) -> None:
     """Raises ValueError where found is not exactly what is wanted: copying would broadcast."""
-    missing, unknown = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"{where}: not the tensors of this model: missing {missing[:3] or 'none'}, unknown "
-            f"{unknown[:3] or 'none'}"
-        )
+    if wanted.keys() != found.keys():
+        missing, unknown = sorted(wanted.keys() - found.keys())[:3], sorted(found.keys() - wanted)
+        words = f"missing {missing}, unknown {unknown[:3]}"
+        raise ValueError(f"{where}: not the tensors of this model: {words}")
     for name, (dtype, shape) in found.items():
-        if shape != wanted[name]:
-            raise ValueError(f"{where}: {name} has shape {shape}, must have {wanted[name]}")
-        if dtype not in dtypes:
-            raise ValueError(f"{where}: {name} has dtype {dtype}, must have {' or '.join(dtypes)}")
+        if shape != wanted[name] or dtype not in dtypes:
+            words = f"has shape {shape}, dtype {dtype}, must have {wanted[name]}"
+            raise ValueError(f"{where}: {name} {words}, {' or '.join(dtypes)}")
 
 
 def check_finite(tensors: dict[str, Tensor], where) -> None:
@@ -131,31 +112,26 @@ def check_finite(tensors: dict[str, Tensor], where) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict | None = None) -> None:
-    """Writes a safetensors file."""
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        full = "No space left" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
+        raise OSError(number, str(error), str(path)) from error
+    sync(path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")
+    sync(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings to the disk which files a folder has."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Brings a file's content, or a folder's list of files, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems have none
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network file systems: of folders
             raise
     finally:
         os.close(fd)

@@ -10,6 +10,7 @@ fit; the tests under torchrun start it as a user would. Random moments come from
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import random
@@ -67,10 +68,11 @@ def small_run(work: Path) -> TrainConfig:
 
 def spawn(config: TrainConfig, ranks: int, log: Path) -> list[int]:
     """Forks the ranks of a run; returns their process ids."""
-    port, pids = free_port(), []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port, pids = s.getsockname()[1], []
     for rank in range(ranks):
-        pid = os.fork()
-        if pid == 0:
+        if (pid := os.fork()) == 0:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(out, 1)
             os.dup2(out, 2)
@@ -91,55 +93,64 @@ def spawn(config: TrainConfig, ranks: int, log: Path) -> list[int]:
     return pids
 
 
+def is_running(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
 def reap(pids: list[int], patience_s: float = 120.0) -> list[int]:
     """Exit statuses; once one has failed the others are killed, as torchrun does."""
     codes: dict[int, int] = {}
     deadline = time.monotonic() + patience_s
-    while len(codes) < len(pids):
-        for pid in pids:
-            if pid not in codes:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-        if any(code not in (0, 75) for code in codes.values()) or time.monotonic() > deadline:
-            for pid in pids:
-                if pid not in codes:
-                    os.kill(pid, signal.SIGKILL)
+    while left := [pid for pid in pids if pid not in codes]:
+        for pid in left:
+            if not is_running(pid):
+                codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            elif set(codes.values()) - {0, 75} or time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
     return [codes[pid] for pid in pids]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run_of(config: TrainConfig) -> Path:
     return Path(config.out_dir) / config.run_name
 
 
+def log_of(config: TrainConfig) -> list[dict]:
+    return read_metrics(run_of(config) / "metrics.jsonl")
+
+
+def good_one(config: TrainConfig) -> checkpoint.Checkpoint | None:
+    return checkpoint.newest_good(run_of(config), say=lambda text: None)
+
+
+def names(config: TrainConfig) -> list[str]:
+    """What is in the folder of a run's checkpoints."""
+    try:
+        return os.listdir(run_of(config) / "checkpoints")
+    except OSError:
+        return []
+
+
 def outcome(config: TrainConfig) -> tuple[dict, dict]:
     """The losses by step and key, and the weights and moments of the last checkpoint."""
-    run = run_of(config)
-    losses = {
-        (line["step"], key): line[key]
-        for line in read_metrics(run / "metrics.jsonl")
-        for key in ("train/loss", "val/loss", "train/grad_norm")
-        if key in line
-    }
-    path = checkpoint.list_checkpoints(run)[-1]
-    tensors = {}
-    for name in (checkpoint.MODEL, checkpoint.OPTIMIZER):
-        tensors |= load_file(path / name)
-    return losses, tensors
+    keys = ("train/loss", "val/loss", "train/grad_norm")
+    losses = {(x["step"], key): x[key] for x in log_of(config) for key in keys if key in x}
+    path = checkpoint.list_checkpoints(run_of(config))[-1]
+    return losses, tensors_of(path)
 
 
-def same(a: tuple[dict, dict], b: tuple[dict, dict]) -> bool:
+def tensors_of(path: Path) -> dict:
+    return load_file(path / checkpoint.MODEL) | load_file(path / checkpoint.OPTIMIZER)
+
+
+def same(a: dict, b: dict) -> bool:
     """Bit for bit."""
-    return a[0] == b[0] and a[1].keys() == b[1].keys() and all(
-        torch.equal(a[1][name], b[1][name]) for name in a[1]
-    )
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def is_outcome(config: TrainConfig, expected: tuple[dict, dict]) -> bool:
+    losses, tensors = outcome(config)
+    return losses == expected[0] and same(tensors, expected[1])
 
 
 def uninterrupted(config: TrainConfig, ranks: int, log: Path) -> tuple[tuple, float]:
@@ -162,27 +173,23 @@ def kill(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
         while done < share:
             runs += 1
             cut = replace(config, run_name=f"cut_{ranks}_{runs}")
-            here, finished = 0, False
-            while not finished:
+            here = 0
+            while True:
                 pids = spawn(cut, ranks, log)
                 if done + here < share:
                     aimed = (done + here) % 2 == 0
-                    hit = wait_for_save(cut, pids, rng) if aimed else False
+                    hit = aimed and wait_for_save(cut, pids, rng)
                     if not aimed:
                         time.sleep(rng.random() * seconds)
-                    victim = rng.choice(pids)
-                    if os.waitpid(victim, os.WNOHANG) == (0, 0):
+                    if is_running(victim := rng.choice(pids)):
                         os.kill(victim, signal.SIGKILL)
                         here, in_save = here + 1, in_save + hit
                         reap(pids)
                         continue
-                    pids.remove(victim)
-                    reap(pids)
-                else:
-                    reap(pids)
-                finished = True
-            right = same(outcome(cut), expected)
-            kills, done, good = kills + here, done + here, good + (here if right else 0)
+                reap(pids)
+                break
+            right = is_outcome(cut, expected)
+            kills, done, good = kills + here, done + here, good + here * right
             shutil.rmtree(run_of(cut))
     words = f"{runs} runs, {in_save} of {kills} kills while a checkpoint was being written"
     return good, kills, f"losses, weights and moments bit-identical; {words}"
@@ -190,23 +197,15 @@ def kill(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 def wait_for_save(config: TrainConfig, pids: list[int], rng: random.Random) -> bool:
     """Until a checkpoint is being written, and then a moment; whether that was seen."""
-    folder, skip = run_of(config) / "checkpoints", rng.randrange(4)
-    before = None
-    while all(os.waitid(os.P_PID, p, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for p in pids):
-        writing = next((n for n in names(folder) if n.startswith(".step_")), None)
+    before, skip = None, rng.randrange(4)
+    while all(map(is_running, pids)):
+        writing = next((n for n in names(config) if n.startswith(".step_")), None)
         if writing and writing != before:
             before, skip = writing, skip - 1
             if skip < 0:
                 time.sleep(rng.random() * 0.01)
                 return True
     return False
-
-
-def names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
 
 
 def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
@@ -220,9 +219,8 @@ def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
         time.sleep(rng.random() * seconds)
         os.kill(pid, signal.SIGTERM)
         (code,) = reap([pid])
-        lines = read_metrics(run_of(cut) / "metrics.jsonl")
-        steps = [line["step"] for line in lines if "train/loss" in line]
-        found = checkpoint.newest_good(run_of(cut), say=lambda text: None)
+        steps = [line["step"] for line in log_of(cut) if "train/loss" in line]
+        found = good_one(cut)
         if not steps:  # it came before the first step, and nothing was lost
             good, before = good + (found is None), before + 1
         else:
@@ -233,47 +231,30 @@ def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 def disk(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """A disk that fills up, met by the check before a save and in the middle of writing."""
-    log, good = work / "disk.log", 0
-    for blind in (False, True):
-        for policy in ("continue", "stop"):
-            with small_disk(work, 3.2 if blind else 32) as (folder, how):
-                config = replace(
-                    small_run(work), out_dir=str(folder), on_save_error=policy, keep_last=0,
-                    save_every=20, eval_every=0, max_steps=200, run_name="full",
-                )  # fmt: skip
-                (pid,) = spawn_blind(config, log) if blind else spawn(config, 1, log)
-                if not blind:  # otherwise the pre-flight would refuse to start
-                    fill(folder, config)
-                (code,) = reap([pid])
-                found = checkpoint.newest_good(run_of(config), say=lambda text: None)
-                hidden = [n for n in names(run_of(config) / "checkpoints") if n.startswith(".")]
-                text = log.read_text()
-                said = ("No space left" in text if blind else "does not fit" in text)
-                steps = [x["step"] for x in read_metrics(run_of(config) / "metrics.jsonl")]
-                went_on = steps[-1] == config.max_steps
-                right = said and code == 1 and not hidden and went_on == (policy == "continue")
-                good += found is not None and right
-                log.unlink()
-    return good, 4, f"{how}; the checkpoints before load, nothing half written stays"
-
-
-def spawn_blind(config: TrainConfig, log: Path) -> list[int]:
-    """A run that believes there is room."""
-    usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage("/")._replace(free=1 << 60)
-    try:
-        return spawn(config, 1, log)
-    finally:
-        shutil.disk_usage = usage
-
-
-def fill(folder: Path, config: TrainConfig) -> None:
-    """Leaves room for half a checkpoint once there is one."""
-    while not any(n.startswith("step_") for n in names(run_of(config) / "checkpoints")):
-        time.sleep(0.001)
-    (first,) = checkpoint.list_checkpoints(run_of(config))[:1]
-    size = sum(file.stat().st_size for file in first.iterdir())
-    (folder / "ballast").write_bytes(bytes(shutil.disk_usage(folder).free - size // 2))
+    log, good, usage = work / "disk.log", 0, shutil.disk_usage
+    for blind, policy in itertools.product((False, True), ("continue", "stop")):
+        with small_disk(work, 3.2 if blind else 32) as folder:
+            config = replace(
+                small_run(work), out_dir=str(folder), on_save_error=policy, keep_last=0,
+                save_every=20, eval_every=0, max_steps=200, run_name="full",
+            )  # fmt: skip
+            if blind:  # it believes there is room
+                shutil.disk_usage = lambda path: usage("/")._replace(free=1 << 60)
+            pids = spawn(config, 1, log)
+            shutil.disk_usage = usage
+            if not blind:  # otherwise the pre-flight would refuse to start
+                while not any(n.startswith("step_") for n in names(config)):
+                    time.sleep(0.001)
+                first = checkpoint.list_checkpoints(run_of(config))[0]
+                size = sum(file.stat().st_size for file in first.iterdir())
+                (folder / "ballast").write_bytes(bytes(usage(folder).free - size // 2))
+            codes, hidden = reap(pids), [n for n in names(config) if n.startswith(".")]
+            said = ("No space left" if blind else "does not fit") in log.read_text()
+            went_on = log_of(config)[-1]["step"] == config.max_steps
+            right = said and codes == [1] and not hidden and went_on == (policy == "continue")
+            good += right and good_one(config) is not None
+            log.unlink()
+    return good, 4, "tmpfs; the checkpoints before load, nothing half written stays"
 
 
 @contextmanager
@@ -285,18 +266,16 @@ def small_disk(work: Path, megabytes: float):
     if subprocess.run(mount, capture_output=True).returncode:
         raise SystemExit("disk: mounting a tmpfs needs root; the default tests use RLIMIT_FSIZE")
     try:
-        yield folder, "tmpfs"
+        yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
 
 
 def flip(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """One flipped bit or a truncation in a random file of the newest checkpoint."""
-    config, log, good = replace(small_run(work), keep_last=2), work / "flip.log", 0
-    assert reap(spawn(replace(config, run_name="flips"), 1, log)) == [0]
-    run = run_of(replace(config, run_name="flips"))
-    before, newest = checkpoint.list_checkpoints(run)
-    truncated = 0
+    config, good, truncated = replace(small_run(work), keep_last=2, run_name="flips"), 0, 0
+    assert reap(spawn(config, 1, work / "flip.log")) == [0]
+    before, newest = checkpoint.list_checkpoints(run_of(config))
     for _ in range(count):
         file = rng.choice(sorted(newest.iterdir()))
         content = file.read_bytes()
@@ -307,10 +286,10 @@ def flip(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(changed)
         said = []
-        found = checkpoint.newest_good(run, say=said.append)
+        found = checkpoint.newest_good(run_of(config), say=said.append)
         good += found is not None and found.path == before and file.name in said[0]
         file.write_bytes(content)
-    assert checkpoint.newest_good(run).path == newest
+    assert good_one(config).path == newest
     return good, count, f"{truncated} truncations; the file is named, the checkpoint before is used"
 
 
@@ -343,12 +322,8 @@ def nan(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
         finally:
             module.LanguageModeling = LanguageModeling
         paths = checkpoint.list_checkpoints(run_of(bad))
-        untouched = all(
-            torch.equal(x, load_file(paths[step] / file)[name])
-            for file in (checkpoint.MODEL, checkpoint.OPTIMIZER)
-            for name, x in load_file(paths[step - 1] / file).items()
-        )
-        lines = read_metrics(run_of(bad) / "metrics.jsonl")
+        untouched = same(tensors_of(paths[step]), tensors_of(paths[step - 1]))
+        lines = log_of(bad)
         events = [line for line in lines if "guard/skipped" in line]
         place = data.provenance(step, row, rows)
         named = len(events) == 1 and any(
@@ -367,7 +342,7 @@ def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
         log, victim = work / f"lost_{n}.log", n // 2 % 2
         config = replace(small_run(work), run_name=f"lost_{n}", max_steps=10_000, timeout_s=8)
         pids = spawn(config, 2, log)
-        while not names(run_of(config) / "checkpoints"):
+        while not names(config):
             time.sleep(0.01)
         os.kill(pids[victim], signal.SIGKILL if n % 2 == 0 else signal.SIGSTOP)
         started = time.monotonic()
@@ -382,81 +357,57 @@ def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     return good, count, f"half killed, half frozen; {words}"
 
 
-def torchrun(config: TrainConfig, *options: str, prefix: tuple = ()) -> subprocess.Popen:
+def torchrun_and_kill(config: TrainConfig, rng: random.Random, kills: int, launches: list) -> bool:
+    """Whether a run ends well, though ranks are killed, each after two more checkpoints.
+
+    launches: of each host what to put before the command, and the options of torchrun.
+    """
     words = [f"--{k}={v}" for k, v in asdict(config).items() if v is not None and v != ""]
-    command = [*prefix, sys.executable, "-m", "torch.distributed.run", *options,
-               str(ROOT / "scripts/train_gpt2.py"), *words]  # fmt: skip
-    log = open(Path(config.out_dir).parent / "torchrun.log", "ab")
-    return subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def workers(config: TrainConfig) -> list[int]:
-    """Process ids of the ranks of a run under torchrun."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                environ = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            ours = f"--run_name={config.run_name}".encode() in words
-            if ours and any(word.startswith(b"RANK=") for word in environ):
-                found.append(int(entry.name))
-    return found
-
-
-def kill_workers(config: TrainConfig, attempts: int, rng: random.Random, alive) -> int:
-    """kill -9 of a random rank, `attempts` times, each after two more checkpoints."""
-    kills, at = 0, 0
-    while kills < attempts and alive():
-        steps = [int(n[5:]) for n in names(run_of(config) / "checkpoints") if n[:5] == "step_"]
-        if steps and max(steps) >= at + 8:
+    script, at = [str(ROOT / "scripts/train_gpt2.py"), *words], 0
+    with open(Path(config.out_dir).parent / "torchrun.log", "ab") as log:
+        hosts = [
+            subprocess.Popen([*prefix, sys.executable, "-m", "torch.distributed.run", *options,
+                              "--max-restarts=3", *script], stdout=log, stderr=log)
+            for prefix, options in launches
+        ]  # fmt: skip
+    while kills and all(host.poll() is None for host in hosts):
+        steps = [int(n[5:]) for n in names(config) if n.startswith("step_")]
+        if max(steps, default=0) >= at + 8:
             time.sleep(rng.random() * 0.5)
-            ranks = workers(config)
-            if ranks:
-                os.kill(rng.choice(ranks), signal.SIGKILL)
-                kills, at = kills + 1, max(steps)
+            ranks = f"-u {ROOT}/scripts/train_gpt2.py .*--run_name={config.run_name}( |$)"
+            found = subprocess.run(["pgrep", "-f", "--", ranks], capture_output=True, text=True)
+            if found.stdout:
+                os.kill(int(rng.choice(found.stdout.split())), signal.SIGKILL)
+                kills, at = kills - 1, max(steps)
         time.sleep(0.05)
-    return kills
+    return {host.wait(300) for host in hosts} == {0} and kills == 0
 
 
 def restart(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """A rank killed under torchrun --max-restarts, on one host."""
-    config = replace(small_run(work), max_steps=120)
+    config, good = replace(small_run(work), max_steps=120), 0
     expected, _ = uninterrupted(config, 2, work / "restart.log")
-    good = 0
     for n in range(count):
         cut = replace(config, run_name=f"restart_{n}")
-        started = torchrun(cut, "--standalone", "--nproc-per-node=2", "--max-restarts=3")
-        kills = kill_workers(cut, 2, rng, lambda p=started: p.poll() is None)
-        code = started.wait(300)
-        good += code == 0 and kills == 2 and same(outcome(cut), expected)
+        launches = [([], ["--standalone", "--nproc-per-node=2"])]
+        good += torchrun_and_kill(cut, rng, 2, launches) and is_outcome(cut, expected)
     return good, count, "2 kills each, 2 ranks, bit-identical"
 
 
 def hosts(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     """The same on two hosts, which are network namespaces; c10d rendezvous."""
-    config = replace(small_run(work), max_steps=120)
+    config, good = replace(small_run(work), max_steps=120), 0
     expected, _ = uninterrupted(config, 2, work / "hosts.log")
-    good = 0
     for n in range(count):
         cut = replace(config, run_name=f"hosts_{n}")
+        options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d",
+                   "--rdzv-endpoint=10.77.0.1:29400", f"--rdzv-id={n}"]  # fmt: skip
         with two_hosts() as prefixes:
-            options = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3",
-                       "--rdzv-backend=c10d", "--rdzv-endpoint=10.77.0.1:29400",
-                       f"--rdzv-id={n}"]  # fmt: skip
-            started = [
-                torchrun(
-                    cut, *options, f"--local-addr=10.77.0.{i + 1}",
-                    f"--rdzv-conf=is_host={int(i == 0)}", prefix=prefix,
-                )
-                for i, prefix in enumerate(prefixes)
-            ]  # fmt: skip
-            alive = lambda ps=started: all(p.poll() is None for p in ps)  # noqa: E731
-            kills = kill_workers(cut, 1, rng, alive)
-            codes = [p.wait(300) for p in started]
-        good += codes == [0, 0] and kills == 1 and same(outcome(cut), expected)
+            launches = [
+                (prefix, [*options, f"--local-addr=10.77.0.{i}", f"--rdzv-conf=is_host={i % 2}"])
+                for i, prefix in enumerate(prefixes, 1)
+            ]
+            good += torchrun_and_kill(cut, rng, 1, launches) and is_outcome(cut, expected)
     return good, count, "1 kill each, 1 rank a host, bit-identical"
 
 
@@ -473,15 +424,11 @@ def two_hosts():
             ip("netns", "add", space)
         ip("link", "add", "gpt2-a0", "netns", spaces[0], "type", "veth", "peer", "name", "gpt2-b0",
            "netns", spaces[1])  # fmt: skip
-        for i, space in enumerate(spaces):
-            device = f"{space}0"
-            ip("-n", space, "addr", "add", f"10.77.0.{i + 1}/24", "dev", device)
-            for name in (device, "lo"):
-                ip("-n", space, "link", "set", name, "up")
-        yield [
-            ("ip", "netns", "exec", space, "env", f"GLOO_SOCKET_IFNAME={space}0")
-            for space in spaces
-        ]
+        for i, space in enumerate(spaces, 1):
+            ip("-n", space, "addr", "add", f"10.77.0.{i}/24", "dev", f"{space}0")
+            for device in (f"{space}0", "lo"):
+                ip("-n", space, "link", "set", device, "up")
+        yield [["ip", "netns", "exec", s, "env", f"GLOO_SOCKET_IFNAME={s}0"] for s in spaces]
     finally:
         for space in spaces:
             ip("netns", "del", space, check=False)
@@ -504,10 +451,12 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
         assert reap(spawn(config, 1, work / "overhead.log"), 600) == [0]
     finally:
         Metrics.log = real
-    lines = read_metrics(run_of(config) / "metrics.jsonl")
+    lines = log_of(config)
     at = {line["step"]: line["at"] for line in lines if "train/loss" in line}
-    held = [line["checkpoint/held_ms"] for line in lines if "checkpoint/held_ms" in line]
-    write = [line["checkpoint/write_ms"] for line in lines if "checkpoint/write_ms" in line]
+    held, write = (
+        statistics.median(line[key] for line in lines if key in line)
+        for key in ("checkpoint/held_ms", "checkpoint/write_ms")
+    )
     starts = range(100, 100 * (count + 1), 100)  # the line of step 100 n is logged before its save
     pairs = [(at[n + 50] - at[n], at[n + 100] - at[n + 50]) for n in starts]
     ratio = statistics.median(a / b for a, b in pairs) - 1
@@ -515,8 +464,8 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
     step_ms = 20 * statistics.median(b for _, b in pairs)
     words = (
         f"wall time {ratio:+.2%} (median of {count} pairs of 50 steps of {step_ms:.1f} ms; their "
-        f"sums {total:+.2%}); a save holds training for {statistics.median(held):.1f} ms and is "
-        f"written in {statistics.median(write):.0f} ms"
+        f"sums {total:+.2%}); a save holds training for {held:.1f} ms and is "
+        f"written in {write:.0f} ms"
     )
     return int(ratio < 0.02), 1, words
 

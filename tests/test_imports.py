@@ -19,7 +19,7 @@ LAYERS = [
     ["gpt2.ops", "gpt2.data"],
     ["gpt2.model"],
     ["gpt2.generate", "gpt2.hf", "gpt2.lora"],
-    ["gpt2.state", "gpt2.models"],
+    ["gpt2.state"],
     ["gpt2.checkpoint"],
     ["gpt2"],
     ["gpt2.evals"],

@@ -10,27 +10,17 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
-from gpt2 import GPT
+from gpt2 import GPT, lora
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.hf import export_hf, load_hf
-from gpt2.lora import (
-    adapter_parameters,
-    adapters_off,
-    add_lora,
-    load_adapters,
-    lora_config,
-    lora_layers,
-    merge,
-    save_adapters,
-)  # fmt: skip
+from gpt2.lora import adapter_parameters, adapters_off, add_lora, load_adapters, save_adapters
 from gpt2.model import Linear
 from gpt2.train.objectives import LanguageModeling
 
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=20, block_size=16, vocab_size=101)
 TARGETS = [("c_attn",), ("c_attn", "c_proj", "c_fc"), ("attn.c_proj", "mlp.c_fc")]
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),  # peft's use
-]
+# peft's use
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 
 
 def make_base(folder, seed=0) -> GPT:
@@ -56,13 +46,6 @@ def some_tokens(rows=2):
     return torch.randint(0, SHAPE.vocab_size, (rows, 16))
 
 
-def loss_and_gradients(model: GPT, idx):
-    batch = {"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()}
-    loss = LanguageModeling(model)(batch)[0] / batch["targets"].numel()
-    loss.backward()
-    return loss, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("targets", TARGETS)
 def test_our_files_in_peft_outputs_loss_and_gradients(tmp_path, targets):
     model = adapted(tmp_path / "hf", 3, 5.0, targets=targets)
@@ -74,15 +57,18 @@ def test_our_files_in_peft_outputs_loss_and_gradients(tmp_path, targets):
     idx = some_tokens(3)
     out = theirs(idx, labels=idx)
     assert_close(model(idx), out.logits, rtol=1e-5, atol=1e-5)
-    loss, gradients = loss_and_gradients(model, idx)
+    batch = {"idx": idx[:, :-1], "targets": idx[:, 1:].contiguous()}
+    loss = LanguageModeling(model)(batch)[0] / batch["targets"].numel()
     assert_close(loss, out.loss, rtol=1e-6, atol=1e-6)
+    loss.backward()
     out.loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     expected = {
         n.removeprefix("base_model.model.").replace(".default", ""): p.grad
         for n, p in theirs.named_parameters()
         if p.grad is not None
     }
-    assert gradients.keys() == expected.keys() and len(expected) == 2 * len(lora_layers(model))
+    assert gradients.keys() == expected.keys() and len(expected) == 2 * len(lora.lora_layers(model))
     for name, gradient in expected.items():
         assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -111,24 +97,20 @@ def test_files_of_peft_in_ours(tmp_path, targets, rslora):
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     # Merged and exported, transformers alone computes the same.
-    export_hf(merge(model), tmp_path / "merged")
+    export_hf(lora.merge(model), tmp_path / "merged")
     merged = GPT2LMHeadModel.from_pretrained(tmp_path / "merged")
     assert_close(merged(idx).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_begins_as_no_change_and_trains_only_adapters(tmp_path):
-    model = make_base(tmp_path / "hf")
-    idx = some_tokens()
+    model, idx = make_base(tmp_path / "hf"), some_tokens()
     before, names = model(idx), {n for n, _ in model.named_parameters()}
     add_lora(model, LoRAConfig(2))
     assert torch.equal(model(idx), before)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trained == adapter_parameters(model).keys()
+    assert trained == adapter_parameters(model).keys() and len(trained) == 2 * 4 * SHAPE.n_layer
     # The weights of the base keep their names.
     assert {n for n, _ in model.named_parameters()} - trained == names
-    assert len(trained) == 2 * 4 * SHAPE.n_layer
-    per_block = 2 * (4 + 2 + 5 + 5) * SHAPE.n_embd
-    assert sum(p.numel() for p in adapter_parameters(model).values()) == 2 * per_block
 
 
 def test_off_merged_and_merged_back(tmp_path):
@@ -141,12 +123,12 @@ def test_off_merged_and_merged_back(tmp_path):
     with pytest.raises(RuntimeError), adapters_off(model):
         raise RuntimeError
     assert torch.equal(model(idx), on)
-    merge(model)
+    lora.merge(model)
     assert_close(model(idx), on, rtol=1e-4, atol=1e-5)
     # The same kind of layers as before, with the faster one for decoding.
     assert [*map(type, model.modules())] == [*map(type, plain.modules())]
     layer = model.transformer.h[0].mlp.c_fc
-    assert type(layer) is Linear and layer.ops is model.ops and lora_config(model) is None
+    assert type(layer) is Linear and layer.ops is model.ops and lora.lora_config(model) is None
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
     assert all(p.requires_grad for p in model.parameters())
 
@@ -157,8 +139,6 @@ def test_dropout_is_on_what_adapters_see_in_training_only(tmp_path):
     assert not torch.equal(model(idx), model(idx))
     with adapters_off(model):
         assert torch.equal(model(idx), model(idx))
-    model.eval()
-    assert torch.equal(model(idx), model(idx))
 
 
 class Both(torch.nn.Module):
@@ -180,12 +160,12 @@ def test_compiled_and_bfloat16_equal_eager(tmp_path):
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
     for mine, expected in zip(compiled(idx), both(idx), strict=True):
         assert_close(mine, expected, rtol=1e-5, atol=1e-5)
-    assert all(layer.switch.on for layer in lora_layers(model).values())
+    assert all(layer.on for layer in lora.lora_layers(model).values())
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(idx)
     assert logits.dtype == torch.bfloat16
     assert_close(logits.float(), model(idx), rtol=0.05, atol=0.05)
-    loss_and_gradients(model, idx)
+    logits.sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in adapter_parameters(model).values())
 
 
@@ -196,8 +176,8 @@ def test_compiled_and_bfloat16_equal_eager(tmp_path):
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"c_fc": 2}}, "rank_pattern"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights"), ({"peft_type": "IA3"}, "peft_type"),
-        ({"r": 3}, "c_attn.lora_A.weight has shape .2, 20., must have .3, 20."),
-        ({"r": "2"}, "rank must be a whole number"), ({"r": None}, "rank must be a whole number"),
+        ({"r": 3}, "c_attn.lora_A.weight has shape .2, 20., .* must have .3, 20."),
+        ({"r": "2"}, "rank cannot be '2'"), ({"r": None}, "rank cannot be None"),
         ({"lora_alpha": float("inf")}, "alpha cannot be inf"),
         ({"lora_alpha": None}, "alpha cannot be None"),
         ({"lora_dropout": 2}, "dropout must lie in"),
@@ -214,22 +194,19 @@ def test_other_adapters_are_refused(tmp_path, changes, words):
 
 def test_adapters_and_models_that_do_not_fit(tmp_path):
     model, folder = add_lora(make_base(tmp_path / "hf"), LoRAConfig(2)), tmp_path / "adapters"
-    with pytest.raises(ValueError, match="merge them first"):
-        add_lora(model, LoRAConfig(2))
-    with pytest.raises(ValueError, match="merge"):
-        export_hf(model, tmp_path / "export")
-    with pytest.raises(ValueError, match="no adapters to save"):
-        save_adapters(GPT(SHAPE), folder)
+    for wrong, words in (
+        (lambda: add_lora(model, LoRAConfig(2)), "merge them first"),
+        (lambda: export_hf(model, tmp_path / "export"), "merge them first"),
+        (lambda: save_adapters(GPT(SHAPE), folder), "no adapters to save"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            wrong()
     save_adapters(model, folder)
     for change, words in (({"n_layer": 3}, "missing.*h.2"), ({"n_embd": 24}, "must have .2, 24.")):
         other = GPT(replace(SHAPE, **change))
         with pytest.raises(ValueError, match=words):
             load_adapters(other, folder)
-        assert lora_config(other) is None  # as it was
-    data = (folder / "adapter_model.safetensors").read_bytes()
-    (folder / "adapter_model.safetensors").write_bytes(data[:-40])
-    with pytest.raises(ValueError, match="damaged"):
-        load_adapters(GPT(SHAPE), folder)
+        assert lora.lora_config(other) is None  # as it was
     with pytest.raises(OSError, match="no such file"):
         load_adapters(GPT(SHAPE), tmp_path / "nothing")
 

@@ -1,8 +1,7 @@
 """Checkpoints written while training goes on.
 
-The training loop is held only while weights and moments are copied to host memory; a thread writes
-the copy. Copying takes about the time of moving 12 bytes a parameter; writing depends on the disk.
-A second checkpoint waits until the first is written, so there is never more than one copy.
+Training stands still only while weights and moments, 12 bytes a parameter, are copied to host
+memory; a thread writes the one copy. A second checkpoint waits until the first is written.
 """
 
 import time
@@ -20,24 +19,17 @@ from gpt2.state import Tensors, snapshot
 class Saver:
     """Writes checkpoints of a run in the background; only the main process has one.
 
-    on_saved(step, path, times): called from save() or wait(), in the caller's thread, for each one
-    that was written; times: "checkpoint/held_ms", that training stood still, and
-    "checkpoint/write_ms".
-    keep_going: an OSError of writing is told to on_failed(step, error) and training goes on;
-    otherwise it is raised.
+    on_saved(step, path, times) is called by save or wait for each one that was written; times:
+    "checkpoint/held_ms" (of training) and "checkpoint/write_ms". An OSError of writing is told to
+    on_failed(step, error) where keep_going, and raised otherwise.
     """
 
     def __init__(
-        self,
-        run: Path,
-        *,
-        keep_last: int,
-        keep_going: bool,
-        on_saved: Callable[[int, Path, dict], None],
-        on_failed: Callable[[int, OSError], None],
-    ):
-        self.run, self.keep_last = run, keep_last
-        self.keep_going, self.on_saved, self.on_failed = keep_going, on_saved, on_failed
+        self, run: Path, *, keep_last: int, keep_going: bool,
+        on_saved: Callable[[int, Path, dict], None], on_failed: Callable[[int, OSError], None],
+    ):  # fmt: skip
+        self.run, self.keep_last, self.keep_going = run, keep_last, keep_going
+        self.on_saved, self.on_failed = on_saved, on_failed
         self._thread = ThreadPoolExecutor(1, "saver")
         self._pending: tuple[int, float, Future] | None = None
         self._tensors: Tensors | None = None
@@ -48,7 +40,7 @@ class Saver:
         self.wait()  # for the one before: its copy is written over
         self._tensors = snapshot(model, optimizer, self._tensors)
         held_ms = (time.perf_counter() - started) * 1e3
-        self._pending = step, held_ms, self._thread.submit(self._write, step, self._tensors, meta)
+        self._pending = step, held_ms, self._thread.submit(self._write, step, meta)
 
     def poll(self) -> None:
         """Tells of a checkpoint that has been written meanwhile; waits for nothing."""
@@ -56,11 +48,8 @@ class Saver:
             self.wait()
 
     def wait(self) -> None:
-        """Until what was started is written and told of.
-
-        Raises ValueError where the state is not finite, OSError (unless keep_going) where it cannot
-        be written.
-        """
+        """Until what was started is written and told of. Raises ValueError where the state is not
+        finite, OSError (unless keep_going) where it cannot be written."""
         if self._pending is None:
             return
         (step, held_ms, future), self._pending = self._pending, None
@@ -81,7 +70,8 @@ class Saver:
         finally:
             self._thread.shutdown()
 
-    def _write(self, step: int, tensors: Tensors, meta: dict) -> tuple[Path, float]:
+    def _write(self, step: int, meta: dict) -> tuple[Path, float]:
         started = time.perf_counter()
-        path = checkpoint.write_checkpoint(self.run, step, tensors, meta, keep_last=self.keep_last)
+        what = (self.run, step, self._tensors, meta)
+        path = checkpoint.write_checkpoint(*what, keep_last=self.keep_last)
         return path, (time.perf_counter() - started) * 1e3
