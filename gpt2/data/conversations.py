@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.readers import JSON_SUFFIXES, HubRows, JsonRows, ParquetRows, find_files
+from gpt2.data.files import JSON_SUFFIXES, BadRow, find_files
+from gpt2.data.readers import HubRows, JsonRows, ParquetRows
 
 
 @dataclass(frozen=True)
@@ -81,26 +82,30 @@ def listing() -> str:
 
 
 def read_rows(
-    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS
-) -> Iterator[tuple[str, object]]:
+    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS, *,
+    bad_rows: str = "error",
+) -> Iterator[tuple[str, object]]:  # fmt: skip
     """(where it stands, the row), in order; trees of messages as their best threads.
 
     data: names of known data sets, files or folders (.jsonl, .json, .parquet, compressed or not),
     one or several with commas between; what lies on disk comes before a name.
+    bad_rows: "error" ends at a line that is no JSON, "skip" counts it.
     Raises ValueError and OSError, each with the place; ImportError for a missing package.
     """
     names = [data] if data and Path(data).exists() else data.split(",")
     for name in map(str.strip, names):
         if not name:
             raise ValueError(f"data {data!r} leaves a name empty: name a file or folder there")
-        rows, lang = _open(name, known)
+        rows, lang = _open(name, known, counts, bad_rows)
         yield from _without_trees(rows, lang, counts)
 
 
-def _open(name: str, known: dict[str, ChatDataset]) -> tuple[Iterator[tuple[str, object]], str]:
+def _open(
+    name: str, known: dict[str, ChatDataset], counts: Counts, bad_rows: str
+) -> tuple[Iterator[tuple[str, object]], str]:
     """The rows of a file, a folder or a known data set; the language to keep."""
     if Path(name).exists():
-        return _local_rows(name), ""
+        return _local_rows(name, counts, bad_rows), ""
     if name not in known:
         others = f", and no known data set: {suggest(name, known)}" if known else ""
         raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
@@ -117,14 +122,22 @@ def _open(name: str, known: dict[str, ChatDataset]) -> tuple[Iterator[tuple[str,
             " or name the folder that holds its train.jsonl as --data",
             str(local),
         )
-    return _local_rows(str(local)), dataset.lang
+    return _local_rows(str(local), counts, bad_rows), dataset.lang
 
 
-def _local_rows(name: str) -> Iterator[tuple[str, object]]:
+def _local_rows(name: str, counts: Counts, bad_rows: str) -> Iterator[tuple[str, object]]:
     """(where it stands, the row) of a file, or of the files in a folder. Raises OSError."""
+
+    def refuse(bad: BadRow) -> None:
+        if bad_rows == "error":
+            raise ValueError(
+                f"{bad}; --bad_rows skip leaves such rows out, and counts them"
+            ) from bad
+        counts.leave_out(bad.kind, str(bad))
+
     files = find_files(name, (*JSON_SUFFIXES, ".parquet"), "JSON or parquet")
     tables = [path for path in files if ".parquet" in path.suffixes]
-    yield from JsonRows([path for path in files if path not in tables]).objects()
+    yield from JsonRows([path for path in files if path not in tables]).objects(refuse)
     yield from ParquetRows(tables).objects()
 
 
