@@ -9,13 +9,13 @@ import hashlib
 import io
 import json
 import lzma
+import multiprocessing
 import os
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 import time
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpt2.cli import run_script
 from gpt2.data import datasets as registry
 from gpt2.data import encode, find_shards, open_shards, read_manifest, write_shard
 from gpt2.data import prepare as module
@@ -377,95 +378,77 @@ def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch, source):
     assert not list(tmp_path.glob("*.partial"))
 
 
-# Prepares into each folder that it reads, in a process of its own (a fork: imports take seconds).
-# SIGINT is taken, also where the tests are started with it ignored (nohup), and waits until
-# run_script can see it: before, and between its end and os._exit, it would only interrupt this.
-FORKS = """
-import os, signal, sys
-import gpt2.data.encode as e
-import gpt2.data.prepare as m
-from gpt2.cli import run_script
-from gpt2.options import PrepareConfig
-from gpt2.tokenizer import from_dict
-from_dict({"name": "gpt2"})
-m.CHECKPOINT_S = 0.02
-e.CHUNK_CHARS = 20_000
-MASK = signal.pthread_sigmask
-MASK(signal.SIG_BLOCK, [signal.SIGINT])
-signal.signal(signal.SIGINT, signal.default_int_handler)
-def main(out):
-    MASK(signal.SIG_UNBLOCK, [signal.SIGINT])
-    m.prepare(PrepareConfig(
-        jsonl=sys.argv[1], out=out.strip(), workers=2, shard_tokens=100_000))
-    MASK(signal.SIG_BLOCK, [signal.SIGINT])
-for out in sys.stdin:
-    if pid := os.fork():
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-    else:
-        os.dup2(2, 1)
-        try:
-            run_script(lambda: main(out))
-            os._exit(0)
-        except SystemExit as error:
-            os._exit(error.code)
-"""
+def prepare_alone(path: Path, out: Path, started) -> None:
+    """In a process of its own; SIGINT comes while run_script can see it."""
+    module.CHECKPOINT_S, encode.CHUNK_CHARS = 0.02, 20_000
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def main():
+        started.set()
+        make(out.parent, out.name, jsonl=path, workers=2, shard_tokens=100_000)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+
+    run_script(main)
 
 
 @pytest.mark.parametrize("n_kills", [4, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_killed_at_random_moments_it_ends_the_same(tmp_path, how, n_kills):
     """Processes with threads, killed at moments that nothing chose."""
-    path = rows_of(tmp_path, 20_000)
-    with open(tmp_path / "err", "w") as err, subprocess.Popen(
-        [sys.executable, "-c", FORKS, str(path)], text=True, bufsize=1,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err,
-    ) as forks:  # fmt: skip
-        forks.stdin.write(f"{tmp_path / 'whole'}\n")
-        forks.stdout.readline()
-        start = time.monotonic()
-        assert forks.stdout.readline() == "0\n"
-        longest = time.monotonic() - start
-        expected = hashes(tmp_path / "whole")
-        assert len(expected) > 5
-        rng, kills, n = random.Random(how), 0, 0
-        for _ in range(n_kills + 20):
-            out = tmp_path / f"cut{n}"
-            forks.stdin.write(f"{out}\n")
-            pid = int(forks.stdout.readline())
-            if kills < n_kills:
-                time.sleep(longest * rng.random())
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, how)
-            status = int(forks.stdout.readline())
-            if status:
-                kills += 1
-                assert status == (-how if how == signal.SIGKILL else 130)
-                assert not out.exists() or verify(out) == []
-            else:
-                assert hashes(out) == expected and verify(out) == []
-                if kills == n_kills:
-                    break
-                n, longest = n + 1, longest / 2  # it was too fast: sooner, next time
-        assert kills == n_kills and not status
+    path, context = rows_of(tmp_path, 20_000), multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # imports take seconds
+
+    def run(out: Path, wait: float | None) -> int:
+        started = context.Event()
+        process = context.Process(target=prepare_alone, args=(path, out, started))
+        process.start()
+        assert started.wait(60)
+        if wait is not None:
+            time.sleep(wait)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, how)
+        process.join()
+        return process.exitcode
+
+    start = time.monotonic()
+    assert run(tmp_path / "whole", None) == 0
+    longest, expected = time.monotonic() - start, hashes(tmp_path / "whole")
+    assert len(expected) > 5
+    rng, kills, n = random.Random(how), 0, 0
+    for _ in range(n_kills + 20):
+        out = tmp_path / f"cut{n}"
+        status = run(out, longest * rng.random() if kills < n_kills else None)
+        if status:
+            kills += 1
+            assert status == (-how if how == signal.SIGKILL else 130)
+            assert not out.exists() or verify(out) == []
+        else:
+            assert hashes(out) == expected and verify(out) == []
+            if kills == n_kills:
+                break
+            n, longest = n + 1, longest / 2  # it was too fast: sooner, next time
+    assert kills == n_kills and not status
 
 
-def test_progress_in_lines_and_in_a_terminal(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "live, updates, shown",
+    [
+        (False, [(1.0, 0.5), (5.0, 0.55), (21.0, 0.6), (22.0, 0.61), (31.0, None)],
+         "x: 1,000 documents, 2,000,000 tokens, 2/s, 60.0%, ETA 0:01:20\n"
+         "x: 1,000 documents, 2,000,000 tokens, 1/s\n"),
+        (True, [(0.1, 0.0), (21.0, 0.6)],
+         "\rx: 1,000 documents, 2,000,000 tokens, 2/s, 60.0%, ETA 0:00:13\x1b[K\r\x1b[K"),
+    ],
+)  # fmt: skip
+def test_progress_in_lines_and_in_a_terminal(capsys, monkeypatch, live, updates, shown):
     now = [0.0]
     monkeypatch.setattr("gpt2.data.prepare.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: live)
     progress = Progress("x", 1_999_958)
-    for now[0], fraction in ((1.0, 0.5), (5.0, 0.55), (21.0, 0.6), (22.0, 0.61), (31.0, None)):
+    for now[0], fraction in updates:
         progress.update(1000, 2_000_000, fraction)
-    assert capsys.readouterr().err.splitlines() == [
-        "x: 1,000 documents, 2,000,000 tokens, 2/s, 60.0%, ETA 0:01:20",
-        "x: 1,000 documents, 2,000,000 tokens, 1/s",
-    ]
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress("x", 2_000_000)
-    progress.update(1000, 2_000_000, 0.5)
     progress.close()
-    text = "x: 1,000 documents, 2,000,000 tokens, 0/s, 50.0%"
-    assert capsys.readouterr().err == f"\r{text}\x1b[K\r\x1b[K"
+    assert capsys.readouterr().err == shown
 
 
 def test_two_processes_cannot_write_one_folder(tmp_path):
@@ -563,7 +546,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("a.jsonl", b'{"text": "' + b"x" * 600_000, "line 1 has more than 524,288 bytes"),
         ("a.json", b'[{"text": "x"}, {"text"', "element 2 of the list"),
         ("a.json", b'[{"text": "x"}, {"x": 1}]', "element 2: no field 'text'; its fields are 'x'"),
-        ("a.json", b'[{"text": "\xff"}]', "element 1 of the list is not UTF-8"),
+        ("a.json", b'[{"text": "\xff"}]', "element 1 of the list: 'utf-8' codec can't decode"),
         ("a.json", b"[" + DEEP + b"]", "element 1 of the list is nested too deeply"),
         ("a.json", b'[{"text": "x"}] {"text"', "more stands after the list's end .after element 1"),
         ("a.json", b'[{"text": "x"}]\n[{"text": "y"}]', "line 1 is a list, not an object"),

@@ -231,11 +231,11 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, row, kind
 
 
 def test_lines_that_are_no_json_end_the_run_or_are_counted(tmp_path):
-    path = write(tmp_path / "bad.jsonl", [QA[0], {}, QA[1]])
+    path = Path(write(tmp_path / "bad.jsonl", [QA[0], {}, QA[1]]))
     path.write_text(path.read_text().replace("{}", '{"question": '))
     with pytest.raises(ValueError, match="line 2 is not UTF-8 JSON.*; --bad_rows skip leaves such"):
-        load(path)
-    data, _ = load(path, bad_rows="skip")
+        load(str(path))
+    data, _ = load(str(path), bad_rows="skip")
     assert data.where == [f"{path}: line 1", f"{path}: line 3"]
     [(kind, (n, first))] = data.counts.left_out.items()
     assert (kind, n) == ("not JSON", 1) and first.startswith(f"{path}: line 2 is not UTF-8 JSON")

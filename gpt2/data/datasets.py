@@ -214,7 +214,7 @@ def _local(config: PrepareConfig, fraction: float) -> Source:
         return Source(_with_rules(readers, ByHash(fraction)))
     for reader in readers:
         reader.separator = config.separator
-    marked = sum(max(0, r.survey().documents - len(r.files)) for r in readers)
+    marked = sum(max(0, s.documents - 1) for reader in readers for s in reader.survey())
     if marked:
         print(
             f"{path}: {config.separator!r} is taken to stand between documents, of which there are "

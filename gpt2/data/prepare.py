@@ -66,8 +66,8 @@ def prepare(config: PrepareConfig) -> Path:
     if out.exists():
         return _check_done(out, made_from)
     partial = out.with_name(f"{out.name}.partial")
-    if dataset and config.max_documents is None and config.max_shards is None:
-        _check_room(partial, 2 * dataset.tokens)
+    if dataset and not partial.exists() and config.max_documents is config.max_shards is None:
+        _check_room(out, 2 * dataset.tokens)
     with _locked(partial):
         if out.exists():  # another process has just finished it
             shutil.rmtree(partial, ignore_errors=True)
@@ -125,7 +125,10 @@ class _Tokens:
         """The rest of the work; returns its part of the manifest."""
         source = self.dataset.source
         commits = journal["commits"] if journal else {source: hub_commit(source)}
-        _write_journal(folder, made_from, commits, Position(), None, [])
+        write_json(folder / "journal.json", {
+            "format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
+            "position": Position(), "bookmark": None, "streams": [],
+        })  # fmt: skip
         n_train = self.made_from["max_shards"]
         splits = fetch_shards(self.dataset, commits[source], folder, n_train)
         return {"commits": commits, "splits": splits}
@@ -171,8 +174,11 @@ class _Texts:
             def checkpoint(position: Position, streams: list[dict]) -> None:
                 for writer in self.writers:
                     writer.sync()
-                at = source.bookmark(position)
-                _write_journal(folder, made_from, commits, position, at, streams)
+                write_json(folder / "journal.json", {
+                    "format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
+                    "position": position, "bookmark": source.bookmark(position),
+                    "streams": streams,
+                })  # fmt: skip
 
             self._tokenize(folder, source.pieces(position, bookmark), checkpoint)
             splits = self._close()
@@ -241,13 +247,14 @@ class _Texts:
 
 
 class Progress:
-    """Of a long preparation, on stderr: a line, rewritten in a terminal, else now and then."""
+    """Of a long preparation, on stderr: a line now and then, in a terminal always the same."""
 
     def __init__(self, title: str, tokens: int):
         self._title, self._start, self._before = title, time.monotonic(), tokens
-        self._live = sys.stderr.isatty()
-        self._every = 0.25 if self._live else 10.0  # s
-        self._next = self._start + (0.0 if self._live else self._every)
+        self._begin, self._end, self._every = (
+            ("\r", "\x1b[K", 0.25) if sys.stderr.isatty() else ("", "\n", 10.0)
+        )
+        self._next = self._start + self._every
         # What a run that goes on skipped says nothing about the time left, nor about the speed.
         self._first: tuple[float, float] | None = None
 
@@ -267,13 +274,12 @@ class Progress:
             if fraction > first:
                 left = int((now - since) * (1 - fraction) / (fraction - first))
                 text += f", ETA {timedelta(seconds=left)}"
-        print(f"\r{text}\x1b[K" if self._live else text, end="" if self._live else "\n",
-              file=sys.stderr, flush=True)  # fmt: skip
+        print(f"{self._begin}{text}", end=self._end, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Takes the live line away."""
-        if self._live:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        """Takes the line of a terminal away."""
+        if self._begin:
+            print(self._begin, end=self._end, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -324,14 +330,6 @@ def _sizes(manifest: dict) -> str:
     return ", ".join(f"{s['tokens']:,} {name} tokens" for name, s in manifest["splits"].items())
 
 
-def _write_journal(
-    folder: Path, made_from: dict, commits: dict, position: Position, bookmark, streams: list[dict]
-) -> None:
-    journal = {"format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
-               "position": list(position), "bookmark": bookmark, "streams": streams}  # fmt: skip
-    write_json(folder / "journal.json", journal)
-
-
 def _read_journal(partial: Path, made_from: dict) -> dict | None:
     path = partial / "journal.json"
     if not path.exists():
@@ -348,36 +346,31 @@ def _read_journal(partial: Path, made_from: dict) -> dict | None:
             f"{path}: damaged, or of another version ({error!r}); delete {partial} and start again"
         ) from error
     if before != made_from:
-        raise OSError(
-            errno.EEXIST,
-            "an interrupted preparation with other arguments lies here "
-            f"({_difference(before, made_from)}): finish it with those, or delete this folder",
-            str(partial),
-        )
+        problem = ("an interrupted preparation with other arguments lies here "
+                   f"({_difference(before, made_from)}): finish it with those, or delete this "
+                   "folder")  # fmt: skip
+        raise OSError(errno.EEXIST, problem, str(partial))
     return journal
 
 
 def _difference(before, now: dict) -> str:
     if not isinstance(before, dict):
         return "made by another program"
-    for key, value in now.items():
-        if before.get(key) != value:
-            if key == "parts":
-                return "its text, splits or fields are others"
-            return f"{key} is {before.get(key)} there and {value} now"
-    return "made by another version"
+    key = next((key for key, value in now.items() if before.get(key) != value), None)
+    if key is None:
+        return "made by another version"
+    if key == "parts":
+        return "its text, splits or fields are others"
+    return f"{key} is {before.get(key)} there and {now[key]} now"
 
 
-def _check_room(partial: Path, needed: int) -> None:
-    folder = next(p for p in partial.absolute().parents if p.exists())
-    free = shutil.disk_usage(folder).free + sum(f.stat().st_size for f in partial.glob("*.bin"))
+def _check_room(out: Path, needed: int) -> None:
+    folder = next(p for p in out.absolute().parents if p.exists())
+    free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"about {needed / 1e9:.1f} GB are needed here and {free / 1e9:.1f} GB are free: make "
-            "room, choose another --out, or take fewer --max_documents",
-            str(folder),
-        )
+        problem = (f"about {needed / 1e9:.1f} GB are needed here and {free / 1e9:.1f} GB are free: "
+                   "make room, choose another --out, or take fewer --max_documents")  # fmt: skip
+        raise OSError(errno.ENOSPC, problem, str(folder))
 
 
 def _version() -> str:

@@ -12,10 +12,11 @@ import hashlib
 import io
 import json
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +52,7 @@ def split_documents(blocks: Iterator[str], separator: str) -> Iterator[tuple[int
         offset, held = offset + end, text[end:]
 
 
-class Survey(NamedTuple):
-    """What a first reading of a text finds: its characters, 64 bits of hash, documents."""
-
+class Survey(NamedTuple):  # what a first reading of a text finds
     characters: int
     hash: int
     documents: int
@@ -63,15 +62,11 @@ class Survey(NamedTuple):
 class TextFile:
     """One file as an item."""
 
-    path: Path
+    where: Path
     reader: "TextFiles"
 
-    @property
-    def where(self) -> str:
-        return str(self.path)
-
     def blocks(self) -> Iterator[str]:
-        for text, done in files.text_blocks(self.path, as_bytes=self.reader.as_bytes):
+        for text, done in files.text_blocks(self.where, as_bytes=self.reader.as_bytes):
             self.reader.bytes_in_file = done
             yield text
 
@@ -90,15 +85,14 @@ class TextFile:
             documents += part[1]
             yield part
         found = Survey(characters, hasher.intdigest(), documents)
-        if self.reader.surveys.setdefault(self.path, found) != found:
-            raise ValueError(f"{self.path}: changed while it was read; start again")
+        if self.reader.surveys.setdefault(self.where, found) != found:
+            raise ValueError(f"{self.where}: changed while it was read; start again")
 
     def survey(self) -> Survey:
         """Reads the file, unless that was done."""
-        if self.path not in self.reader.surveys:
-            for _ in self.parts():
-                pass
-        return self.reader.surveys[self.path]
+        if self.where not in self.reader.surveys:
+            deque(self.parts(), maxlen=0)
+        return self.reader.surveys[self.where]
 
     def length(self) -> int:
         return self.survey().characters
@@ -128,8 +122,6 @@ class Row:
 
 
 class Reader:
-    """What all readers have."""
-
     def items(self) -> Iterator[TextFile | Row]:
         """All items. Raises the first BadRow."""
         for item in self.read():
@@ -164,9 +156,8 @@ class LocalFiles(Reader):
         return {"files": len(self.files), "bytes": total, "xxh3_128": hasher.hexdigest()}
 
     def each_file(self) -> Iterator[Path]:
-        self.bytes_before = 0
+        self.bytes_before, self.bytes_in_file = 0, 0
         for path in self.files:
-            self.bytes_in_file = 0
             yield path
             self.bytes_before, self.bytes_in_file = self.bytes_before + path.stat().st_size, 0
 
@@ -203,19 +194,16 @@ class TextFiles(LocalFiles):
     surveys: dict[Path, Survey] = dataclasses.field(default_factory=dict)
 
     def read(self, skip: int = 0, bookmark: dict | None = None) -> Iterator[TextFile]:
-        for number, path in enumerate(self.each_file()):
-            if number >= skip:
-                yield TextFile(path, self)
+        return islice((TextFile(path, self) for path in self.each_file()), skip, None)
 
-    def survey(self) -> Survey:
-        """Of all files together; reads those that were not read yet."""
-        found = [TextFile(path, self).survey() for path in self.files]
-        together = xxhash.xxh3_64_intdigest(repr([s[:2] for s in found]).encode())
-        return Survey(sum(s[0] for s in found), together, sum(s[2] for s in found))
+    def survey(self) -> list[Survey]:
+        """Of each file; reads those that were not read yet."""
+        return [TextFile(path, self).survey() for path in self.files]
 
     def fingerprint(self) -> dict:
-        characters, digest, _ = self.survey()
-        return {"files": len(self.files), "characters": characters, "xxh3_64": f"{digest:016x}",
+        found = [survey[:2] for survey in self.survey()]
+        return {"files": len(found), "characters": sum(n for n, _ in found),
+                "xxh3_64": xxhash.xxh3_64_hexdigest(repr(found).encode()),
                 "separator": self.separator}  # fmt: skip
 
 
@@ -250,20 +238,17 @@ class ParquetRows(LocalFiles):
                     names = file.schema_arrow.names
                     for name in set(columns or ()) - set(names):
                         raise ValueError(_no_field(name, names, path))
-                    for group in range(file.num_row_groups):
-                        rows = file.metadata.row_group(group).num_rows
-                        if number + rows <= skip:
-                            number += rows
-                            continue
-                        for batch in file.iter_batches(256, [group], columns):
-                            for row in batch.to_pylist():
-                                number += 1
-                                if number > skip:
-                                    yield f"{path}: row {number}", row
-                        size = path.stat().st_size
-                        self.bytes_in_file = size * (group + 1) // file.num_row_groups
+                    done, rows, size = 0, file.metadata.num_rows, path.stat().st_size
+                    for batch in file.iter_batches(256, columns=columns):
+                        numbers = range(number + 1, number + 1 + len(batch))
+                        number, done = number + len(batch), done + len(batch)
+                        self.bytes_in_file = size * done // rows
+                        if number > skip:
+                            for n, row in zip(numbers, batch.to_pylist(), strict=True):
+                                if n > skip:
+                                    yield f"{path}: row {n}", row
             except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
+                if getattr(error, "errno", None) is not None:
                     raise
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{path}: not a parquet file that is read: {reason}") from error
@@ -293,8 +278,7 @@ class HubRows(Reader):
 
     def bookmark(self, items: int) -> dict | None:
         """The last known state of the stream at or before an item; those before it are dropped."""
-        known = max((n for n in self.marks if n <= items), default=None)
-        if known is None:
+        if not (known := max((n for n in self.marks if n <= items), default=0)):
             return None
         self.marks = {n: state for n, state in self.marks.items() if n >= known}
         return {"items": known, "state": self.marks[known]}
@@ -387,12 +371,10 @@ def _json_list(path: Path, stream: io.BufferedIOBase) -> Iterator[tuple[str, obj
             if text[at : at + 1] == "]":
                 break
             value, at = parse(text, at)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where} is not UTF-8: {error}") from error
         except RecursionError as error:
             raise ValueError(f"{where} is nested too deeply") from error
         except ValueError as error:
-            if not more or wanted >= files.LONGEST:
+            if not more or wanted >= files.LONGEST or isinstance(error, UnicodeDecodeError):
                 raise ValueError(f"{where}: {error}") from error
             wanted *= 2  # the element is longer than what is at hand
             continue
@@ -410,16 +392,15 @@ def _row_of(row, name: str, where: str) -> Row | BadRow:
     if isinstance(row, BadRow):
         return row
     if not isinstance(row, dict):
-        kind = type(row).__name__
-        return BadRow("not an object", f"{where} is a {kind}, not an object with fields")
+        text = f"{where} is a {type(row).__name__}, not an object with fields"
+        return BadRow("not an object", text)
     if name not in row:
         return BadRow(f"no field {name!r}", _no_field(name, list(row), where))
-    value = row[name]
-    if value is not None and not isinstance(value, str):
-        kind = type(value).__name__
+    if not isinstance(row[name], str | None):
+        kind = type(row[name]).__name__
         text = f"{where}: field {name!r} holds {kind}, not text; name another --field"
         return BadRow(f"field {name!r} is not text", text)
-    return Row(value or "", where=where)
+    return Row(row[name] or "", where=where)
 
 
 def _no_field(name: str, names: list[str], where: str | Path) -> str:

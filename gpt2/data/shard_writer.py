@@ -38,7 +38,7 @@ class ShardWriter:
         self.n_documents += len(starts)
         while at < len(tokens):
             if self._file is None:
-                self._file = self._open("w+b")
+                self._file = self._open("wb")
                 self._write(bytes(HEADER_BYTES))
             end = min(len(tokens), at + self.shard_tokens - self._tokens)
             self._write(tokens[at:end].data)

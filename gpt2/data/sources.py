@@ -117,7 +117,7 @@ class Source:
 
     def _leave_out(self, item) -> None:
         if not isinstance(item, BadRow):
-            self.left_out.add("no text", str(item.where))
+            self.left_out.add("no text", f"{item.where}")
         elif self.bad_rows == "error":
             raise ValueError(
                 f"{item}; --bad_rows skip leaves such rows out, and counts them"
