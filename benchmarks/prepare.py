@@ -9,15 +9,13 @@ as people do it, and by encode_to_numpy, which is faster and what is used here.
 prepare: scripts/prepare_data.py's function on the same documents in a file of JSON lines: reading,
 parsing, splitting by hash, feeding the threads, writing, syncing and hashing the shards are all in
 its time. Its tokens are compared with tiktoken's first.
-Memory: the process's proportional set size at its highest of a look every 50 ms; the page cache of
-files is not part of it.
+Memory: the largest resident set of scripts/prepare_data.py.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -51,32 +49,25 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, nargs="*", default=[50, 1000])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/prepare.json")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        speeds = compare_speeds(options.text, Path(folder), options.workers, options.repeats)
-        memory = [
-            measure_memory(options.text, Path(folder), options.workers, size, form)
-            for form in ("jsonl", "text")
-            for size in options.megabytes
-        ]
-    about = {
-        "cpu": _cpu(), "cpus": os.cpu_count(), "load_1min": os.getloadavg()[0],
-        "workers": options.workers, "text": options.text.name,
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        where = options.text, Path(name), options.workers
+        speeds = compare_speeds(*where, options.repeats)
+        memory = [measure_memory(*where, size, form)
+                  for form in ("jsonl", "text") for size in options.megabytes]  # fmt: skip
+    about = {"workers": options.workers, "text": options.text.name}
     write_json(options.out, {**provenance(), **about, "speeds": speeds, "memory": memory})
     base = speeds[0]["median"]
-    tables = [
-        markdown_table(
-            ["tokens/s, median of repeats", "lowest", "highest", "of bare"],
-            [[f"{s['name']}: {s['median'] / 1e6:.2f} M", f"{min(s['all']) / 1e6:.2f} M",
-              f"{max(s['all']) / 1e6:.2f} M", f"{s['median'] / base:.0%}"] for s in speeds],
-        ),
-        markdown_table(
-            ["text", "peak memory", "seconds", "tokens/s"],
-            [[f"{m['megabytes']} MB, {m['form']}", f"{m['peak_mb']:.0f} MB", f"{m['seconds']:.1f}",
-              f"{m['tokens'] / m['seconds'] / 1e6:.2f} M"] for m in memory],
-        ),
-    ]  # fmt: skip
-    text = "\n\n".join([f"{about['cpu']}, {about['workers']} processes or threads", *tables])
+    of_speeds = [[f"{s['name']}: {s['median'] / 1e6:.2f} M", f"{min(s['all']) / 1e6:.2f} M",
+                  f"{max(s['all']) / 1e6:.2f} M", f"{s['median'] / base:.0%}"]
+                 for s in speeds]  # fmt: skip
+    of_memory = [[f"{m['megabytes']} MB, {m['form']}", f"{m['peak_mb']:.0f} MB",
+                  f"{m['seconds']:.1f}", f"{m['tokens'] / m['seconds'] / 1e6:.2f} M"]
+                 for m in memory]  # fmt: skip
+    text = "\n\n".join([
+        f"{options.workers} processes or threads",
+        markdown_table(["tokens/s, median of repeats", "lowest", "highest", "of bare"], of_speeds),
+        markdown_table(["text", "peak memory", "seconds", "tokens/s"], of_memory),
+    ])  # fmt: skip
     options.out.with_suffix(".md").write_text(text + "\n")
     print(text)
 
@@ -84,75 +75,63 @@ def main() -> None:
 def compare_speeds(text: Path, folder: Path, workers: int, repeats: int) -> list[dict]:
     """The three ways on the same documents, taking turns."""
     documents = list(_documents(text, SPEED_MB * 1_000_000))
-    _write_rows(folder / "speed.jsonl", documents)
-    encoding = from_dict({"name": "gpt2"}).encoding
-    n_tokens = sum(map(len, encoding.encode_ordinary_batch(documents)))
+    path = _write(folder / "speed.jsonl", documents)
+    n_tokens = sum(map(len, from_dict({"name": "gpt2"}).encoding.encode_ordinary_batch(documents)))
     found: dict[str, list[float]] = {}
     for repeat in range(repeats):
         for method in ("encode_ordinary_batch", "encode_to_numpy"):
             seconds = _bare(documents, workers, method)
             found.setdefault(f"bare, {method}", []).append(n_tokens / seconds)
-        start = time.perf_counter()
-        out = prepare(PrepareConfig(
-            jsonl=str(folder / "speed.jsonl"), out=str(folder / f"out{repeat}"), workers=workers
-        ))  # fmt: skip
+        start, out = time.perf_counter(), folder / f"out{repeat}"
+        prepare(PrepareConfig(jsonl=str(path), out=str(out), workers=workers))
         found.setdefault("prepare", []).append(n_tokens / (time.perf_counter() - start))
-        if repeat == 0:
-            shards = [s for split in ("train", "val") for s in open_shards(find_shards(out, split))]
-            written = sum(s.n_tokens for s in shards)
-            separators = sum(int(np.count_nonzero(s.tokens() == 50256)) for s in shards)
-            if written - separators != n_tokens or separators != len(documents):
-                raise RuntimeError(f"{written} tokens with {separators} separators: not tiktoken's")
-    return [
-        {"name": name, "median": statistics.median(all_), "all": all_, "tokens": n_tokens}
-        for name, all_ in found.items()
-    ]
+        separators = sum(int(np.count_nonzero(s.tokens() == 50256)) for s in _shards(out))
+        if (_n_tokens(out) - separators, separators) != (n_tokens, len(documents)):
+            raise RuntimeError(f"{_n_tokens(out)} tokens, {separators} separators: not tiktoken's")
+    return [{"name": name, "median": statistics.median(all_), "all": all_, "tokens": n_tokens}
+            for name, all_ in found.items()]  # fmt: skip
 
 
 def measure_memory(text: Path, folder: Path, workers: int, megabytes: int, form: str) -> dict:
     """Peak memory of scripts/prepare_data.py on so much text."""
     path, out = folder / f"memory.{form}", folder / f"memory_{form}_{megabytes}"
-    documents = _documents(text, megabytes * 1_000_000)
-    if form == "jsonl":
-        _write_rows(path, documents)
-    else:
-        with open(path, "w") as file:
-            file.writelines(f"{d}\n\n" for d in documents)
+    _write(path, _documents(text, megabytes * 1_000_000))
+    command = [sys.executable, ROOT / "scripts/prepare_data.py", f"--{form}", path, "--out", out,
+               "--workers", str(workers)]  # fmt: skip
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, ROOT / "scripts/prepare_data.py", f"--{form}", path, "--out", out,
-         "--workers", str(workers)],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ,
-        "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, _pss_mb(process.pid))
-        time.sleep(0.05)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ,
+                               "PYTHONPATH": str(ROOT)})  # fmt: skip
+    _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
-    if process.returncode:
+    if status:
         raise RuntimeError(f"prepare_data failed on {path}")
-    shards = [s for split in ("train", "val") for s in open_shards(find_shards(out, split))]
     path.unlink()
-    return {
-        "form": form, "megabytes": megabytes, "peak_mb": peak,
-        "seconds": seconds, "tokens": sum(s.n_tokens for s in shards),
-    }  # fmt: skip
+    return {"form": form, "megabytes": megabytes, "peak_mb": usage.ru_maxrss / 1000,
+            "seconds": seconds, "tokens": _n_tokens(out)}  # fmt: skip
+
+
+def _shards(folder: Path) -> list:
+    return [s for split in ("train", "val") for s in open_shards(find_shards(folder, split))]
+
+
+def _n_tokens(folder: Path) -> int:
+    return sum(s.n_tokens for s in _shards(folder))
 
 
 def _documents(path: Path, characters: int):
     """About so many characters of the file's documents, which come again and again."""
-    documents = [row.text for row in JsonRows([path]).items() if row.text]
-    for document in cycle(documents):
+    for document in cycle([row.text for row in JsonRows([path]).items() if row.text]):
         if characters <= 0:
             return
         yield document
         characters -= len(document)
 
 
-def _write_rows(path: Path, documents) -> None:
+def _write(path: Path, documents) -> Path:
     with open(path, "w") as file:
-        file.writelines(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
+        for d in documents:
+            file.write(f"{d}\n\n" if path.suffix == ".text" else json.dumps({"text": d}) + "\n")
+    return path
 
 
 def _bare(documents: list[str], n: int, method: str) -> float:
@@ -163,12 +142,12 @@ def _bare(documents: list[str], n: int, method: str) -> float:
 
     def work(share: list[str]) -> None:
         barrier.wait()
-        for i in range(0, len(share), BATCH):
-            if method == "encode_ordinary_batch":
+        if method == "encode_to_numpy":
+            for document in share:
+                encoding.encode_to_numpy(document, disallowed_special=())
+        else:
+            for i in range(0, len(share), BATCH):
                 encoding.encode_ordinary_batch(share[i : i + BATCH], num_threads=1)
-            else:
-                for document in share[i : i + BATCH]:
-                    encoding.encode_to_numpy(document, disallowed_special=())
         ends.put(time.perf_counter())
 
     processes = [context.Process(target=work, args=(documents[i::n],)) for i in range(n)]
@@ -180,23 +159,6 @@ def _bare(documents: list[str], n: int, method: str) -> float:
     for process in processes:
         process.join()
     return last - start
-
-
-def _pss_mb(pid: int) -> float:
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) / 1000
-    except OSError:
-        pass  # it has ended
-    return 0.0
-
-
-def _cpu() -> str:
-    names = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    return names[0].split(":")[1].strip() if names else platform.processor()
 
 
 if __name__ == "__main__":

@@ -163,12 +163,8 @@ class PrepareConfig:
             raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
-        for name in ("shard_tokens", "max_documents", "max_shards"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if self.workers is not None and self.workers < 0:
-            raise ValueError(f"workers must not be negative, got {self.workers}")
+        _at_least(1, self, "shard_tokens", "max_documents", "max_shards")
+        _at_least(0, self, "workers")
 
 
 @dataclass(frozen=True)

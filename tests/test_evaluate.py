@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from gpt2 import hf
 from gpt2.checkpoint import save_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.data import write_shard
-from gpt2.data.readers import Row
 from gpt2.evals.files import FILES, find_file, read_examples, read_text
 from gpt2.evals.suite import TASKS
 from gpt2.evals.table import PUBLISHED, SHOWN, table
@@ -219,7 +219,7 @@ def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeyp
         raise OSError("network is unreachable")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    monkeypatch.setattr("gpt2.data.readers.HubRows._load", offline)
+    monkeypatch.setattr("gpt2.evals.files.train_extra", offline)
     for task, file in FILES.items():
         with pytest.raises(OSError, match="network is unreachable") as caught:
             find_file(task, tmp_path)
@@ -233,8 +233,9 @@ def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeyp
 def test_a_download_becomes_the_file_only_when_it_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b'{"a": 1}\n'))
     assert read_examples(find_file("hellaswag", tmp_path), dict) == [{"a": 1}]
-    lines = [Row("= T = \n"), Row(" text \n")]
-    monkeypatch.setattr("gpt2.data.readers.HubRows.items", lambda self: iter(lines))
+    rows = [{"text": "= T = \n"}, {"text": " text \n"}]
+    hub = SimpleNamespace(load_dataset=lambda *_, **__: rows)
+    monkeypatch.setattr("gpt2.evals.files.train_extra", lambda *_: hub)
     assert read_text(find_file("wikitext2", tmp_path)) == "= T = \n text \n"
     assert not list(tmp_path.rglob("*.partial"))
 

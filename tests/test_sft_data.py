@@ -225,6 +225,17 @@ def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, row, kind
         load(write(tmp_path / "none.jsonl", [row]), bad_rows="skip")
 
 
+def test_lines_that_are_no_json_end_the_run_or_are_counted(tmp_path):
+    path = Path(write(tmp_path / "bad.jsonl", [QA[0], {}, QA[1]]))
+    path.write_text(path.read_text().replace("{}", '{"question": '))
+    with pytest.raises(ValueError, match="line 2 is not UTF-8 JSON.*; --bad_rows skip leaves such"):
+        load(str(path))
+    data, _ = load(str(path), bad_rows="skip")
+    assert data.where == [f"{path}: line 1", f"{path}: line 3"]
+    [(kind, (n, first))] = data.counts.left_out.items()
+    assert (kind, n) == ("not JSON", 1) and first.startswith(f"{path}: line 2 is not UTF-8 JSON")
+
+
 def test_every_kind_of_file_and_of_folder(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq

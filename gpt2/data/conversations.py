@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.files import JSON_SUFFIXES, LeftOut, find_files
+from gpt2.data.files import JSON_SUFFIXES, BadRow, LeftOut, find_files
 from gpt2.data.readers import HubRows, JsonRows, ParquetRows
 
 
@@ -73,12 +73,14 @@ def listing() -> str:
 
 
 def read_rows(
-    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS
-) -> Iterator[tuple[str, object]]:
+    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS, *,
+    bad_rows: str = "error",
+) -> Iterator[tuple[str, object]]:  # fmt: skip
     """(where it stands, the row), in order; trees of messages as their best threads.
 
     data: names of known data sets, files or folders (.jsonl, .json, .parquet, compressed or not),
     one or several with commas between; what lies on disk comes before a name.
+    bad_rows: "error" ends at a line that is no JSON, "skip" counts it.
     Raises ValueError and OSError, each with the place; ImportError for a missing package.
     """
     names = [data] if data and Path(data).exists() else data.split(",")
@@ -86,9 +88,10 @@ def read_rows(
         if not name:
             raise ValueError(f"data {data!r} leaves a name empty: name a file or folder there")
         if Path(name).exists():
-            rows, lang = _local_rows(name), ""
+            rows, lang = _local_rows(name, counts, bad_rows), ""
         elif name in known:
-            rows, lang = _known_rows(name, known[name]), known[name].lang
+            rows = _known_rows(name, known[name], counts, bad_rows)
+            lang = known[name].lang
         else:
             others = f", and no known data set: {suggest(name, known)}" if known else ""
             raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
@@ -101,7 +104,9 @@ def read_rows(
         yield from best_threads(messages, lang, counts)
 
 
-def _known_rows(name: str, dataset: ChatDataset) -> Iterator[tuple[str, object]]:
+def _known_rows(
+    name: str, dataset: ChatDataset, counts: Counts, bad_rows: str
+) -> Iterator[tuple[str, object]]:
     local = Path("data") / name
     if not dataset.gated:
         return HubRows(dataset.repo, dataset.config).objects()
@@ -114,14 +119,22 @@ def _known_rows(name: str, dataset: ChatDataset) -> Iterator[tuple[str, object]]
             " or name the folder that holds its train.jsonl as --data",
             str(local),
         )
-    return _local_rows(str(local))
+    return _local_rows(str(local), counts, bad_rows)
 
 
-def _local_rows(name: str) -> Iterator[tuple[str, object]]:
+def _local_rows(name: str, counts: Counts, bad_rows: str) -> Iterator[tuple[str, object]]:
     """(where it stands, the row) of a file, or of the files in a folder. Raises OSError."""
+
+    def refuse(bad: BadRow) -> None:
+        if bad_rows == "error":
+            raise ValueError(
+                f"{bad}; --bad_rows skip leaves such rows out, and counts them"
+            ) from bad
+        counts.leave_out(bad.kind, str(bad))
+
     files = find_files(name, (*JSON_SUFFIXES, ".parquet"), "JSON or parquet")
     tables = [path for path in files if ".parquet" in path.suffixes]
-    yield from JsonRows([path for path in files if path not in tables]).objects()
+    yield from JsonRows([path for path in files if path not in tables]).objects(refuse)
     yield from ParquetRows(tables).objects()
 
 

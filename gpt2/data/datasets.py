@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import http.client
+import re
 import shutil
 import urllib.request
 from dataclasses import dataclass, replace
@@ -10,8 +11,10 @@ from importlib import resources
 from pathlib import Path
 
 from gpt2.config import suggest
-from gpt2.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, find_files, opened
+from gpt2.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, find_files, opened, train_extra
 from gpt2.data.readers import HubRows, JsonRows, ParquetRows, TextFiles
+from gpt2.data.shard_writer import file_hashes
+from gpt2.data.shards import open_shards
 from gpt2.data.sources import ByHash, Source, Tail, Whole
 from gpt2.options import PrepareConfig
 
@@ -20,6 +23,7 @@ from gpt2.options import PrepareConfig
 FEW_TEXTS = 100
 VAL_FRACTION = 0.1  # of one's own data
 WIKITEXT_ARTICLE = r" = [^=]"  # a first-level heading, as in " = Robert Boulter = "
+EOT = 50256  # in shards of the hub, which are all GPT-2 tokens
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,7 @@ class Dataset:
     "hub": a data set on the Hugging Face hub; "shards": token files on the hub, already prepared.
     splits: the hub's names of train and, where there is one, val. val: how val is made. "own": the
     source has it; "tail": the text from `fractions` on; "hash": documents by their text's hash;
-    "first": the first shard.
-    tokens: about how many come out, all splits together.
+    "first": the first shard. tokens: about how many come out, all splits together.
     """
 
     summary: str
@@ -41,7 +44,6 @@ class Dataset:
     tokens: int
     tokenizer: str = "gpt2"
     config: str = ""
-    field: str = "text"
     splits: tuple[str, ...] = ("train",)
     val: str = "own"
     fractions: tuple[float, ...] = (0.9,)  # where the splits after the first begin; hash: 1 - val's
@@ -49,14 +51,6 @@ class Dataset:
     starts: str | None = None  # of a row that starts a document; None: each row is one
     train_shards: int = 0  # kind "shards": how many there are, numbered from 1
     sha1: str = ""  # kind "url": of the text in the archive
-
-
-def _shakespeare(tokenizer: str, tokens: int) -> Dataset:
-    words = {"gpt2": "GPT-2 tokens", "char": "characters"}[tokenizer]
-    return Dataset(
-        f"tiny Shakespeare, {words}", "asset", "tiny_shakespeare.txt", "public domain", tokens,
-        tokenizer, val="tail",
-    )  # fmt: skip
 
 
 def _wikitext(number: int, tokens: int) -> Dataset:
@@ -94,8 +88,14 @@ DATASETS = {
     ),
     "wikitext103": _wikitext(103, 119_000_000),
     "wikitext2": _wikitext(2, 2_700_000),
-    "shakespeare": _shakespeare("gpt2", 338_025),
-    "shakespeare_char": _shakespeare("char", 1_115_394),
+    "shakespeare": Dataset(
+        "tiny Shakespeare, GPT-2 tokens", "asset", "tiny_shakespeare.txt", "public domain",
+        338_025, val="tail",
+    ),
+    "shakespeare_char": Dataset(
+        "tiny Shakespeare, characters", "asset", "tiny_shakespeare.txt", "public domain",
+        1_115_394, "char", val="tail",
+    ),
     "enwik8": Dataset(
         "100 MB of Wikipedia's XML as bytes; 90/5/5 train, val, test", "url",
         "http://mattmahoney.net/dc/enwik8.zip", "CC BY-SA 3.0", 100_000_000, "byte", val="tail",
@@ -111,11 +111,10 @@ DATASETS = {
 
 def listing() -> str:
     """The registered data sets as a table for people."""
-    rows = [
+    return "\n".join(
         f"    {name:<23}{d.tokens:>14,} tokens  {d.licence:<18}{d.summary}"
         for name, d in DATASETS.items()
-    ]
-    return "\n".join(rows)
+    )
 
 
 def find_dataset(name: str) -> Dataset:
@@ -130,7 +129,7 @@ class UrlText(TextFiles):
     """One archive of the web with one text file, read as bytes; fetch() comes first."""
 
     url: str = ""
-    sha1: str = ""  # of the text; none: not checked
+    sha1: str = ""  # of the text
 
     def fingerprint(self) -> dict:
         return {"url": self.url}
@@ -141,20 +140,17 @@ class UrlText(TextFiles):
         if not path.exists():
             partial = folder / "download.partial"
             try:
-                with urllib.request.urlopen(self.url, timeout=60) as response:
-                    with open(partial, "wb") as file:
-                        shutil.copyfileobj(response, file, 1 << 20)
-                    size = response.headers.get("Content-Length", partial.stat().st_size)
-                if partial.stat().st_size != int(size):
-                    raise OSError(f"{partial.stat().st_size} of {size} bytes came")
+                web = urllib.request.urlopen(self.url, timeout=60)
+                with web, open(partial, "wb") as file:
+                    shutil.copyfileobj(web, file, 1 << 20)
             except (OSError, http.client.HTTPException) as error:
                 raise OSError(
                     f"{self.url} cannot be fetched ({error}); check the network, or fetch and "
                     "unpack it elsewhere and read it with --text"
                 ) from error
-            with opened(partial) as (stream, _):
+            with opened(partial) as (stream, _):  # what was cut short is damaged
                 found = hashlib.file_digest(stream, "sha1").hexdigest()
-            if self.sha1 and found != self.sha1:
+            if found != self.sha1:
                 raise ValueError(
                     f"{self.url}: another file than it was: the text's SHA-1 is {found} and not "
                     f"{self.sha1}; to use it all the same, unpack it and read it with --text"
@@ -168,84 +164,98 @@ def make_source(config: PrepareConfig) -> Source:
 
     Raises ValueError (unknown data set, files of another kind) and OSError (missing files).
     """
+    fraction = VAL_FRACTION if config.val_fraction is None else config.val_fraction
     if config.name:
         source = _registered(find_dataset(config.name))
-    elif config.text:
-        source = _texts(config)
+    elif config.hf:
+        repo, _, name = config.hf.partition(":")
+        splits = [split for split in (config.split, config.val) if split]
+        readers = [HubRows(repo, name, split, config.field) for split in splits]
+        source = Source(_with_rules(readers, ByHash(fraction)))
     else:
-        source = _rows(config)
+        source = _local(config, fraction)
     return replace(source, max_documents=config.max_documents, bad_rows=config.bad_rows)
 
 
+def _with_rules(readers: list, rule) -> list[tuple]:
+    """Of several readers each is a split; the rule splits a single one."""
+    if len(readers) == 1:
+        return [(readers[0], rule)]
+    return [(reader, Whole(split)) for split, reader in enumerate(readers)]
+
+
 def _registered(d: Dataset) -> Source:
-    names = ("train", "val", "test")[: len(d.fractions) + 1]
-    if d.kind == "asset":
-        path = resources.files("gpt2") / "assets" / d.source
-        return Source([(TextFiles([Path(str(path))]), Tail(d.fractions))], names, separate=False)
-    if d.kind == "url":
-        reader = UrlText([], "latin-1", url=d.source, sha1=d.sha1)
+    if d.kind in ("asset", "url"):
+        path = Path(str(resources.files("gpt2") / "assets" / d.source))
+        reader = TextFiles([path]) if d.kind == "asset" else (
+            UrlText([], as_bytes=True, url=d.source, sha1=d.sha1)
+        )  # fmt: skip
+        names = ("train", "val", "test")[: len(d.fractions) + 1]
         return Source([(reader, Tail(d.fractions))], names, separate=False)
-    readers = [
-        HubRows(d.source, d.config, split, d.field, d.revision, d.starts) for split in d.splits
-    ]
-    if d.val == "hash":
-        return Source([(readers[0], ByHash(round(1 - d.fractions[0], 9)))])
-    if d.val == "first":
-        return Source([(readers[0], Whole(0))], first_val=True)
-    return Source([(reader, Whole(split)) for split, reader in enumerate(readers)])
+    readers = [HubRows(d.source, d.config, s, "text", d.revision, d.starts) for s in d.splits]
+    rule = Whole(0) if d.val == "first" else ByHash(round(1 - d.fractions[0], 9))
+    return Source(_with_rules(readers, rule), first_val=d.val == "first")
 
 
-def _texts(config: PrepareConfig) -> Source:
-    files, val = _find(config, config.text, TEXT_SUFFIXES, "text")
-    if val:
-        parts = [(files, Whole(0)), (val, Whole(1))]
-    elif len(files) >= FEW_TEXTS:
-        parts = [(files, ByHash(_fraction(config)))]
-    else:
-        parts = [(files, Tail((1 - _fraction(config),)))]
-    parts = [(TextFiles(f, separator=config.separator), rule) for f, rule in parts]
-    marked = sum(max(0, r.survey().documents - len(r.files)) for r, _ in parts)
-    if marked:
-        print(
-            f"{config.text}: {config.separator!r} is taken to stand between documents, of which "
-            f"there are {marked:,} more than files; --separator '' reads it as text"
-        )
-    return Source(parts, separate=bool(marked) or len(files) > 1 or len(val) > 1)
-
-
-def _rows(config: PrepareConfig) -> Source:
-    rule = ByHash(_fraction(config))
-    if config.hf:
-        repo, _, name = config.hf.partition(":")
-        train = HubRows(repo, name, config.split, config.field)
-        if config.val:
-            val = HubRows(repo, name, config.val, config.field)
-            return Source([(train, Whole(0)), (val, Whole(1))])
-        return Source([(train, rule)])
+def _local(config: PrepareConfig, fraction: float) -> Source:
     path, kind, suffixes, what = (
-        (config.jsonl, JsonRows, JSON_SUFFIXES, "JSON")
-        if config.jsonl
+        (config.text, TextFiles, TEXT_SUFFIXES, "text") if config.text
+        else (config.jsonl, JsonRows, JSON_SUFFIXES, "JSON") if config.jsonl
         else (config.parquet, ParquetRows, (".parquet",), "parquet")
-    )
-    files, val = _find(config, path, suffixes, what)
-    reader = kind(files, field=config.field)
-    if val:
-        return Source([(reader, Whole(0)), (kind(val, field=config.field), Whole(1))])
-    return Source([(reader, rule)])
-
-
-def _fraction(config: PrepareConfig) -> float:
-    return VAL_FRACTION if config.val_fraction is None else config.val_fraction
-
-
-def _find(
-    config: PrepareConfig, path: str, suffixes: tuple[str, ...], what: str
-) -> tuple[list[Path], list[Path]]:
-    """The files that are not for validation, and those that are."""
+    )  # fmt: skip
     files = find_files(path, suffixes, what, say=print)
     val = find_files(config.val, suffixes, what, say=print) if config.val else []
     resolved = {v.resolve() for v in val}
     files = [f for f in files if f.resolve() not in resolved]
     if not files:
         raise OSError(errno.ENOENT, "no files besides those of --val here", path)
-    return files, val
+    readers = [kind(f, config.field) for f in (files, val) if f]
+    if not config.text:
+        return Source(_with_rules(readers, ByHash(fraction)))
+    for reader in readers:
+        reader.separator = config.separator
+    marked = sum(max(0, s.documents - 1) for reader in readers for s in reader.survey())
+    if marked:
+        print(
+            f"{path}: {config.separator!r} is taken to stand between documents, of which there are "
+            f"{marked:,} more than files; --separator '' reads it as text"
+        )
+    few = len(files) < FEW_TEXTS
+    parts = _with_rules(readers, Tail((1 - fraction,)) if few else ByHash(fraction))
+    return Source(parts, separate=bool(marked) or len(files) > 1 or len(val) > 1)
+
+
+def fetch_shards(dataset: Dataset, commit: str, folder: Path, n_train: int) -> dict:
+    """Downloads the hub's val and n_train token shards, unless here; the manifest's splits.
+
+    A file in the folder is complete: a download ends with its renaming. Raises ImportError, OSError
+    (no network, no room) and ValueError (not a shard; it alone is removed).
+    """
+    hub = train_extra("huggingface_hub", "the hub's files")
+    prefix = re.match(r".*/(\w+?)10B", dataset.source).group(1)
+    names = [("val", 0)] + [("train", i) for i in range(1, n_train + 1)]
+    splits = {s: {"tokens": 0, "documents": 0, "shards": []} for s in ("train", "val")}
+    for done, (split, number) in enumerate(names):
+        path = folder / f"{prefix}_{split}_{number:06}.bin"
+        if not path.exists():
+            print(f"fetching {path.name}, {done} of {len(names)} are here", flush=True)
+            try:
+                hub.hf_hub_download(
+                    dataset.source, path.name, repo_type="dataset", local_dir=folder,
+                    revision=commit,
+                )  # fmt: skip
+            except Exception as error:  # whatever the network libraries of the hub raise
+                raise OSError(
+                    f"{dataset.source}: {path.name} cannot be fetched ({error}); check the network "
+                    "(and HF_HUB_OFFLINE); the same command goes on from there"
+                ) from error
+        try:
+            (shard,) = open_shards(path)
+        except ValueError as error:
+            path.unlink()
+            raise ValueError(f"{error}; it was removed, run the same command again") from error
+        found = {"tokens": shard.n_tokens, "documents": int((shard.tokens() == EOT).sum())}
+        splits[split]["shards"].append({"file": path.name} | found | file_hashes(path))
+        for key, value in found.items():
+            splits[split][key] += value
+    return splits

@@ -37,16 +37,26 @@ CUT_BEFORE_SPACE = re.compile(r"(?<=\S)[ \n]")
 CUT_BEFORE_MARK = re.compile(
     "(?<=[A-Za-z0-9\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5])[!-/:-@\\[-`{-~\u3001\u3002\uff0c]"
 )
+Cut = Callable[[str, int], int]
 Encode = Callable[[str], np.ndarray]
-Segments = list[tuple[int, bool, str]]  # split, whether a document starts, text
 Encoded = dict[int, tuple[np.ndarray, np.ndarray]]  # split: uint16 tokens, where documents start
 
 
 class Chunk(NamedTuple):
-    """Work for one thread; end: the source's position after it."""
+    """Work for one thread: (split, whether a document starts, text); end: the position after."""
 
-    segments: Segments
+    segments: list[tuple[int, bool, str]]
     end: Position
+
+
+def encode_pieces(
+    pieces: Iterable[Piece], tokenizer: Tokenizer, *, separate: bool, as_bytes: bool, workers: int
+) -> Iterator[tuple[Chunk, Encoded]]:
+    """The whole way; separate: end-of-text before each document; the rest as in the parts below."""
+    cut = find_cut if tokenizer.name == "gpt2" else cut_anywhere
+    chunks = make_chunks(pieces, CHUNK_CHARS, cut)
+    eot = tokenizer.eot if separate else None
+    return encode_chunks(chunks, make_encode(tokenizer, as_bytes), eot=eot, workers=workers)
 
 
 def find_cut(text: str, limit: int) -> int:
@@ -68,16 +78,13 @@ def cut_anywhere(text: str, limit: int) -> int:
 
 
 def make_chunks(
-    pieces: Iterable[Piece],
-    chunk_chars: int = CHUNK_CHARS,
-    cut: Callable[[str, int], int] = find_cut,
+    pieces: Iterable[Piece], chunk_chars: int = CHUNK_CHARS, cut: Cut = find_cut
 ) -> Iterator[Chunk]:
     """Joins small documents and cuts large ones into chunks of about chunk_chars characters.
 
     Raises ValueError where a document has no place to cut in LONGEST_UNCUT characters.
     """
-    segments: Segments = []
-    size = 0
+    segments, size = [], 0
     for split, starts, text, end in _segments(pieces, chunk_chars, cut):
         segments.append((split, starts, text))
         size += len(text)
@@ -89,7 +96,7 @@ def make_chunks(
 
 
 def _segments(
-    pieces: Iterable[Piece], limit: int, find: Callable[[str, int], int]
+    pieces: Iterable[Piece], limit: int, find: Cut
 ) -> Iterator[tuple[int, bool, str, Position]]:  # split, starts, text, position after it
     held: list[Piece] = []  # the pieces of one document that are not handed on yet
     size, enough = 0, limit  # enough: characters at which to look for a cut
@@ -132,10 +139,10 @@ def _place(at: Position) -> str:
     return f"file or row {at.items + 1:,}, character {at.chars:,}"
 
 
-def make_encode(tokenizer: Tokenizer, text_encoding: str = "utf-8") -> Encode:
+def make_encode(tokenizer: Tokenizer, as_bytes: bool = False) -> Encode:
     """The function text -> tokens (n,) uint16; it raises ValueError for what has no token.
 
-    text_encoding: what the byte tokenizer counts as the bytes of a text.
+    as_bytes: the characters of the text are bytes; otherwise the byte tokenizer takes UTF-8's.
     """
     if tokenizer.name == "gpt2":
         # Skips the list of Python ints that encode_ordinary makes.
@@ -145,7 +152,8 @@ def make_encode(tokenizer: Tokenizer, text_encoding: str = "utf-8") -> Encode:
             dtype="<u2", casting="unsafe",
         )  # fmt: skip
     if tokenizer.name == "byte":
-        return lambda text: np.frombuffer(_valid(text).encode(text_encoding), "u1").astype("<u2")
+        code = "latin-1" if as_bytes else "utf-8"
+        return lambda text: np.frombuffer(_valid(text).encode(code), "u1").astype("<u2")
     ids = np.full(0x110000, -1, np.int32)
     ids[_points(tokenizer.chars)] = np.arange(tokenizer.vocab_size)
 
@@ -164,8 +172,6 @@ def _points(text: str) -> np.ndarray:
 
 def _valid(text: str) -> str:
     """text with lone surrogates (JSON can hold them, UTF-8 cannot) replaced by U+FFFD."""
-    if text.isascii():
-        return text
     try:
         text.encode()
         return text
@@ -173,24 +179,22 @@ def _valid(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def encode_chunk(encode: Encode, eot: int | None, segments: Segments) -> Encoded:
-    """Tokens of each split in a chunk; eot, if not None, stands before each document."""
-    parts: dict[int, list[np.ndarray]] = {}
-    starts: dict[int, list[int]] = {}
-    lengths: dict[int, int] = {}
-    separator = np.array([] if eot is None else [eot], "<u2")
-    for split, is_start, text in segments:
-        tokens = parts.setdefault(split, [])
-        length = lengths.get(split, 0)
-        if is_start:
-            starts.setdefault(split, []).append(length)
-            tokens.append(separator)
-            length += separator.size
-        tokens.append(encode(text))
-        lengths[split] = length + tokens[-1].size
+def encode_chunk(encode: Encode, eot: int | None, chunk: Chunk) -> Encoded:
+    """Tokens of each split in a chunk. Raises ValueError, with the place, for what has none."""
+    separator = [] if eot is None else [np.array([eot], "<u2")]
+    found: dict[int, tuple[list[np.ndarray], list[int]]] = {}
+    try:
+        for split, is_start, text in chunk.segments:
+            parts, starts = found.setdefault(split, ([], []))
+            if is_start:
+                starts.append(len(parts))
+                parts += separator
+            parts.append(encode(text))
+    except ValueError as error:
+        raise ValueError(f"before {_place(chunk.end)}: {error}") from error
     return {
-        split: (np.concatenate(p), np.array(starts.get(split, []), np.int64))
-        for split, p in parts.items()
+        split: (np.concatenate(parts), np.cumsum([0, *map(len, parts)])[starts])
+        for split, (parts, starts) in found.items()
     }
 
 
@@ -200,32 +204,22 @@ def encode_chunks(
     """Each chunk with its tokens, in order.
 
     workers: number of threads; 0 tokenizes in this one. eot: put before each document, if not None.
-    Raises ValueError, with the place, for text that has no tokens.
     """
+    if workers == 0:
+        yield from ((chunk, encode_chunk(encode, eot, chunk)) for chunk in chunks)
+        return
     # Each thread has one in work and one at hand; those done wait for their turn.
-    pending: deque = deque()
-    pool = ThreadPoolExecutor(max(1, workers))
+    pending, pool = deque(), ThreadPoolExecutor(workers)
     try:
         for chunk in chunks:
-            if workers == 0:
-                yield chunk, _encode_or_say_where(encode, eot, chunk)
-                continue
-            pending.append((chunk, pool.submit(_encode_or_say_where, encode, eot, chunk)))
+            pending.append((chunk, pool.submit(encode_chunk, encode, eot, chunk)))
             if len(pending) >= 4 * workers:
                 chunk, done = pending.popleft()
                 yield chunk, done.result()
-        while pending:
-            chunk, done = pending.popleft()
+        for chunk, done in pending:
             yield chunk, done.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _encode_or_say_where(encode: Encode, eot: int | None, chunk: Chunk) -> Encoded:
-    try:
-        return encode_chunk(encode, eot, chunk.segments)
-    except ValueError as error:
-        raise ValueError(f"before {_place(chunk.end)}: {error}") from error
 
 
 def default_workers() -> int:

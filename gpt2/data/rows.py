@@ -80,7 +80,7 @@ def load_rows(
     """
     counts = Counts(what)
     tokens, learnt, where, hashes = [], [], [], []
-    for place, row in read_rows(data, counts, known):
+    for place, row in read_rows(data, counts, known, bad_rows=bad_rows):
         if counts.used == limit:
             break
         try:

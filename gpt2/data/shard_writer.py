@@ -1,17 +1,17 @@
 """One stream of tokens into shards of equal size, in a way that can be interrupted."""
 
 import contextlib
-import errno
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from gpt2.data.integrity import BLOCK_BYTES, BLOCK_KEY
-from gpt2.data.shards import HEADER_BYTES, shard_header
+from gpt2.data.shards import BLOCK_BYTES, BLOCK_KEY, HEADER_BYTES, shard_header
+from gpt2.storage import sync_folder, write_text
 
 
 class ShardWriter:
@@ -38,7 +38,7 @@ class ShardWriter:
         self.n_documents += len(starts)
         while at < len(tokens):
             if self._file is None:
-                self._file = self._open("w+b")
+                self._file = self._open("wb")
                 self._write(bytes(HEADER_BYTES))
             end = min(len(tokens), at + self.shard_tokens - self._tokens)
             self._write(tokens[at:end].data)
@@ -75,13 +75,13 @@ class ShardWriter:
         """
         self.shards = [tuple(shard) for shard in state["shards"]]
         for _, shard in self.shards:
-            self._check_size(shard["file"], shard["bytes"], exact=True)
+            self._check_size(shard["file"], shard["bytes"], shard["bytes"])
         self._tokens, self._documents = state["tokens"], state["documents"]
         self.n_tokens = self._tokens + sum(s["tokens"] for _, s in self.shards)
         self.n_documents = self._documents + sum(s["documents"] for _, s in self.shards)
         if self._tokens:
             size = HEADER_BYTES + 2 * self._tokens
-            self._check_size(self._name()[1], size, exact=False)
+            self._check_size(self._name()[1], size)
             self._file = self._open("r+b")
             self._file.truncate(size)
             self._file.seek(size)
@@ -121,13 +121,13 @@ class ShardWriter:
                 str(self.folder),
             ) from error
 
-    def _check_size(self, name: str, size: int, exact: bool) -> None:
+    def _check_size(self, name: str, least: int, most: float = math.inf) -> None:
         path = self.folder / name
         found = path.stat().st_size if path.exists() else -1
-        if found < size or (exact and found != size):
+        if not least <= found <= most:
+            state = "is missing" if found < 0 else f"has {found}"
             raise ValueError(
-                f"{path}: should have {size} bytes and "
-                f"{'is missing' if found < 0 else f'has {found}'}: delete {self.folder} and start "
+                f"{path}: should have {least} bytes and {state}: delete {self.folder} and start "
                 "again"
             )
 
@@ -146,16 +146,6 @@ def file_hashes(path: Path) -> dict:
 def write_json(path: Path, value) -> None:
     """Writes a file that is complete, durable and under its name, or not there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_text(temporary, json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some file systems cannot sync a folder
-            raise
-    finally:
-        os.close(folder)
+    sync_folder(path.parent)

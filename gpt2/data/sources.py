@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from gpt2.data.files import LeftOut
-from gpt2.data.readers import BadRow, HubRows, hub_commit
+from gpt2.data.files import BadRow, LeftOut
+from gpt2.data.readers import HubRows, hub_commit
 
 
 class Position(NamedTuple):
@@ -36,20 +36,22 @@ class Piece(NamedTuple):
     at: Position
 
 
+# Rules: cuts(item) are (end in characters, split) of an item's parts, in order.
+
+
 @dataclass(frozen=True)
 class Whole:
-    """Rule: everything goes to one split."""
+    """Everything goes to one split."""
 
     split: int
 
     def cuts(self, item) -> list[tuple[float, int]]:
-        """(end in characters, split) of the item's parts, in order."""
         return [(math.inf, self.split)]
 
 
 @dataclass(frozen=True)
 class ByHash:
-    """Rule: a document is for validation (split 1) if its text's hash falls into the fraction."""
+    """A document is for validation (split 1) if its text's hash falls into the fraction."""
 
     val_fraction: float
 
@@ -59,13 +61,13 @@ class ByHash:
 
 @dataclass(frozen=True)
 class Tail:
-    """Rule: each text is cut at these fractions of its characters, the first part is split 0."""
+    """Each text is cut at these fractions of its characters, the first part is split 0."""
 
     at: tuple[float, ...]
 
     def cuts(self, item) -> list[tuple[float, int]]:
         length = item.length()
-        return [(int(length * f), i) for i, f in enumerate(self.at)] + [(length, len(self.at))]
+        return [(int(length * f), i) for i, f in enumerate((*self.at, 1))]
 
 
 @dataclass
@@ -91,40 +93,37 @@ class Source:
         Raises ValueError for a row that cannot be used, as configured.
         """
         self.left_out = LeftOut({kind: (n, first) for kind, n, first in start.left_out})
-        for part, (reader, rule) in enumerate(self.parts):
-            if part < start.part:
+        for part in range(start.part, len(self.parts)):
+            if part > start.part:
+                start, bookmark = Position(part), None
+            for piece in self._part(start, bookmark):
+                if self.max_documents is not None and piece.at.documents > self.max_documents:
+                    break
+                yield piece
+
+    def _part(self, start: Position, bookmark: dict | None) -> Iterator[Piece]:
+        reader, rule = self.parts[start.part]
+        documents = start.documents
+        for number, item in enumerate(reader.read(start.items, bookmark), start.items):
+            if isinstance(item, BadRow) or item.length() == 0:
+                self._leave_out(item)
                 continue
-            here = start if part == start.part else Position(part)
-            at = Position(part, 0, 0, here.documents, self._tally())
-            items = reader.read(here.items, bookmark if part == start.part else None)
-            for number, item in enumerate(items, here.items):
-                at = at._replace(items=number)
-                if isinstance(item, BadRow) or item.length() == 0:
-                    self._leave_out(item)
-                    at = at._replace(left_out=self._tally())
-                    continue
-                skip = here.chars if number == here.items else 0
-                for piece in _item_pieces(item, rule.cuts(item), at, skip):
-                    at = at._replace(documents=piece.at.documents)
-                    if self.max_documents is not None and at.documents > self.max_documents:
-                        break
-                    yield piece
-                else:
-                    continue
-                break
+            left_out = tuple((kind, n, first) for kind, (n, first) in self.left_out.items())
+            at = Position(start.part, number, 0, documents, left_out)
+            skip = start.chars if number == start.items else 0
+            for piece in _item_pieces(item, rule.cuts(item), at, skip):
+                documents = piece.at.documents
+                yield piece
 
     def _leave_out(self, item) -> None:
         if not isinstance(item, BadRow):
-            self.left_out.add("no text", item.where)
+            self.left_out.add("no text", f"{item.where}")
         elif self.bad_rows == "error":
             raise ValueError(
                 f"{item}; --bad_rows skip leaves such rows out, and counts them"
             ) from item
         else:
             self.left_out.add(item.kind, str(item))
-
-    def _tally(self) -> tuple[tuple[str, int, str], ...]:
-        return tuple((kind, n, first) for kind, (n, first) in self.left_out.items())
 
     def pin(self, known: dict[str, str]) -> dict[str, str]:
         """Makes readers of the hub read one commit, those known if any; returns all commits."""
@@ -145,8 +144,7 @@ class Source:
         return done / total if total else None
 
     def fingerprint(self) -> list:
-        return [[reader.fingerprint(), type(rule).__name__, vars(rule)]
-                for reader, rule in self.parts]  # fmt: skip
+        return [[r.fingerprint(), type(rule).__name__, vars(rule)] for r, rule in self.parts]
 
     def characters(self) -> str:
         """Every character that occurs; reads everything."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import ascii_letters, digits
 from typing import TypeVar
 
-from gpt2.data.readers import COMPRESSED, HubRows, JsonRows, TextFiles
+from gpt2.data.files import COMPRESSED, json_lines, opened, text_blocks, train_extra
 from gpt2.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
@@ -79,8 +79,7 @@ def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(file, partial)
-    except (OSError, ValueError, ImportError) as error:
-        # ValueError: what the hub's client says without a network.
+    except Exception as error:  # whatever the network libraries of the hub raise
         reason = str(error).split("\n")[0]
         raise OSError(
             errno.ENOENT,
@@ -106,10 +105,13 @@ def read_examples(
 
     Raises OSError, and encode's ValueError with the line.
     """
-    rows, found = list(JsonRows([Path(path)]).objects()), []
+    with opened(Path(path)) as (stream, _):
+        rows, found = list(json_lines(Path(path), stream)), []
     if not rows:
         raise ValueError(f"{path}: empty, there is nothing to evaluate")
     for where, row in evenly(rows, limit):
+        if isinstance(row, ValueError):
+            raise row
         if not isinstance(row, dict):
             raise ValueError(f"{where} is a {type(row).__name__}, not an object with fields")
         try:
@@ -121,7 +123,7 @@ def read_examples(
 
 def read_text(path: str | Path) -> str:
     """A whole text file, compressed or not. Raises OSError, ValueError (not UTF-8, empty)."""
-    text = "".join("".join(item.blocks()) for item in TextFiles([Path(path)]).items())
+    text = "".join(block for block, _ in text_blocks(Path(path)))
     if not text.strip():
         raise ValueError(f"{path}: empty, there is nothing to evaluate")
     return text
@@ -132,5 +134,8 @@ def _fetch(file: DataFile, path: Path) -> None:
         with urllib.request.urlopen(file.url, timeout=60) as response, open(path, "wb") as out:
             shutil.copyfileobj(response, out, 1 << 20)
     else:
+        repo, name, split = file.hub
+        hub = train_extra("datasets", "data sets of the hub")
+        rows = hub.load_dataset(repo, name, split=split, streaming=True)
         with open(path, "w", encoding="utf-8", newline="\n") as out:
-            out.writelines(row.text for row in HubRows(*file.hub).items())
+            out.writelines(row["text"] for row in rows)
