@@ -12,12 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
-from gpt2.config import GPTConfig
+from gpt2.config import GPTConfig, Sampling
 from gpt2.device import Execution
 from gpt2.generate import Pace, complete, draw, filter_logits, generate
 from gpt2.hf import export_hf
 from gpt2.model import GPT
-from gpt2.options import Sampling
 
 module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]

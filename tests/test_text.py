@@ -2,7 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2.text import GrowingText, RowTexts, printable, read_prompts
+from gpt2.cli import printable
+from gpt2.text import GrowingText, RowTexts, read_prompts
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
 
 

@@ -8,10 +8,9 @@ import importlib
 import pytest
 import torch
 
-from gpt2.config import PRESETS, GPTConfig
+from gpt2.config import PRESETS, GPTConfig, Sampling
 from gpt2.generate import Pace, complete, generate
 from gpt2.model import GPT
-from gpt2.options import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
