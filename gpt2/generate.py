@@ -232,15 +232,11 @@ class _Decoder:
 
 
 class Pace(NamedTuple):
-    """How decode steps run.
+    """How decode steps run."""
 
-    fixed: they see the whole cache under a mask.  captured: in a CUDA graph, which needs that.
-    poll: steps from one look at the tokens to the next; on a CPU looking costs nothing.
-    """
-
-    fixed: bool
-    captured: bool
-    poll: int
+    fixed: bool  # they see the whole cache under a mask
+    captured: bool  # in a CUDA graph, which needs that
+    poll: int  # steps from one look at the tokens to the next; on a CPU looking costs nothing
 
 
 def pace(device: torch.device) -> Pace:
@@ -277,7 +273,6 @@ class _Picker:
         return token
 
     def check(self) -> None:
-        """Raises ValueError where tokens were picked from logits that are NaN or infinite."""
         if not self.is_finite:
             raise ValueError(
                 "the model's logits are not finite numbers, so nothing can be generated: its "
@@ -336,14 +331,13 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp_(max=probabilities.shape[1] - 1)
 
 
-def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
+def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> Sequence[int]:
     if seed is None:
         return torch.randint(2**62, (n_rows,)).tolist()
-    if isinstance(seed, int):
-        return [seed + row for row in range(n_rows)]
-    if len(seed) != n_rows:
-        raise ValueError(f"seed has {len(seed)} numbers, and there are {n_rows} rows: one each")
-    return list(seed)
+    seeds = range(seed, seed + n_rows) if isinstance(seed, int) else seed
+    if len(seeds) != n_rows:
+        raise ValueError(f"seed has {len(seeds)} numbers, and there are {n_rows} rows: one each")
+    return seeds
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from gpt2.text import RowTexts, read_prompts
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
-th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top; }
+th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top;
+         white-space: pre-wrap; overflow-wrap: anywhere; }
 th { background: #f0f2f4; position: sticky; top: 0; }
-th, td { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 

@@ -48,11 +48,10 @@ def main() -> None:
     for number, text in enumerate(texts.texts(len(rows))[1:], 1):
         prompt = prompts[number // config.num_samples]
         print(f"{'-' * 40}\n{printable(prompt)}{gap}{printable(text)}")
-    for number, row in enumerate(rows):
-        if config.log_probabilities and row.tokens:
-            total, n = sum(row.log_probabilities), len(row.tokens)
-            words = f"{n} tokens, log probability {total:.2f}, {total / n:.3f} a token"
-            print(f"row {number}: {words}", file=sys.stderr)
+    for number, row in enumerate(rows if config.log_probabilities else ()):
+        total, n = sum(row.log_probabilities), len(row.tokens)
+        words = f"{n} tokens, log probability {total:.2f}, {total / max(n, 1):.3f} a token"
+        print(f"row {number}: {words}", file=sys.stderr)
     made = sum(len(row.tokens) for row in rows)
     print(f"{made} tokens, {made / seconds:,.1f} tokens/s", file=sys.stderr)
 

@@ -30,7 +30,8 @@ SMALL = GPTConfig(n_layer=2, n_head=2, n_embd=16, block_size=48, vocab_size=257)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same random weights as transformers' model and as ours, with clear preferences."""
+    """The same random weights as transformers' model and as ours, with clear preferences; float64,
+    so that the best of several does not depend on how a batch is rounded."""
     from transformers import GPT2LMHeadModel
 
     torch.manual_seed(1)
@@ -39,13 +40,13 @@ def pair(tmp_path_factory):
         p.data *= 8
     folder = tmp_path_factory.mktemp("hf") / "model"
     export_hf(ours, folder, None)
-    return GPT2LMHeadModel.from_pretrained(folder).eval(), ours
+    return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float64).eval(), ours.double()
 
 
 def their_losses(theirs, tokens: list[int], n_scored: int) -> torch.Tensor:
     """-log p of the last n_scored tokens of one row, by transformers."""
     with torch.no_grad():
-        logits = theirs(torch.tensor([tokens[:-1]])).logits[0].double()
+        logits = theirs(torch.tensor([tokens[:-1]])).logits[0]
     losses = F.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
     return losses[len(losses) - n_scored :]
 
@@ -90,19 +91,13 @@ def test_hellaswag_equals_transformers_example_for_example(pair):
     for part in (slice(40), slice(40, None)):  # the latter share all but one token of their context
         with torch.inference_mode():
             losses, counts = ending_losses(ours, examples[part])
-        assert_close(losses.double(), expected[part].double(), rtol=1e-5, atol=1e-4)
+        assert_close(losses, expected[part].float(), rtol=1e-5, atol=1e-4)
         assert counts.equal(lengths[part].float())
-    # Which ending is the best is compared where the best two differ by more than rounding.
-    norm = expected / lengths
-    clear = [all((two := x[i].sort().values[:2])[1] - two[0] > 1e-3 for x in (expected, norm))
-             for i in range(46)]  # fmt: skip
-    assert sum(clear) > 35
-    kept, clear = [e for e, c in zip(examples, clear, strict=True) if c], torch.tensor(clear)
-    labels = torch.tensor([e.label for e in kept])
-    assert hellaswag_accuracy(ours, kept, Single(), tokens_per_batch=300) == {
-        "acc": (expected[clear].argmin(1) == labels).double().mean().item(),
-        "acc_norm": (norm[clear].argmin(1) == labels).double().mean().item(),
-        "examples": len(kept), "cut": 0,
+    labels = torch.tensor([e.label for e in examples])
+    assert hellaswag_accuracy(ours, examples, Single(), tokens_per_batch=300) == {
+        "acc": (expected.argmin(1) == labels).double().mean().item(),
+        "acc_norm": ((expected / lengths).argmin(1) == labels).double().mean().item(),
+        "examples": 46, "cut": 0,
     }  # fmt: skip
 
 
@@ -165,13 +160,12 @@ def test_poll_ends_it_and_the_training_mode_stays(pair, training):
         ask(0)
 
 
-def test_autocast_reaches_the_cache(pair):
-    _, ours = pair
-    examples = random_examples(30, seed=7)
+def test_autocast_reaches_the_cache():
+    model, examples = GPT(SMALL, "torch"), random_examples(30, seed=7)
     with torch.inference_mode():
-        exact, _ = ending_losses(ours, examples)
+        exact, _ = ending_losses(model, examples)
         with torch.autocast("cpu", torch.bfloat16):
-            rough, _ = ending_losses(ours, examples)
+            rough, _ = ending_losses(model, examples)
     assert_close(rough, exact, rtol=5e-2, atol=1.0)
     assert not rough.equal(exact)
 
@@ -245,33 +239,24 @@ def test_detokenize_joins_what_wikitext_splits():
 
 def test_lambada_equals_transformers_passage_for_passage(pair):
     theirs, ours = pair
-    draw, passages, greedy = random.Random(2), [], []
+    draw, passages = random.Random(2), []
     for i in range(40):
         context = [draw.randrange(256) for _ in range(draw.randint(1, 40))]
         word = [draw.randrange(256) for _ in range(draw.randint(1, 5))]
-        margin = 1.0
         if i % 2:  # what the model likes best, some with another last token
-            word = []
-            for _ in range(4):
-                with torch.no_grad():
-                    logits = theirs(torch.tensor([context + word])).logits[0, -1]
-                best = logits.topk(2)
-                margin = min(margin, (best.values[0] - best.values[1]).item())
-                word.append(best.indices[0].item())
+            idx = torch.tensor([context])
+            word = theirs.generate(idx, max_new_tokens=4, do_sample=False, eos_token_id=None)
+            word = word[0, len(context) :].tolist()
             word[-1] = (word[-1] + (i % 4 == 3)) % 256
-        if margin > 1e-3:  # more than rounding
-            passages.append(Passage(context, word))
-            greedy.append(i % 4 == 1)
-    assert len(passages) > 30 and sum(greedy) > 5
+        passages.append(Passage(context, word))
     expected = [their_losses(theirs, p.context + p.word, len(p.word)).sum() for p in passages]
     with torch.inference_mode():
         losses, hits = word_scores(ours, passages)
-    assert_close(losses.double(), torch.stack(expected), rtol=1e-5, atol=1e-4)
-    assert hits.tolist() == greedy
+    assert_close(losses, torch.stack(expected).float(), rtol=1e-5, atol=1e-4)
+    assert hits.tolist() == [i % 4 == 1 for i in range(40)]
     result = lambada(ours, passages, Single(), tokens_per_batch=200)
-    n = len(passages)
-    assert (result["acc"], result["examples"], result["cut"]) == (sum(greedy) / n, n, 0)
-    assert result["perplexity"] == pytest.approx(math.exp(sum(expected) / n), rel=1e-4)
+    assert (result["acc"], result["examples"], result["cut"]) == (0.25, 40, 0)
+    assert result["perplexity"] == pytest.approx(math.exp(sum(expected) / 40), rel=1e-4)
 
 
 def test_validation_loss_is_the_mean_over_every_window_once(counting):

@@ -68,8 +68,8 @@ def hellaswag_accuracy(
 ) -> dict[str, float] | None:
     """acc and acc_norm (0 to 1), examples, and cut (those whose context was cut), over all ranks.
 
-    options: tokens_per_batch, autocast and poll, as of gpt2.evals.scoring.spread; None where poll
-    ended it. The accuracies of a model whose losses are NaN are NaN.
+    options: tokens_per_batch, and of gpt2.evals.scoring.spread; None where poll ended it. The
+    accuracies of a model whose losses are NaN are NaN.
     """
 
     def score(batch: list[Example]) -> Tensor:

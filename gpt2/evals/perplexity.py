@@ -3,11 +3,7 @@ r"""Perplexity of a text, and the loss over token shards.
 The text is one stream of tokens after an end-of-text token, where the tokenizer has one; else its
 first token is not scored. Windows of block_size slide over it by a stride, and each token is scored
 once, by the first window that holds it: so every token but the first block_size has at least
-block_size - stride tokens before it.
-
-    per token   exp(loss / tokens)
-    per word    exp(loss / words), words = what white space separates in the text as it was given
-    per byte    loss / (ln 2 * UTF-8 bytes of the text as it was given), in bits
+block_size - stride tokens before it. Words are what white space separates.
 
 WikiText comes cut into words, with spaces around punctuation and " @-@ " for a hyphen. The GPT-2
 paper and lm-eval undo that before tokenizing (detokenize), and so does scripts/evaluate.py unless
@@ -31,10 +27,8 @@ from gpt2.tokenizer import Tokenizer
 
 
 def windows(n_tokens: int, block_size: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, end, n_scored) of the windows over a stream, which score all tokens but the first.
-
-    tokens[begin : end] are fed and predicted, shifted by one; the last n_scored count.
-    Raises ValueError for a stride outside [1, block_size].
+    """(begin, end, n_scored) of the windows over a stream, which score all tokens but the first:
+    of tokens[begin:end] the last n_scored. Raises ValueError for a stride outside [1, block_size].
     """
     if not 1 <= stride <= block_size:
         raise ValueError(
@@ -57,8 +51,8 @@ def perplexity(
 
     stride: default half of block_size.  detokenized: what is tokenized in place of text.
     options: as of gpt2.evals.scoring.spread.
-    Also returned: tokens, words, lines, bytes, and word_perplexity_with_line_ends, which counts one
-    word more for each line, as papers on word-level WikiText do (their end-of-sentence token).
+    Also returned: counts, and word_perplexity_with_line_ends, which counts one word more for each
+    line, as papers on word-level WikiText do (their end-of-sentence token).
     Raises ValueError for a text too short, a bad stride, and what the tokenizer cannot encode.
     """
     block_size = model.config.block_size
@@ -81,8 +75,7 @@ def perplexity(
         return None
     [loss], words, lines, n_bytes = sums, len(text.split()), text.count("\n"), len(text.encode())
     return {
-        "loss": loss / n_tokens,
-        "token_perplexity": exp(loss / n_tokens),
+        "loss": loss / n_tokens, "token_perplexity": exp(loss / n_tokens),
         "word_perplexity": exp(loss / max(words, 1)),
         "word_perplexity_with_line_ends": exp(loss / max(words + lines, 1)),
         "bits_per_byte": loss / (log(2) * n_bytes),

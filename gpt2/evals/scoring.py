@@ -3,12 +3,12 @@
 Work is cut into batches that do not depend on the number of ranks, and rank r of n takes batches
 r, r + n, ... So every example counts once, and a count is the same for any number of ranks.
 
-Endings of one context: it is run once, and its keys and values are handed to a row for each ending.
-Examples are sorted by context length. A batch runs the first tokens that all its contexts have room
-for, one row an example, and what is left of each context goes before each of its endings: so
-nothing is padded on the left, and the result is that of plain rows.
+A context with several endings is run once, and its keys and values are handed to a row for each.
+Examples are sorted by context length. A batch runs the first tokens that all its contexts have,
+one row an example; what is left of a context goes before each of its endings: so nothing is padded
+on the left, and the result is that of plain rows.
 
-B examples of a batch, R rows, C channels, N scored tokens of a batch, E the most of one row.
+R rows, C channels, N scored tokens of a batch, E the most of one row.
 """
 
 import math
@@ -56,10 +56,8 @@ def spread(
 
     Where one sum is NaN all are: nothing that a model of NaN gets right is a score.
     autocast: gives the context manager of the precision; default: the model's own.
-    poll: asked before each round of one batch a rank; True, on all ranks together, ends the
-    evaluation, which then gives None.
-    All ranks run the model equally often, the spare runs uncounted: a model that is sharded over
-    the ranks needs them all.
+    poll: asked before each round of one batch a rank; True, on all ranks together, ends it: None.
+    All ranks run the model equally often, the spare runs uncounted: a sharded model needs them all.
     """
     totals, was_training = 0.0, model.training
     model.eval()
@@ -104,9 +102,8 @@ def tails(
 ) -> Tails:
     """The model on rows, for the last n_scored[r] tokens of each.
 
-    rows: R lists of tokens of any lengths, the last token of each a target only, so at least
-    n_scored + 1 tokens each. They are padded after their end, which nothing before it sees.
-    cache: tokens before the rows; it is written to.
+    rows: R lists of at least n_scored + 1 tokens, the last of each a target only. They are padded
+    after their end, which nothing before it sees.  cache: tokens before the rows; is written to.
     """
     move = partial(torch.Tensor.to, device=model.lm_head.weight.device, non_blocking=True)
     idx = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)  # (R, T)
@@ -134,6 +131,8 @@ def mean_scores(
     score: Callable[[list[Item]], Tensor], *, tokens_per_batch: int = TOKENS_PER_BATCH, **options,
 ) -> list[float] | None:  # fmt: skip
     """score(batch) -> (n,) sums over a batch's examples, as means over all; options: of spread."""
+    if not examples:
+        raise ValueError("there is nothing to evaluate: give at least one example")
     sums = spread(model, pack(examples, tokens_per_batch), group, score, **options)
     return sums and [value / len(examples) for value in sums]
 
@@ -143,17 +142,13 @@ def pack(examples: Sequence[Item], budget: int) -> list[list[Item]]:
 
     Shared beginnings in a batch differ by less than SPAN, even where the budget has room.
     """
-    if not examples:
-        raise ValueError("there is nothing to evaluate: give at least one example")
-    batches: list[list[Item]] = [[]]
-    first = longest = n_rows = 0
+    batches, first, longest, n_rows = [], 0, 0, 0
     for example in sorted(examples, key=_size):
         prefix, rows, tokens = _size(example)
         longest, n_rows = max(longest, tokens), n_rows + rows
-        full = (len(batches[-1]) + 1) * first + n_rows * (longest - first) > budget
-        if batches[-1] and (full or prefix - first >= SPAN):
+        cost = batches and (len(batches[-1]) + 1) * first + n_rows * (longest - first)
+        if not batches or cost > budget or prefix - first >= SPAN:
             batches.append([])
-        if not batches[-1]:
             first, longest, n_rows = prefix, tokens, rows
         batches[-1].append(example)
     return batches
