@@ -5,13 +5,13 @@
 
 GPT-2 124M's shape with random weights, block_size 1024, greedy, a prompt of 32 random tokens a row.
 
-On a CPU: float32, the same weights and threads in all three. They take turns, a whole generation
-each in every round, and ratios are of the same round. transformers: generate with its default KV
-cache, under inference_mode. nanoGPT: generate without a cache, as it is, with top_k 1; only in the
-first round, and only for batch 1: larger ones take hours. PATH is a checkout of
-https://github.com/karpathy/nanoGPT; without it nanoGPT is left out.
-Before any timing the logits of all are compared on the same tokens. nanoGPT has the exact GELU
-where GPT-2 has its approximation by tanh, so its logits may differ by a little more.
+On a CPU: float32, the same weights and threads in all. They take turns, a whole generation each in
+every round, and ratios are of the same round. transformers: generate with its default KV cache,
+under inference_mode. nanoGPT: generate without a cache, as it is, with top_k 1; only in the first
+round, and only for batch 1: larger ones take hours. PATH is a checkout of
+https://github.com/karpathy/nanoGPT; without it nanoGPT is left out. Before any timing the logits of
+all are compared on the same tokens. nanoGPT has the exact GELU where GPT-2 has its approximation by
+tanh, so its logits may differ by a little more.
 
 On a GPU: this project in bfloat16, with the captured graph and without. Bytes that a step has to
 read (weights once, keys and values of all rows at full capacity) over its time, against the
@@ -20,12 +20,13 @@ bandwidth of a large copy in the same run.
 
 import argparse
 import importlib
-import importlib.util
 import os
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.common import markdown_table, measure_ceilings, provenance, write_json  # noqa: E402
 from gpt2 import GPT, PRESETS, generate  # noqa: E402
+from gpt2.generate import POLL, Pace  # noqa: E402
 from gpt2.hf import export_hf  # noqa: E402
 
 PROMPT = 32
@@ -41,124 +43,83 @@ OURS, HF, NANO = "gpt2-triton", "transformers", "nanoGPT"
 TOLERANCE = {HF: 1e-4, NANO: 1e-2}  # of logits with a spread of about 1
 
 
-def as_transformers(model: GPT):
+def make_others(model: GPT, nanogpt: Path | None) -> tuple[dict, dict[str, float]]:
+    """The others with the model's weights, and by how much their logits after 64 tokens differ."""
     from transformers import GPT2LMHeadModel
 
     with tempfile.TemporaryDirectory() as folder:
         export_hf(model, Path(folder) / "hf", None)
-        return GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval()
-
-
-def as_nanogpt(model: GPT, folder: Path):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    shape = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, bias=True)
-    theirs = module.GPT(module.GPTConfig(vocab_size=model.config.padded_vocab_size, **shape)).eval()
-    theirs.load_state_dict(model.state_dict())
-    return theirs
-
-
-def check(model: GPT, others: dict) -> dict[str, float]:
-    """The largest difference of each one's logits from ours at the end of 64 tokens."""
-    idx = torch.randint(0, model.config.vocab_size, (2, 64))
-    found = {}
+        others = {HF: GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval()}
+    if nanogpt:
+        sys.path.append(str(nanogpt))
+        theirs = importlib.import_module("model")
+        shape = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, bias=True)
+        config = theirs.GPTConfig(vocab_size=model.config.padded_vocab_size, **shape)
+        others[NANO] = theirs.GPT(config).eval()
+        others[NANO].load_state_dict(model.state_dict())
+    idx, found = torch.randint(0, model.config.vocab_size, (2, 64)), {}
     with torch.inference_mode():
-        ours = model(idx)[:, -1]
         for name, other in others.items():
             logits = other(idx)[0] if name == NANO else other(idx).logits
-            logits = logits[:, -1, : model.config.vocab_size]
-            found[name] = (logits - ours).abs().max().item()
+            difference = logits[:, -1, : model.config.vocab_size] - model(idx)[:, -1]
+            found[name] = difference.abs().max().item()
             if found[name] > TOLERANCE[name]:
                 raise SystemExit(f"{name}: logits differ by {found[name]:.2g}: nothing was timed")
-    return found
+    return others, found
 
 
-def seconds(job) -> tuple[float, object]:
-    """Of one call, and what it returned."""
-    start = time.perf_counter()
-    found = job()
-    return time.perf_counter() - start, found
+def make_jobs(options, model: GPT, others: dict, prompt: torch.Tensor) -> dict[str, Callable]:
+    """What takes turns, by name: functions of the number of new tokens; the first is ours."""
+
+    def ours(new: int, pace=None) -> list[list[int]]:
+        module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
+        module.pace = (lambda device: pace) if pace else module.pace
+        return generate(model, prompt.tolist(), max_new_tokens=new, temperature=0)
+
+    @torch.inference_mode()
+    def transformers(new: int) -> list[list[int]]:
+        return others[HF].generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
+            min_new_tokens=new, do_sample=False, pad_token_id=0,
+        )[:, PROMPT:].tolist()  # fmt: skip
+
+    if options.device == "cuda":
+        return {"one graph a step": partial(ours, pace=Pace(True, True, POLL)),
+                "eager": partial(ours, pace=Pace(True, False, POLL))}  # fmt: skip
+    jobs = {OURS: ours, HF: transformers}
+    if NANO in others and len(prompt) == 1:
+        jobs[NANO] = lambda new: others[NANO].generate(prompt, new, top_k=1)
+    return jobs
 
 
-def on_cpu(options: argparse.Namespace) -> dict[str, object]:
-    torch.set_num_threads(options.threads)
-    model = GPT(PRESETS["gpt2"], "torch").eval()
-    others = {HF: as_transformers(model)}
-    if options.nanogpt:
-        others[NANO] = as_nanogpt(model, options.nanogpt)
-    differences, results, new = check(model, others), [], options.new
-    for batch in options.batches:
-        prompt = torch.randint(0, model.config.vocab_size, (batch, PROMPT))
-
-        def ours(new=new, prompt=prompt) -> list[list[int]]:
-            return generate(model, prompt.tolist(), max_new_tokens=new, temperature=0)
-
-        @torch.inference_mode()
-        def transformers(new=new, prompt=prompt) -> list[list[int]]:
-            idx = others[HF].generate(
-                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new,
-                min_new_tokens=new, do_sample=False, pad_token_id=0,
-            )  # fmt: skip
-            return idx[:, PROMPT:].tolist()
-
-        def nanogpt(new=new, prompt=prompt) -> None:
-            others[NANO].generate(prompt, new, top_k=1)
-
-        ours(4)  # touches all weights
-        times, equal = {}, True
-        for n_round in range(options.rounds):
-            jobs = {OURS: ours, HF: transformers}
-            if NANO in others and batch == 1 and n_round == 0:
-                jobs[NANO] = nanogpt
-            found = {name: seconds(job) for name, job in jobs.items()}
-            equal = equal and found[OURS][1] == found[HF][1]
-            for name, (value, _) in found.items():
-                times.setdefault(name, []).append(value)
-            print(batch, {name: f"{value:.1f} s" for name, (value, _) in found.items()}, flush=True)
-        for name, values in times.items():
-            over = [v / o for v, o in zip(values, times[OURS], strict=False)]
-            results.append(
-                row(name, batch, new, values)
-                | {"over": statistics.median(over), "tokens_equal_ours": equal or name != HF}
-            )
-    return {
-        "threads": options.threads, "dtype": "float32", "load_average": os.getloadavg(),
-        "logits_differ_by": differences, "results": results,
-    }  # fmt: skip
-
-
-def row(name: str, batch: int, new: int, values: list[float]) -> dict[str, object]:
-    whole = statistics.median(values)
-    return {
-        "generator": name, "batch": batch, "new_tokens": new, "seconds": whole,
-        "tokens_per_s": batch * new / whole, "rounds": values,
-    }  # fmt: skip
-
-
-def on_gpu(options: argparse.Namespace) -> dict[str, object]:
-    module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
-    ceiling = measure_ceilings()["copy_bytes_per_s"]
-    model = GPT(PRESETS["gpt2"], "auto", "cuda").eval()
-    c, results = model.config, []
+def measure(options, model: GPT, others: dict, batch: int, bytes_per_s: float | None) -> list[dict]:
+    """One result for each job."""
+    c, new = model.config, options.new
+    jobs = make_jobs(options, model, others, torch.randint(0, c.vocab_size, (batch, PROMPT)))
+    for name in jobs.keys() - {NANO}:
+        jobs[name](new if options.device == "cuda" else 4)  # compiles, touches all weights
+    times, tokens = {}, {}
+    for _ in range(options.rounds):
+        for name, job in jobs.items():
+            start = time.perf_counter()
+            tokens[name] = job(new)  # on the host, so the device has finished
+            times.setdefault(name, []).append(time.perf_counter() - start)
+        print(batch, {name: f"{values[-1]:.1f} s" for name, values in times.items()}, flush=True)
+        jobs.pop(NANO, None)  # only in the first round
+    first, *_ = times
     weights = 2 * (model.n_params() - model.transformer.wpe.weight.numel())
-    for batch in options.batches:
-        prompts = torch.randint(0, c.vocab_size, (batch, PROMPT)).tolist()
-        cache = 2 * 2 * c.n_layer * c.n_embd * (PROMPT + options.new) * batch
-
-        def ours(prompts=prompts) -> None:
-            generate(model, prompts, max_new_tokens=options.new, temperature=0)
-            torch.cuda.synchronize()
-
-        for name, graph in (("one graph a step", True), ("eager", False)):
-            pace = module.Pace(fixed=True, captured=graph, poll=module.POLL)
-            module.pace = lambda device, pace=pace: pace
-            values = [seconds(ours)[0] for _ in range(options.rounds + 1)][1:]  # the first compiles
-            found = row(name, batch, options.new, values)
-            step = found["seconds"] / options.new
-            results.append(found | {"share_of_bandwidth": (weights + cache) / step / ceiling})
-    return {"dtype": "bfloat16", "copy_bytes_per_s": ceiling, "results": results}
+    cache = 2 * 2 * c.n_layer * c.n_embd * (PROMPT + new) * batch
+    results = []
+    for name, rounds in times.items():
+        whole = statistics.median(rounds)
+        over = statistics.median([a / b for a, b in zip(rounds, times[first], strict=False)])
+        results.append({
+            "generator": name, "batch": batch, "new_tokens": new, "seconds": whole,
+            "tokens_per_s": batch * new / whole, "rounds": rounds, "over": over,
+            "tokens_equal_ours": name == NANO or tokens[name] == tokens[first],
+            "share_of_bandwidth": bytes_per_s and (weights + cache) * new / whole / bytes_per_s,
+        })  # fmt: skip
+    return results
 
 
 def main() -> None:
@@ -174,20 +135,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
-    options.batches = options.batches or ([1, 8] if options.device == "cpu" else [1, 64])
     if not (0 < options.rounds and 0 < options.new <= 1024 - PROMPT):
         parser.error(f"--new must lie in [1, {1024 - PROMPT}], and --rounds be above 0")
     torch.manual_seed(0)
-    measured = on_cpu(options) if options.device == "cpu" else on_gpu(options)
+    torch.set_num_threads(options.threads)
+    on_gpu = options.device == "cuda"
+    ceiling = measure_ceilings()["copy_bytes_per_s"] if on_gpu else None
+    model = GPT(PRESETS["gpt2"], "auto" if on_gpu else "torch", options.device).eval()
+    others, differences = ({}, {}) if on_gpu else make_others(model, options.nanogpt)
+    results = []
+    for batch in options.batches or ([1, 64] if on_gpu else [1, 8]):
+        results += measure(options, model, others, batch, ceiling)
     keys = ["generator", "batch", "new_tokens", "seconds", "tokens_per_s"]
-    keys.append("over" if options.device == "cpu" else "share_of_bandwidth")
-    rows = [[f"{r[k]:.4g}" if type(r[k]) is float else str(r[k]) for k in keys]
-            for r in measured["results"]]  # fmt: skip
-    header = ["time over ours" if key == "over" else key for key in keys]
-    table = markdown_table(header, rows)
+    keys += ["share_of_bandwidth" if on_gpu else "over"]
+    table = markdown_table(
+        [*keys[:-1], keys[-1].replace("over", "time over ours")],
+        [[f"{r[k]:.4g}" if type(r[k]) is float else str(r[k]) for k in keys] for r in results],
+    )
     print(table)
-    name = "generation" if options.device == "cpu" else "generation_gpu"
-    write_json(options.out / f"{name}.json", {**provenance(), **measured})
+    name = "generation_gpu" if on_gpu else "generation"
+    write_json(options.out / f"{name}.json", {
+        **provenance(), "dtype": "bfloat16" if on_gpu else "float32", "threads": options.threads,
+        "copy_bytes_per_s": ceiling, "load_average": os.getloadavg(),
+        "logits_differ_by": differences, "results": results,
+    })  # fmt: skip
     (options.out / f"{name}.md").write_text(f"{table}\n")
     print(f"written: {options.out / name}.json and .md")
 

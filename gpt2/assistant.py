@@ -1,6 +1,8 @@
 """A model with its tokenizer and chat template: what sample, chat and compare have in common."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
 from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
@@ -14,12 +16,19 @@ DEFAULT_TEMPLATE = "user_assistant"
 
 @dataclass
 class Assistant:
-    """template: the name of a chat template, or None: a prompt is text to be continued."""
+    """template: the name of a chat template, or None: a prompt is text to be continued.
+
+    The model is loaded when it is first used.
+    """
 
     name: str
-    model: GPT
     tokenizer: Tokenizer
     template: str | None
+    load: Callable[[], GPT]
+
+    @cached_property
+    def model(self) -> GPT:
+        return self.load()
 
     @property
     def block_size(self) -> int:
@@ -32,26 +41,23 @@ class Assistant:
 
     def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
         """gpt2.generate.complete, up to an end of text."""
-        eot = self.tokenizer.eot
-        stop_tokens = () if eot is None else (eot,)
+        stop_tokens = () if self.tokenizer.eot is None else (self.tokenizer.eot,)
         return complete(self.model, prompts, stop_tokens=stop_tokens, **options)
 
     def encode(self, prompt: str, system: str = "") -> list[int]:
-        """A prompt as the template has a question, or as it is.
-
-        Raises ValueError where it leaves no room in the context.
-        """
+        """A prompt as the template has a question, or as it is; needs no model."""
         if self.template is None:
-            tokens = self.tokenizer.encode(prompt, allow_special=True)
-        else:
-            messages = [*_system(system), {"role": "user", "content": prompt}]
-            tokens = encode_prompt(messages, self.tokenizer, self.template)
+            return self.tokenizer.encode(prompt, allow_special=True)
+        messages = [*_system(system), {"role": "user", "content": prompt}]
+        return encode_prompt(messages, self.tokenizer, self.template)
+
+    def check_room(self, tokens: list[int], words: str) -> None:
+        """Raises ValueError where a prompt leaves no room in the context."""
         if len(tokens) >= self.block_size:
             raise ValueError(
-                f"{self.name}: a prompt of {len(tokens)} tokens leaves no room in the model's "
-                f"context (block_size) of {self.block_size}: shorten it ({prompt[:40]!r}...)"
+                f"{self.name}: {words} has {len(tokens)} tokens, which leaves no room in the "
+                f"model's context (block_size) of {self.block_size}: shorten it"
             )
-        return tokens
 
 
 def load_assistant(
@@ -59,14 +65,14 @@ def load_assistant(
 ) -> Assistant:
     """template: "auto" takes the one that was saved with the model, "none" none.
 
-    Raises OSError and ValueError as load_model does, and ValueError for an unknown template.
+    Raises OSError and ValueError as load_tokenizer does, and ValueError for an unknown template.
     """
-    saved = load_chat_template(name)
-    chosen = {"auto": saved, "none": None}.get(template, template)
+    chosen = load_chat_template(name) if template == "auto" else template
+    chosen = None if template == "none" else chosen
     if chosen is not None:
         find_template(chosen)
-    tokenizer = load_tokenizer(name)
-    return Assistant(name, load_model(name, select_device(device), kernels), tokenizer, chosen)
+    load = lambda: load_model(name, select_device(device), kernels)  # noqa: E731
+    return Assistant(name, load_tokenizer(name), chosen, load)
 
 
 @dataclass
@@ -86,16 +92,13 @@ class Conversation:
         """
         answered = self.messages[: len(self.messages) // 2 * 2]  # without a question left open
         messages = [*answered, {"role": "user", "content": question}]
-        block_size = self.assistant.block_size
-        wanted = min(max_new_tokens, block_size // 2)
-        while len(tokens := self._encode(messages)) + wanted > block_size and len(messages) > 1:
+        assistant, size = self.assistant, self.assistant.block_size
+        encode = lambda: encode_prompt(  # noqa: E731
+            [*_system(self.system), *messages], assistant.tokenizer, assistant.template
+        )
+        while len(tokens := encode()) + min(max_new_tokens, size // 2) > size and messages[1:]:
             messages = messages[2:]
-        if len(tokens) >= block_size:
-            raise ValueError(
-                f"the question has {len(tokens)} tokens with its template"
-                f"{' and the system text' if self.system else ''}, which leaves no room in "
-                f"the model's context (block_size) of {block_size}: shorten it"
-            )
+        assistant.check_room(tokens, "the question with template and system text")
         self.messages = messages
         return tokens, (len(answered) + 1 - len(messages)) // 2
 
@@ -113,10 +116,6 @@ class Conversation:
         probe = [*_system(text), {"role": "user", "content": "?"}]
         check_messages(probe, self.assistant.template)
         self.system = text
-
-    def _encode(self, messages: list[Message]) -> list[int]:
-        messages = [*_system(self.system), *messages]
-        return encode_prompt(messages, self.assistant.tokenizer, self.assistant.template)
 
 
 def _system(text: str) -> list[Message]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from gpt2.config import REMOVED_OPTIONS, spell_sources, suggest
-from gpt2.text import printable
 
+# Control characters but tab and newline, and what reverses the direction of a line.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 SCRIPTS = {
     "pretrain": "scripts/train_gpt2.py", "sft": "scripts/sft.py", "dpo": "scripts/dpo.py"
 }  # fmt: skip
@@ -204,6 +205,11 @@ def starting():
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def printable(text: str) -> str:
+    """text for a terminal or a page: what would steer it stands there escaped, as in \\x1b."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:

@@ -49,6 +49,45 @@ def check_numbers(config, *, above_0="", at_least_0="", at_least_1="", below_1="
                 raise ValueError(f"{name} {words}, got {value}")
 
 
+def at_least(least: int, config, *names: str) -> None:
+    """Raises ValueError for a field of config that is below least; None is left alone."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Options of gpt2.generate, applied in the order in which they stand, as transformers does;
+    temperature 0 needs none after it.
+    """
+
+    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
+    temperature: float = 1.0  # divides the logits; 0 takes the most likely token always
+    top_k: int | None = None  # keep only this many of the most likely tokens, and their equals
+    top_p: float | None = None  # keep the most likely tokens that together reach this probability
+    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
+
+    def __post_init__(self):
+        # Logits times or divided by these stay far inside float32.
+        if not 1e-3 <= self.repetition_penalty <= 1e3:
+            raise ValueError(
+                f"repetition_penalty must lie in [0.001, 1000], got {self.repetition_penalty}"
+            )
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must not be negative, got {self.temperature}")
+        at_least(1, self, "top_k")
+        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
+            if value is not None and not 0.0 < value <= 1.0:
+                raise ValueError(f"{name} must lie in (0, 1], got {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """Below 1e-5, as in vLLM, a temperature counts as its limit: the rest would overflow."""
+        return self.temperature < 1e-5
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """The shape of a model; saved with it."""

@@ -19,14 +19,14 @@ B rows of the batch, R rows in all (prompts times samples), T time, V vocabulary
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from gpt2.config import Sampling
 from gpt2.device import execution
 from gpt2.model import GPT, KVCache
-from gpt2.options import Sampling
 
 POLL = 8  # steps between two looks at the tokens, on a GPU; at most so many steps are in vain
 WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
@@ -36,8 +36,8 @@ WARM_UP = 3  # steps before a capture, in which libraries allocate what they nee
 class Completion:
     """What one row became.
 
-    log_probabilities: of each token under the model's own distribution, log_softmax of its logits
-    before penalty, temperature and filters; None where they were not asked for.
+    log_probabilities: of each token under the model's own distribution, before penalty,
+    temperature and filters; None where they were not asked for.
     reason: why it ended: "stop" (a stop token, or `stop`) or "length".
     """
 
@@ -59,10 +59,8 @@ def generate(
     Returns the new tokens of each row, without the prompt and without the stop token.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
-    completions = complete(
-        model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options
-    )
-    return [completion.tokens for completion in completions]
+    rows = complete(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options)
+    return [row.tokens for row in rows]
 
 
 @torch.no_grad()
@@ -76,17 +74,14 @@ def complete(
 ) -> list[Completion]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens, num_samples times.
 
-    prompts: lists of at least one token id each, of any lengths. The samples of the first prompt
-    are the first rows, then those of the second. A prompt is run once for all its samples.
+    prompts: lists of at least one token id each, of any lengths, each run once for all its samples.
+    The samples of the first prompt are the first rows, then those of the second.
     stop_tokens: a row ends before the first of these.
-    stop: called with (row, the row's tokens so far) after every token; True ends the row, which
-    keeps the token. For stop strings see gpt2.text.RowTexts.
+    stop: called with (row, its tokens so far) after every token; True ends the row, which keeps the
+    token. For stop strings see gpt2.text.RowTexts.
     window: where a row's context is full, go on from its later half instead of refusing beforehand.
-    seed: makes the result repeatable. A list has the seed of each row; one number is the seed of
-    the first row, the others have those that follow it; None takes them from torch's global
-    generator.
-    stream: called with (row, token) for every token of the result as soon as it is known, before
-    stop.
+    seed: one a row, or that of the first row, which the others' follow; None: torch's generator's.
+    stream: called with (row, token) for every token of the result as soon as it is known.
     Only ids that the tokenizer has (model.n_tokens) are drawn.
     Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
     options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
@@ -94,7 +89,7 @@ def complete(
     """
     _check(model, prompts, max_new_tokens, num_samples, window)
     rows = [
-        _Row(number, prompt, Completion(log_probabilities=[] if log_probabilities else None))
+        _Row(log_probabilities=[] if log_probabilities else None, number=number, prompt=prompt)
         for number, prompt in enumerate(p for p in prompts for _ in range(num_samples))
     ]
     block_size, device = model.config.block_size, model.lm_head.weight.device
@@ -102,27 +97,26 @@ def complete(
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
     picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
     with _evaluating(model) as dtype:
-        decoder = _Decoder(model, capacity, dtype, pace(device))
+        decoder = _Decoder(model, capacity, dtype)
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
-        tokens, log_ps = [], []  # drawn and not yet read, (B,) a step
+        drawn = []  # of each step not yet read the tokens (B,), and their log probabilities
         for n in range(1, max_new_tokens + 1):
             token = picker.pick(logits, n - 1)  # (B,)
-            tokens.append(token)
+            drawn.append([token])
             if log_probabilities:
-                log_ps.append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
+                drawn[-1].append(logits.log_softmax(-1).gather(1, token[:, None])[:, 0])
             full = decoder.cache.length == block_size
             if n < max_new_tokens and n % decoder.pace.poll and not full:
                 logits = decoder.step(token)
                 continue
             # Reading waits for the device; stopping, streaming and a full context need it.
             picker.check()
-            none = [[None] * len(running)] * len(tokens)
-            values = torch.stack(log_ps).tolist() if log_ps else none
-            for step in zip(torch.stack(tokens).tolist(), values, strict=True):
-                for row, *drawn in zip(running, *step, strict=True):
-                    row.take(*drawn, stop_tokens, stop, stream)
-            tokens, log_ps = [], []
+            read = [torch.stack(parts).tolist() for parts in zip(*drawn, strict=True)]
+            for step in zip(*read, strict=True):
+                for row, *values in zip(running, *step, strict=True):
+                    row.take(stop_tokens, stop, stream, *values)
+            drawn = []
             going = [place for place, row in enumerate(running) if not row.ended]
             if not going or n == max_new_tokens:
                 break
@@ -137,36 +131,36 @@ def complete(
                 logits = decoder.prefill([row.context(block_size, keep) for row in running])
             else:
                 logits = decoder.step(token)
-    return [row.completion for row in rows]
+    return rows
 
 
 @dataclass
-class _Row:
-    number: int
-    prompt: list[int]
-    completion: Completion
+class _Row(Completion):
+    number: int = 0
+    prompt: list[int] = ()
     start: int = 0  # where the context begins in prompt + tokens
-    ended: bool = False
 
-    def take(self, token: int, log_p: float | None, stop_tokens, stop, stream) -> None:
+    @property
+    def ended(self) -> bool:
+        return self.reason == "stop"
+
+    def take(self, stop_tokens, stop, stream, token: int, *log_p: float) -> None:
         """A token that was drawn, perhaps after the row's end."""
         if self.ended:
             return
-        made = self.completion
-        self.ended = token in stop_tokens
-        if not self.ended:
-            made.tokens.append(token)
-            if log_p is not None:
-                made.log_probabilities.append(log_p)
+        if token not in stop_tokens:
+            self.tokens.append(token)
+            if log_p:
+                self.log_probabilities += log_p
             if stream is not None:
                 stream(self.number, token)
-            self.ended = stop is not None and stop(self.number, made.tokens)
-        if self.ended:
-            made.reason = "stop"
+            if stop is None or not stop(self.number, self.tokens):
+                return
+        self.reason = "stop"
 
     def context(self, block_size: int, keep: int) -> list[int]:
         """What the model sees next: all since start; where that fills block_size, its end."""
-        tokens = self.prompt + self.completion.tokens
+        tokens = self.prompt + self.tokens
         if len(tokens) - self.start > block_size:  # the newest one is not in the cache yet
             self.start = len(tokens) - keep
         return tokens[self.start :]
@@ -175,21 +169,19 @@ class _Row:
 class _Decoder:
     """The model on a batch: prefill, then one step a token. Logits are (B, V) float32."""
 
-    def __init__(self, model: GPT, capacity: int, dtype: torch.dtype, pace: "Pace"):
-        self.model, self.capacity, self.dtype, self.pace = model, capacity, dtype, pace
-        self.device = model.lm_head.weight.device
+    def __init__(self, model: GPT, capacity: int, dtype: torch.dtype):
+        self.model, self.device = model, model.lm_head.weight.device
+        self.pace = pace(self.device)
+        self.shape = capacity, self.device, dtype, self.pace.fixed
 
     def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
         """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
         idx, padding, doc_start = _left_pad(rows, self.device)
-        self.cache = KVCache(
-            self.model.config, len(rows), self.capacity, self.device, self.dtype, self.pace.fixed
-        )
+        self.cache = KVCache(self.model.config, len(rows), *self.shape)
         # (B, 1) each, and they stay where they are: a captured step reads and writes them.
         self.token, self.doc_start = idx[:, -1:].clone(), padding
         self.captured = None
-        h = self.model.hidden(idx, cache=self.cache, doc_start=doc_start)
-        logits = self.model.logits(h[:, -1]).float()
+        logits = self._run(idx, doc_start)
         if repeat > 1:
             index = torch.arange(len(rows), device=self.device).repeat_interleave(repeat)
             self.select(index)
@@ -207,7 +199,7 @@ class _Decoder:
         """Appends token (B,) to the rows."""
         self.token.copy_(token[:, None])
         if not self.pace.captured:
-            return self._run()
+            return self._run(self.token, self.doc_start)
         if self.captured is None:
             self.captured = self._capture()
         graph, logits = self.captured
@@ -215,54 +207,46 @@ class _Decoder:
         self.cache.length += 1  # the graph has advanced the one on the device
         return logits
 
-    def _run(self) -> Tensor:
-        h = self.model.hidden(self.token, cache=self.cache, doc_start=self.doc_start)
+    def _run(self, idx: Tensor, doc_start: Tensor | None) -> Tensor:
+        h = self.model.hidden(idx, cache=self.cache, doc_start=doc_start)
         return self.model.logits(h[:, -1]).float()
 
-    def _capture(self) -> tuple["torch.cuda.CUDAGraph", Tensor]:
+    def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a graph, and where it leaves its logits. The cache is as it was before.
 
-        The graph reads the weights in bfloat16 as autocast keeps them until _evaluating ends.
+        The graph reads the bfloat16 weights that autocast keeps until _evaluating ends.
         """
         length, graph = self.cache.length, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):  # writes the same place again and again
-                self._run()
+                self._run(self.token, self.doc_start)
                 self.cache.length = length
                 self.cache.end.fill_(length)
         torch.cuda.current_stream().wait_stream(side)
         with torch.cuda.graph(graph):
-            logits = self._run()
+            logits = self._run(self.token, self.doc_start)
         self.cache.length = length  # capturing ran nothing on the device
         return graph, logits
 
 
-@dataclass(frozen=True)
-class Pace:
-    """How decode steps run.
+class Pace(NamedTuple):
+    """How decode steps run."""
 
-    fixed: they see the whole cache under a mask.  captured: in a CUDA graph, which needs that.
-    poll: steps from one look at the tokens to the next; on a CPU looking costs nothing.
-    """
-
-    fixed: bool
-    captured: bool
-    poll: int
+    fixed: bool  # they see the whole cache under a mask
+    captured: bool  # in a CUDA graph, which needs that
+    poll: int  # steps from one look at the tokens to the next; on a CPU looking costs nothing
 
 
 def pace(device: torch.device) -> Pace:
-    on_gpu = device.type == "cuda"
-    return Pace(fixed=on_gpu, captured=on_gpu, poll=POLL if on_gpu else 1)
+    return Pace(True, True, POLL) if device.type == "cuda" else Pace(False, False, 1)
 
 
 class _Picker:
     """Chooses the tokens of a batch: one uniform random number a row and step, drawn beforehand."""
 
-    def __init__(
-        self, model: GPT, rows: list[_Row], sampling: Sampling, seeds: list[int], n_steps: int
-    ):
+    def __init__(self, model: GPT, rows: list[_Row], sampling: Sampling, seeds, n_steps: int):
         device = model.lm_head.weight.device
         self.sampling, self.n_tokens = sampling, model.n_tokens
         self.seen = self.uniform = None
@@ -272,10 +256,8 @@ class _Picker:
             for row in rows:
                 self.seen[row.number, row.prompt] = True
         if not sampling.greedy:
-            drawn = [
-                torch.rand(n_steps, dtype=torch.float64, generator=torch.Generator().manual_seed(s))
-                for s in seeds
-            ]
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            drawn = [torch.rand(n_steps, dtype=torch.float64, generator=g) for g in generators]
             self.uniform = torch.stack(drawn).to(device)  # (R, n_steps)
 
     def pick(self, logits: Tensor, step: int) -> Tensor:
@@ -291,7 +273,6 @@ class _Picker:
         return token
 
     def check(self) -> None:
-        """Raises ValueError where tokens were picked from logits that are NaN or infinite."""
         if not self.is_finite:
             raise ValueError(
                 "the model's logits are not finite numbers, so nothing can be generated: its "
@@ -311,15 +292,13 @@ def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Te
     1909.05858).
     temperature: divides the logits; 0 leaves them, and no filter changes which is the largest.
     top_k: keeps the k largest (and their equals).
-    top_p: keeps the smallest set of most likely tokens whose probability reaches p (arXiv
-    1904.09751).
+    top_p: keeps the fewest most likely tokens whose probability reaches p (arXiv 1904.09751).
     min_p: keeps tokens at least min_p times as likely as the likeliest one (arXiv 2407.01082).
     """
     s = sampling
     if s.repetition_penalty != 1.0:
-        penalised = torch.where(
-            logits > 0, logits / s.repetition_penalty, logits * s.repetition_penalty
-        )
+        penalty = s.repetition_penalty
+        penalised = torch.where(logits > 0, logits / penalty, logits * penalty)
         logits = torch.where(seen, penalised, logits)
     if s.greedy:
         return logits
@@ -343,11 +322,8 @@ def filter_logits(logits: Tensor, seen: Tensor | None, sampling: Sampling) -> Te
 
 
 def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
-    """One token a row, (B,) int64: the first whose cumulated probability exceeds uniform.
-
-    probabilities (B, V) float32, sums need not be exactly 1; uniform (B,) float64 in [0, 1). Of NaN
-    it is the last token.
-    """
+    """One token a row, (B,) int64: the first whose cumulated probability exceeds uniform; of NaN
+    the last. probabilities (B, V) float32, of any sums; uniform (B,) float64 in [0, 1)."""
     cumulated = probabilities.double().cumsum(-1)
     # The factor keeps the product below the sum where rounding would not.
     target = cumulated[:, -1] * uniform * (1 - 2**-50)
@@ -355,14 +331,13 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
     return token.clamp_(max=probabilities.shape[1] - 1)
 
 
-def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> list[int]:
+def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> Sequence[int]:
     if seed is None:
         return torch.randint(2**62, (n_rows,)).tolist()
-    if isinstance(seed, int):
-        return [seed + row for row in range(n_rows)]
-    if len(seed) != n_rows:
-        raise ValueError(f"seed has {len(seed)} numbers, and there are {n_rows} rows: one each")
-    return list(seed)
+    seeds = range(seed, seed + n_rows) if isinstance(seed, int) else seed
+    if len(seeds) != n_rows:
+        raise ValueError(f"seed has {len(seeds)} numbers, and there are {n_rows} rows: one each")
+    return seeds
 
 
 @contextmanager
@@ -385,24 +360,20 @@ def _evaluating(model: GPT):
 
 
 def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Rows as a batch idx (B, T), the padding before each (B, 1), doc_start (B, T).
-
-    The latter two are None where all rows have one length: then nothing needs hiding.
-    """
+    """Rows as a batch idx (B, T), the padding before each (B, 1), doc_start (B, T); the latter two
+    are None where all rows have one length: then nothing needs hiding."""
     longest = max(map(len, rows))
     idx = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
     if all(len(row) == longest for row in rows):
         return idx, None, None
-    padding = torch.tensor(
-        [[longest - len(row)] for row in rows], dtype=torch.int32, device=device
-    )  # (B, 1)
+    padding = torch.tensor([[longest - len(row)] for row in rows]).to(device, torch.int32)  # (B, 1)
     # A padding position sees itself only; nothing else sees it.
     position = torch.arange(longest, dtype=torch.int32, device=device)
     return idx, padding, torch.minimum(position, padding)
 
 
 def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool) -> None:
-    config = model.config
+    block_size = model.config.block_size
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
     for name, value in dict(max_new_tokens=max_new_tokens, num_samples=num_samples).items():
@@ -411,19 +382,18 @@ def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: b
     for row, prompt in enumerate(prompts):
         bad = [t for t in prompt if not 0 <= t < model.n_tokens]
         if bad:
-            raise ValueError(
-                f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary of "
-                f"{model.n_tokens}"
-            )
-    longest, room = max(map(len, prompts)), config.block_size - max(map(len, prompts))
+            raise ValueError(f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary "
+                             f"of {model.n_tokens}")  # fmt: skip
+    longest = max(map(len, prompts))
+    room = block_size - longest
     if room < 1:
         raise ValueError(
             f"a prompt of {longest} tokens leaves no room in the model's context (block_size) of "
-            f"{config.block_size}: shorten it to at most {config.block_size - 1}"
+            f"{block_size}: shorten it to at most {block_size - 1}"
         )
     if max_new_tokens > room and not window:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens {max_new_tokens} do not fit the "
-            f"model's context (block_size) of {config.block_size}: ask for at most {room} new "
-            "tokens, or let it go on from the later half of a full context (window)"
+            f"model's context (block_size) of {block_size}: ask for at most {room} new tokens, or "
+            "let it go on from the later half of a full context (window)"
         )

@@ -3,46 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gpt2.config import Kernels
-
-
-def _at_least(least: int, config, *names: str) -> None:
-    """Raises ValueError for a field of config that is below least; None is left alone."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Options of gpt2.generate, applied in the order in which they stand, as transformers does;
-    temperature 0 needs none after it.
-    """
-
-    repetition_penalty: float = 1.0  # above 1: tokens that have occurred become less likely
-    temperature: float = 1.0  # divides the logits; 0 takes the most likely token always
-    top_k: int | None = None  # keep only this many of the most likely tokens, and their equals
-    top_p: float | None = None  # keep the most likely tokens that together reach this probability
-    min_p: float | None = None  # keep tokens at least so many times as likely as the likeliest
-
-    def __post_init__(self):
-        # Logits times or divided by these stay far inside float32.
-        if not 1e-3 <= self.repetition_penalty <= 1e3:
-            raise ValueError(
-                f"repetition_penalty must lie in [0.001, 1000], got {self.repetition_penalty}"
-            )
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        _at_least(1, self, "top_k")
-        for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
-            if value is not None and not 0.0 < value <= 1.0:
-                raise ValueError(f"{name} must lie in (0, 1], got {value}")
-
-    @property
-    def greedy(self) -> bool:
-        """Below 1e-5, as in vLLM, a temperature counts as its limit: the rest would overflow."""
-        return self.temperature < 1e-5
+from gpt2.config import Kernels, Sampling, at_least
 
 
 @dataclass(frozen=True)
@@ -56,7 +17,7 @@ class _Generation(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "max_new_tokens")
+        at_least(1, self, "max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -111,7 +72,7 @@ class CompareConfig(_Generation, _OfModels):
 
     def __post_init__(self):
         super().__post_init__()
-        _at_least(1, self, "batch_size")
+        at_least(1, self, "batch_size")
         if not self.models:
             raise ValueError("models: give at least one")
 
@@ -189,7 +150,7 @@ class EvaluateConfig(_OfModel):
     def __post_init__(self):
         if not self.tasks:
             raise ValueError(f"tasks: name at least one of {', '.join(get_args(Task))}")
-        _at_least(1, self, "limit", "stride", "tokens_per_batch")
+        at_least(1, self, "limit", "stride", "tokens_per_batch")
         if self.data and "val" not in self.tasks:
             raise ValueError("data goes with the task val")
 
@@ -220,7 +181,7 @@ class ReportConfig:
     gpu_hour_price: float = 0.0  # what an hour of one GPU costs; 0: not known
 
     def __post_init__(self):
-        _at_least(0, self, "gpu_hour_price")
+        at_least(0, self, "gpu_hour_price")
 
 
 @dataclass(frozen=True)
@@ -236,4 +197,4 @@ class VerifyConfig:
     device: str = ""  # default: the run's option
 
     def __post_init__(self):
-        _at_least(0, self, "steps", "tolerance")
+        at_least(0, self, "steps", "tolerance")

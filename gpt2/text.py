@@ -8,6 +8,7 @@ exactly where its characters do.
 
 import codecs
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,8 +23,6 @@ class GrowingText:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop_strings: Sequence[str] = ()):
-        if not all(stop_strings):
-            raise ValueError("a stop string must not be empty")
         self.text, self.stopped = "", False
         self._tokenizer = tokenizer
         self._stops = [stop.encode() for stop in stop_strings]
@@ -39,12 +38,13 @@ class GrowingText:
         if found:
             self.stopped, self._held = True, b""
             return self._show(data[: min(found)[1]], final=True)
-        kept = max((_overlap(data, stop) for stop in self._stops), default=0)
-        self._held = data[len(data) - kept :]
-        return self._show(data[: len(data) - kept])
+        lengths = (n for s in self._stops for n in range(1, len(s)) if data.endswith(s[:n]))
+        certain = len(data) - max(lengths, default=0)
+        self._held = data[certain:]
+        return self._show(data[:certain])
 
     def finish(self) -> str:
-        """No more tokens will come: returns the rest of the text; half a character is U+FFFD."""
+        """After the last token: returns the rest of the text; half a character is U+FFFD."""
         held, self._held = self._held, b""
         return self._show(held, final=True)
 
@@ -54,35 +54,25 @@ class GrowingText:
         return shown
 
 
-def _overlap(data: bytes, stop: bytes) -> int:
-    """Length of the longest end of data with which stop begins, without being complete."""
-    longest = min(len(stop) - 1, len(data))
-    return next((n for n in range(longest, 0, -1) if data.endswith(stop[:n])), 0)
-
-
 class RowTexts:
     """The texts of all rows; an instance is the `stop` of gpt2.generate, which ends a row at a stop
-    string.
+    string. After generation call finish(), then texts(n_rows).
 
     show: called with (row, text) for every piece of text that has become certain.
-    After generation call finish(), then texts(n_rows).
     """
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        stop_strings: Sequence[str] = (),
-        show: Callable[[int, str], None] | None = None,
-    ):
-        self._new = lambda: GrowingText(tokenizer, stop_strings)
-        self._new()  # refuses empty stop strings now
-        self._rows: dict[int, GrowingText] = {}
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (),
+        show: Callable[[int, str], None] = lambda row, text: None,
+    ):  # fmt: skip
+        if not all(stop_strings):
+            raise ValueError("a stop string must not be empty")
+        self._rows = defaultdict(lambda: GrowingText(tokenizer, stop_strings))
         self._show = show
 
     def __call__(self, row: int, tokens: list[int]) -> bool:
-        text = self._row(row)
-        self._pass_on(row, text.push(tokens[-1]))
-        return text.stopped
+        self._pass_on(row, self._rows[row].push(tokens[-1]))
+        return self._rows[row].stopped
 
     def finish(self) -> None:
         """Passes on what was held back."""
@@ -90,25 +80,11 @@ class RowTexts:
             self._pass_on(row, text.finish())
 
     def texts(self, n_rows: int) -> list[str]:
-        return [self._row(row).text for row in range(n_rows)]
-
-    def _row(self, row: int) -> GrowingText:
-        if row not in self._rows:
-            self._rows[row] = self._new()
-        return self._rows[row]
+        return [self._rows[row].text for row in range(n_rows)]
 
     def _pass_on(self, row: int, text: str) -> None:
-        if text and self._show is not None:
+        if text:
             self._show(row, text)
-
-
-# Control characters but tab and newline, and what reverses the direction of a line.
-_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-
-
-def printable(text: str) -> str:
-    """text for a terminal or a page: what would steer it stands there escaped, as in \\x1b."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -120,10 +96,8 @@ def read_prompts(path: str | Path) -> list[str]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not UTF-8 text, byte {error.start} is {error.object[error.start]:#x}: save "
-            "it as UTF-8"
-        ) from None
+        at, byte = error.start, error.object[error.start]
+        raise ValueError(f"{path}: not UTF-8 text, byte {at} is {byte:#x}: save it so") from None
     text = text.replace("\r\n", "\n")
     blocks = [block for block in re.split(r"\n(?:[ \t]*\n)+", text) if block.strip()]
     prompts = blocks if len(blocks) > 1 else [line for line in text.split("\n") if line.strip()]

@@ -12,10 +12,9 @@ Questions may come from a pipe, one a line.
 import dataclasses
 import sys
 
-from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, printable, run_script, starting
 from gpt2.options import ChatConfig
-from gpt2.text import RowTexts, printable
+from gpt2.text import RowTexts
 
 HELP = """\
 /reset         forget the conversation
@@ -27,25 +26,8 @@ HELP = """\
 
 
 class Chat:
-    def __init__(self, config: ChatConfig):
-        self.config = config
-        assistant = load_assistant(
-            config.model, device=config.device, kernels=config.kernels, template=config.template
-        )
-        if assistant.template is None:
-            assistant.template = DEFAULT_TEMPLATE
-            note(
-                f"{config.model} was not trained on conversations: it is asked in the template "
-                f"{DEFAULT_TEMPLATE!r}, and will hardly answer"
-            )
-        if assistant.tokenizer.eot is None:
-            raise ValueError(
-                f"{config.model}: its {assistant.tokenizer.name} tokenizer has no end of text, "
-                "which ends an answer: take a model with the gpt2 or the byte tokenizer"
-            )
-        self.assistant = assistant
-        self.conversation = Conversation(assistant)
-        self.conversation.set_system(config.system)
+    def __init__(self, config: ChatConfig, conversation):
+        self.config, self.conversation = config, conversation
         self.turns = 0  # asked so far; each has a seed of its own
 
     def command(self, line: str) -> bool:
@@ -61,8 +43,12 @@ class Chat:
                 note("the conversation is forgotten")
             case "/temp" | "/top_p":
                 option = "temperature" if name == "/temp" else "top_p"
-                self.config = dataclasses.replace(self.config, **{option: number(name, value)})
-                note(f"{option} {getattr(self.config, option)}")
+                try:
+                    number = float(value)
+                except ValueError:
+                    raise ValueError(f"{name} needs a number, got {value!r}") from None
+                self.config = dataclasses.replace(self.config, **{option: number})
+                note(f"{option} {number}")
             case "/system":
                 self.conversation.set_system(value.strip())
                 self.conversation.messages.clear()
@@ -73,44 +59,32 @@ class Chat:
 
     def ask(self, question: str) -> None:
         """Writes the answer as it grows; Ctrl-C stops it, and what there is of it counts."""
-        conversation, config = self.conversation, self.config
-        prompt, dropped = conversation.ask(question, config.max_new_tokens)
+        config, assistant = self.config, self.conversation.assistant
+        prompt, dropped = self.conversation.ask(question, config.max_new_tokens)
         if dropped:
-            turns = "turn does" if dropped == 1 else f"{dropped} turns do"
-            note(f"the oldest {turns} not fit the context any more and went")
-        room = self.assistant.block_size - len(prompt)
+            note(f"the oldest turns do not fit the context any more and went: {dropped}")
+        room = assistant.block_size - len(prompt)
         show = lambda row, text: print(printable(text), end="", flush=True)  # noqa: E731
-        texts = RowTexts(self.assistant.tokenizer, self.assistant.markers, show)
+        texts = RowTexts(assistant.tokenizer, assistant.markers, show)
         seed = None if config.seed is None else config.seed + self.turns
         self.turns += 1
-        end = "stop"
         try:
-            [row] = self.assistant.complete(
+            [row] = assistant.complete(
                 [prompt], max_new_tokens=min(config.max_new_tokens, room), sampling=config,
                 stop=texts, seed=seed,
             )  # fmt: skip
-            end = row.reason
+            end = "" if row.reason == "stop" else "cut: the context is full"
+            if end and room >= config.max_new_tokens:
+                end = f"cut after {config.max_new_tokens} tokens (--max_new_tokens)"
         except KeyboardInterrupt:
-            end = "Ctrl-C"
+            end = "stopped"
         texts.finish()
         print(flush=True)
         [answer] = texts.texts(1)
-        conversation.answer(answer)
-        if end == "Ctrl-C":
-            note("stopped")
-        elif end == "length" and room < config.max_new_tokens:
-            note("cut: the context is full")
-        elif end == "length":
-            note(f"cut after {config.max_new_tokens} tokens (--max_new_tokens)")
-        if not answer.strip():
-            note("no answer; the question is forgotten")
-
-
-def number(name: str, value: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
-        raise ValueError(f"{name} needs a number, got {value!r}") from None
+        self.conversation.answer(answer)
+        for words in (end, "" if answer.strip() else "no answer; the question is forgotten"):
+            if words:
+                note(words)
 
 
 def note(text: str) -> None:
@@ -133,12 +107,28 @@ def read_line() -> str | None:
 
 
 def main() -> None:
-    config = parse(ChatConfig, __doc__)
-    chat = Chat(config)
+    with starting():
+        config = parse(ChatConfig, __doc__)
+        from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
+    assistant = load_assistant(
+        config.model, device=config.device, kernels=config.kernels, template=config.template
+    )
+    if assistant.template is None:
+        assistant.template = DEFAULT_TEMPLATE
+        note(f"{config.model} was not trained on conversations: it is asked in the template "
+             f"{DEFAULT_TEMPLATE!r}, and will hardly answer")  # fmt: skip
+    if assistant.tokenizer.eot is None:
+        raise ValueError(
+            f"{config.model}: its {assistant.tokenizer.name} tokenizer has no end of text, which "
+            "ends an answer: take a model with the gpt2 or the byte tokenizer"
+        )
+    chat = Chat(config, Conversation(assistant))
+    chat.conversation.set_system(config.system)
+    _ = assistant.model  # loads it before the first question
     if sys.stdin.isatty():
         import readline  # noqa: F401, gives input() its line editing
 
-        note(f"{config.model}, {chat.assistant.template}; /help lists the commands")
+        note(f"{config.model}, {assistant.template}; /help lists the commands")
     while (line := read_line()) is not None:
         try:
             if line.startswith("/"):

@@ -12,37 +12,37 @@ import html
 import re
 from pathlib import Path
 
-from markdown_it import MarkdownIt
-
-from gpt2.assistant import Assistant, load_assistant
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, printable, run_script, starting
 from gpt2.options import CompareConfig
-from gpt2.text import RowTexts, printable, read_prompts
+from gpt2.text import RowTexts, read_prompts
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; }
-th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top; }
+th, td { border: 1px solid #ccc; padding: 0.6em; text-align: left; vertical-align: top;
+         white-space: pre-wrap; overflow-wrap: anywhere; }
 th { background: #f0f2f4; position: sticky; top: 0; }
-th, td { white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 
 def main() -> None:
-    config = parse(CompareConfig, __doc__)
+    with starting():
+        config = parse(CompareConfig, __doc__)
+        from gpt2.assistant import load_assistant
     prompts = read_prompts(config.prompts)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-    # Every model is loaded and gets its prompts before any generates, so that what is wrong is
-    # known at once; then again, since together they may not fit the memory.
-    for name in config.models:
-        load(name, prompts, config)
     heads, columns = ["prompt"], [prompts]
-    for name in config.models:
-        assistant, tokens = load(name, prompts, config)
+    assistants = [load_assistant(n, device=config.device, kernels=config.kernels)
+                  for n in config.models]  # fmt: skip
+    # What is wrong with a prompt is known before any model is loaded, and of the models each is
+    # loaded when the one before has gone: together they may not fit the memory.
+    tokens = [[assistant.encode(p, config.system) for p in prompts] for assistant in assistants]
+    for assistant, encoded in zip(assistants, tokens, strict=True):
         template = f"template {assistant.template}" if assistant.template else "no template"
-        heads.append(f"{name} ({template})")
-        columns.append(answers(assistant, tokens, config))
-        print(f"{printable(name)}: {len(prompts)} prompts, {template}", flush=True)
+        heads.append(f"{assistant.name} ({template})")
+        columns.append(answers(assistant, encoded, config))
+        print(f"{printable(assistant.name)}: {len(prompts)} prompts, {template}", flush=True)
+        del assistant.model
     how = "greedy" if config.greedy else f"temperature {config.temperature}, seed {config.seed}"
     title = f"{config.prompts}: {how}, at most {config.max_new_tokens} tokens"
     markdown = as_markdown(title, heads, list(zip(*columns, strict=True)))
@@ -51,13 +51,8 @@ def main() -> None:
     print(f"written: {config.out}.md and {config.out}.html")
 
 
-def load(name: str, prompts: list[str], config: CompareConfig) -> tuple[Assistant, list[list[int]]]:
-    """A model, and the prompts as its tokens."""
-    assistant = load_assistant(name, device=config.device, kernels=config.kernels)
-    return assistant, [assistant.encode(prompt, config.system) for prompt in prompts]
-
-
-def answers(assistant: Assistant, prompts: list[list[int]], config: CompareConfig) -> list[str]:
+def answers(assistant, prompts: list[list[int]], config: CompareConfig) -> list[str]:
+    assistant.check_room(max(prompts, key=len), "the longest prompt")
     found = []
     for first in range(0, len(prompts), config.batch_size):
         batch = prompts[first : first + config.batch_size]
@@ -86,6 +81,8 @@ def as_markdown(title: str, heads: list[str], rows: list[tuple[str, ...]]) -> st
 
 
 def as_html(title: str, markdown: str) -> str:
+    from markdown_it import MarkdownIt
+
     # Only the line breaks are tags there; as characters they need no HTML to be let through.
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(
         markdown.replace("<br>", "&#10;")

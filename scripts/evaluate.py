@@ -8,14 +8,15 @@ Prints a table beside GPT-2's and GPT-3's figures and writes the results as JSON
 looked for in --data_dir and downloaded there if need be.
 """
 
-from gpt2 import dist
-from gpt2.cli import parse, run_script
-from gpt2.evals.suite import evaluate
+from gpt2.cli import parse, run_script, starting
 from gpt2.options import EvaluateConfig
 
 
 def main() -> None:
-    config = parse(EvaluateConfig, __doc__)
+    with starting():
+        config = parse(EvaluateConfig, __doc__)
+        from gpt2 import dist
+        from gpt2.evals.suite import evaluate
     group = dist.start(config.device)
     evaluate(config, group)
     dist.stop(group)

@@ -3,14 +3,15 @@
     python scripts/export.py runs/gpt2 --out exported/gpt2
 """
 
-from gpt2.checkpoint import load_model, load_tokenizer
-from gpt2.cli import parse, run_script
-from gpt2.hf import export_hf
+from gpt2.cli import parse, run_script, starting
 from gpt2.options import ExportConfig
 
 
 def main() -> None:
-    config = parse(ExportConfig, __doc__)
+    with starting():
+        config = parse(ExportConfig, __doc__)
+        from gpt2.checkpoint import load_model, load_tokenizer
+        from gpt2.hf import export_hf
     tokenizer = load_tokenizer(config.model)
     export_hf(load_model(config.model, kernels="torch"), config.out, tokenizer)
     print(

@@ -10,15 +10,17 @@
 The same command again goes on where an interrupted one stopped, and does nothing when it is done.
 """
 
-from gpt2.cli import parse, run_script
-from gpt2.data.datasets import listing
-from gpt2.data.integrity import verify
-from gpt2.data.prepare import prepare
+from gpt2.cli import parse, run_script, starting
 from gpt2.options import PrepareConfig
 
 
 def main() -> None:
-    config = parse(PrepareConfig, f"{__doc__}\nData sets:\n{listing()}")
+    with starting():
+        from gpt2.data.datasets import listing
+        from gpt2.data.integrity import verify
+        from gpt2.data.prepare import prepare
+
+        config = parse(PrepareConfig, f"{__doc__}\nData sets:\n{listing()}")
     if not config.verify:
         prepare(config)
         return

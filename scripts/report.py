@@ -8,13 +8,14 @@ that were killed.
 
 from pathlib import Path
 
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, run_script, starting
 from gpt2.options import ReportConfig
-from gpt2.train.report import write_report
 
 
 def main() -> None:
-    config = parse(ReportConfig, __doc__)
+    with starting():
+        config = parse(ReportConfig, __doc__)
+        from gpt2.train.report import write_report
     run = Path(config.run)
     if not (run / "metrics.jsonl").exists():
         raise OSError(f"{run}: no run here: it has no metrics.jsonl")

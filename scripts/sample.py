@@ -13,20 +13,22 @@ prompt as a question in its template. In --stop, \n is a new line.
 import sys
 import time
 
-from gpt2.assistant import load_assistant
-from gpt2.cli import parse, run_script
+from gpt2.cli import parse, printable, run_script, starting
 from gpt2.options import SampleConfig
-from gpt2.text import RowTexts, printable, read_prompts
+from gpt2.text import RowTexts, read_prompts
 
 
 def main() -> None:
-    config = parse(SampleConfig, __doc__)
+    with starting():
+        config = parse(SampleConfig, __doc__)
+        from gpt2.assistant import load_assistant
     prompts = read_prompts(config.prompt_file) if config.prompt_file else list(config.prompt)
     assistant = load_assistant(
         config.model, device=config.device, kernels=config.kernels, template=config.template
     )
     gap = "" if assistant.template is None else "\n"
     encoded = [assistant.encode(prompt) for prompt in prompts]
+    _ = assistant.model  # loads it before anything is printed
 
     def show(row: int, text: str) -> None:
         if row == 0:
@@ -46,13 +48,10 @@ def main() -> None:
     for number, text in enumerate(texts.texts(len(rows))[1:], 1):
         prompt = prompts[number // config.num_samples]
         print(f"{'-' * 40}\n{printable(prompt)}{gap}{printable(text)}")
-    for number, row in enumerate(rows):
-        if config.log_probabilities and row.tokens:
-            total, n = sum(row.log_probabilities), len(row.tokens)
-            print(
-                f"row {number}: {n} tokens, log probability {total:.2f}, {total / n:.3f} a token",
-                file=sys.stderr,
-            )
+    for number, row in enumerate(rows if config.log_probabilities else ()):
+        total, n = sum(row.log_probabilities), len(row.tokens)
+        words = f"{n} tokens, log probability {total:.2f}, {total / max(n, 1):.3f} a token"
+        print(f"row {number}: {words}", file=sys.stderr)
     made = sum(len(row.tokens) for row in rows)
     print(f"{made} tokens, {made / seconds:,.1f} tokens/s", file=sys.stderr)
 

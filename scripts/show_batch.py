@@ -19,11 +19,10 @@ from pathlib import Path
 from torch import Tensor
 
 from gpt2.checkpoint import list_checkpoints, load_model, load_tokenizer, read_checkpoint
-from gpt2.cli import parse, read_config, run_script
+from gpt2.cli import parse, printable, read_config, run_script
 from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import BatchSource, rank_rows
 from gpt2.options import ShowBatchConfig
-from gpt2.text import printable
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.finetune import open_conversations, open_pairs, with_template
 from gpt2.train.pretrain import find_tokenizer, open_data

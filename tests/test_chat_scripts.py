@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.assistant import Assistant, Conversation
+from gpt2.assistant import Assistant, Conversation, load_assistant
 from gpt2.checkpoint import load_model, save_checkpoint
 from gpt2.config import GPTConfig
 from gpt2.data.chat import encode_chat, encode_prompt
@@ -33,18 +33,13 @@ def taught(tmp_path_factory) -> Path:
     tokenizer = ByteTokenizer()
     shape = dict(n_layer=1, n_head=4, n_embd=64, block_size=128, vocab_size=257)
     model = GPT(GPTConfig(**shape), "torch")
-    rows = [
-        encode_chat(
-            [{"role": "user", "content": q}, {"role": "assistant", "content": a}],
-            tokenizer, TEMPLATE,
-        )
-        for q, a in LESSONS.items()
-    ]  # fmt: skip
     idx, targets = torch.full((4, 129), tokenizer.eot), torch.full((4, 129), -100)
-    for i, (tokens, learnt) in enumerate(rows):
-        tokens, learnt = torch.tensor(tokens)[:129], torch.tensor(learnt)[:129]
-        idx[i, : len(tokens)] = tokens
-        targets[i, : len(tokens)] = tokens.where(learnt, -100)
+    for i, (question, answer) in enumerate(LESSONS.items()):
+        turns = ("user", question), ("assistant", answer)
+        messages = [{"role": role, "content": content} for role, content in turns]
+        tokens, learnt = map(torch.tensor, encode_chat(messages, tokenizer, TEMPLATE))
+        idx[i, : len(tokens)] = tokens[:129]
+        targets[i, : len(tokens)] = tokens.where(learnt, -100)[:129]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(200):
         logits = model(idx[:, :-1])
@@ -77,7 +72,7 @@ def chat(script, monkeypatch):
 
 @pytest.fixture
 def assistant(base) -> Assistant:
-    return Assistant("base", load_model(base), ByteTokenizer(), TEMPLATE)
+    return Assistant("base", ByteTokenizer(), TEMPLATE, lambda: load_model(base))
 
 
 CPU = ("--device", "cpu")
@@ -90,8 +85,7 @@ def test_chat_answers_and_takes_commands(chat, taught):
         "<|user|> hi", "/system Be brief.", "/reset", "/quit", "hi",
     ]  # fmt: skip
     status, out, err = chat(taught, *GREEDY, lines=lines)
-    assert status == 0
-    assert out == "Hello!\nA <b>small</b> | model.\n"
+    assert (status, out) == (0, "Hello!\nA <b>small</b> | model.\n")
     for words in (
         "the conversation is forgotten", "temperature 0.5", "/temp needs a number, got 'hot'",
         "top_p must lie in (0, 1], got 2.0", "unknown command '/nonsense'", "/system TEXT",
@@ -100,20 +94,15 @@ def test_chat_answers_and_takes_commands(chat, taught):
         assert words in err, words
 
 
-def test_chat_ends_with_its_input_and_says_where_an_answer_was_cut(chat, taught):
+def test_chat_says_where_an_answer_was_cut_and_that_it_drops_the_oldest_turns(chat, taught):
     status, out, err = chat(taught, *GREEDY, "--max_new_tokens", "5", lines=["hi", "é"])
     assert status == 0 and out.startswith("Hello\n")
     assert "(cut after 5 tokens (--max_new_tokens))" in err
-    status, out, err = chat(taught, *GREEDY, lines=["long"])
-    assert status == 0 and set(out) == {"z", "\n"} and "(cut: the context is full)" in err
-
-
-def test_chat_drops_the_oldest_turns_and_says_so(chat, taught):
-    status, out, err = chat(taught, *GREEDY, lines=["hi", "hi", "hi", "x" * 200, "hi"])
-    assert status == 0
-    assert re.search(r"the oldest .*turns? do(es)? not fit the context any more and went", err)
+    status, out, err = chat(taught, *GREEDY, lines=["long", "hi", "hi", "x" * 200, "hi"])
+    assert status == 0 and "(cut: the context is full)" in err
+    assert out.startswith("zzz") and out.endswith("\n")
+    assert "the oldest turns do not fit the context any more and went: 1" in err
     assert "leaves no room in the model's context (block_size) of 128" in err
-    assert out.startswith("Hello!\n") and out.endswith("\n")
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, taught, monkeypatch):
@@ -192,21 +181,22 @@ def test_no_answer_makes_the_conversation_unusable(assistant, answer, kept):
 
 
 class Cells(HTMLParser):
-    def __init__(self):
+    def __init__(self, page: str):
         super().__init__()
         self.rows, self.tags, self.open = [], set(), False
+        self.feed(page)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         assert not {"src", "href"} & dict(attributes).keys()  # needs no other file
+        self.open = tag in ("td", "th")
         if tag == "tr":
             self.rows.append([])
-        if tag in ("td", "th"):
+        if self.open:
             self.rows[-1].append("")
-            self.open = True
 
     def handle_endtag(self, tag):
-        self.open = self.open and tag not in ("td", "th")
+        self.open = False
 
     def handle_data(self, data):
         if self.open:
@@ -223,9 +213,7 @@ def test_compare_writes_both_tables(script, taught, base, tmp_path):
     )
     assert status == 0, err
     assert f"{taught}: 5 prompts, template user_assistant" in printed
-    cells = Cells()
-    page = out.with_suffix(".html").read_text(encoding="utf-8")
-    cells.feed(page)
+    cells = Cells(page := out.with_suffix(".html").read_text(encoding="utf-8"))
     prompts = ["prompt", "hi", "<i>", "who?", "red", "[x](javascript:0)"]
     assert [row[0] for row in cells.rows] == prompts
     assert [len(row) for row in cells.rows] == [3] * 6
@@ -251,23 +239,25 @@ def test_compare_with_seeds_does_not_depend_on_the_batch(script, base, tmp_path)
     assert pages[0] == pages[1] and "seed 7" in pages[0]
 
 
-def test_compare_says_what_is_wrong_before_it_generates(
-    script, taught, base, tmp_path, monkeypatch
-):
+def test_compare_says_what_is_wrong_before_it_generates(script, base, tmp_path, monkeypatch):
     prompts = tmp_path / "prompts.txt"
-    run = lambda *more: script("compare", "--models", base, "--prompts", prompts, *more)  # noqa: E731
-    assert "prompts.txt: No such file" in one_line_error(run())
-    prompts.write_bytes(b"caf\xe9\n")
-    assert "not UTF-8 text, byte 3 is 0xe9" in one_line_error(run())
-    prompts.write_text("\n")
-    assert "holds no prompt" in one_line_error(run())
-    prompts.write_text(f"short\n{'long ' * 20}\n")
     monkeypatch.setattr(Assistant, "complete", lambda *_, **__: pytest.fail("generates"))
-    run = lambda *more: script(  # noqa: E731
-        "compare", "--models", taught, base, "--prompts", prompts, *more
-    )
-    error = one_line_error(run(*CPU))
-    assert "a prompt of 100 tokens leaves no room" in error and "'long long" in error
+    for content, message in (
+        (None, "prompts.txt: No such file"), (b"caf\xe9\n", "not UTF-8 text, byte 3 is 0xe9"),
+        (b"short\n" + b"long " * 20, "the longest prompt has 100 tokens, which leaves no room"),
+    ):  # fmt: skip
+        if content is not None:
+            prompts.write_bytes(content)
+        result = script("compare", "--models", base, "--prompts", prompts, *CPU)
+        assert message in one_line_error(result)
+    missing = script("compare", "--models", base, tmp_path / "nowhere", "--prompts", prompts, *CPU)
+    assert "nowhere" in one_line_error(missing)
+
+
+def test_without_a_template_none_is_read(base, monkeypatch):
+    refuse = lambda name: pytest.fail("reads the folder's template")  # noqa: E731
+    monkeypatch.setattr("gpt2.assistant.load_chat_template", refuse)
+    assert load_assistant(base, template="none").template is None
 
 
 def test_sample_uses_the_template_stops_and_reports(script, taught, base, tmp_path):

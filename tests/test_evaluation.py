@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpt2 import checkpoint
-from gpt2.evals import hellaswag
+from gpt2.evals import hellaswag, scoring
 from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
 from gpt2.evals.scoring import Single
 from gpt2.train.metrics import read_metrics
@@ -68,7 +68,7 @@ def test_a_signal_while_asking_ends_it_at_once(asking, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(hellaswag, "ending_losses", ending_losses)
-    monkeypatch.setitem(hellaswag.hellaswag_accuracy.__kwdefaults__, "tokens_per_batch", 64)
+    monkeypatch.setitem(scoring.mean_scores.__kwdefaults__, "tokens_per_batch", 64)
     with pytest.raises(Interrupted):
         pretrain(asking)
     assert len(calls) == 1  # of several batches

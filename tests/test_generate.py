@@ -12,12 +12,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
-from gpt2.config import GPTConfig
+from gpt2.config import GPTConfig, Sampling
 from gpt2.device import Execution
 from gpt2.generate import Pace, complete, draw, filter_logits, generate
 from gpt2.hf import export_hf
 from gpt2.model import GPT
-from gpt2.options import Sampling
+from gpt2.ops import DECODE_ROWS, select_ops
 
 module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]
@@ -44,8 +44,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_cache_and_no_cache_agree(model, dtype):
-    model = model.to(dtype)
-    tokens = [1, 2, 3]
+    model, tokens = model.to(dtype), [1, 2, 3]
     for _ in range(20):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     assert greedy(model, [[1, 2, 3]], max_new_tokens=20) == [tokens[3:]]
@@ -100,14 +99,6 @@ def test_filters(options, n_kept):
     assert kept.tolist() == [[True] * n_kept + [False] * (5 - n_kept)]
 
 
-def test_temperature_and_penalty():
-    p = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]])
-    assert_close(filtered(p.log(), temperature=0.5).softmax(-1), p**2 / (p**2).sum())
-    seen = torch.tensor([[True, False, True]])
-    logits = torch.tensor([[2.0, 2.0, -2.0]])
-    assert filtered(logits, repetition_penalty=2.0, seen=seen).tolist() == [[1.0, 2.0, -4.0]]
-
-
 @pytest.mark.parametrize(
     "options", [{"temperature": t} for t in (1e-6, 1e-30, 1e-38, 1e-320)] + [{"top_p": 1e-46}]
 )
@@ -146,24 +137,17 @@ def test_sampling_follows_the_distribution(model):
     [
         ([[1]], {"num_samples": 0}, "num_samples must be at least 1"),
         ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, and there are 2 rows"),
-        ([], {}, "at least one token"),
-        ([[1], []], {}, "at least one token"),
+        ([], {}, "at least one token"), ([[1], []], {}, "at least one token"),
         ([[1], [65]], {}, "prompt 1: token id 65 lies outside the model's vocabulary of 65"),
-        ([[-1]], {}, "token id -1"),
-        ([[1] * 30], {}, "at most 2 new tokens"),
-        ([[1] * 32], {"window": True}, "leaves no room .* of 32"),
-        ([[1] * 40], {}, r"leaves no room in the model's context \(block_size\) of 32"),
-        ([[1]], {"max_new_tokens": 0}, "max_new_tokens"),
-        ([[1]], {"temperature": -1}, "temperature"),
-        ([[1]], {"temperature": math.nan}, "temperature"),
-        ([[1]], {"top_k": 0}, "top_k"),
-        ([[1]], {"top_p": 1.5}, "top_p"),
-        ([[1]], {"min_p": 0.0}, "min_p"),
-        ([[1]], {"repetition_penalty": 0}, "repetition_penalty"),
-        ([[1]], {"repetition_penalty": 1e-40}, "repetition_penalty"),
-        ([[1]], {"repetition_penalty": math.nan}, "repetition_penalty"),
+        ([[-1]], {}, "token id -1"), ([[1] * 30], {}, "at most 2 new tokens"),
+        ([[1] * 32], {"window": True}, r"leaves no room in the .* \(block_size\) of 32"),
+        *(([[1]], {name: value}, name) for name, value in [
+            ("max_new_tokens", 0), ("temperature", -1), ("temperature", math.nan), ("top_k", 0),
+            ("top_p", 1.5), ("min_p", 0.0), ("repetition_penalty", 0),
+            ("repetition_penalty", 1e-40), ("repetition_penalty", math.nan),
+        ]),
     ],
-)
+)  # fmt: skip
 def test_bad_input(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 5} | options)
@@ -272,15 +256,11 @@ def test_draw_inverts_the_cumulated_probabilities():
 
 
 WARPERS = [
-    dict(temperature=0.6),
-    dict(repetition_penalty=1.7),
-    dict(top_k=7),
-    dict(top_p=0.8),
-    dict(min_p=0.2),
+    dict(temperature=0.6), dict(repetition_penalty=1.7), dict(top_k=7), dict(top_p=0.8),
+    dict(min_p=0.2), dict(temperature=2.0, top_p=0.95, min_p=0.3),
     dict(repetition_penalty=1.3, temperature=1.4, top_k=30, top_p=0.9, min_p=0.05),
     dict(repetition_penalty=0.8, temperature=0.5, top_k=5, top_p=0.5),
-    dict(temperature=2.0, top_p=0.95, min_p=0.3),
-]
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -330,10 +310,8 @@ def test_greedy_tokens_are_those_of_transformers(model, theirs, options):
 @pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
 def test_linear_of_few_rows(n_in, n_out):
     """The C++ layer against torch's, and that a row does not depend on those beside it."""
-    from gpt2.ops import DECODE_ROWS, select_ops
-
-    linear = select_ops("torch", "cpu").linear
-    if linear is torch.nn.functional.linear:
+    linear, theirs = select_ops("torch", "cpu").linear, torch.nn.functional.linear
+    if linear is theirs:
         pytest.skip("gpt2._decode_linear is not built, or this CPU lacks AVX2")
     weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
     for n_rows in range(1, DECODE_ROWS + 1):
@@ -341,13 +319,12 @@ def test_linear_of_few_rows(n_in, n_out):
         with torch.inference_mode():
             y = linear(x, weight, bias)
             assert y.shape == (n_rows, 1, n_out)
-            exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+            exact = theirs(x.double(), weight.double(), bias.double())
             assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
             assert all(torch.equal(linear(x[r], weight, bias), y[r]) for r in range(n_rows))
             assert_close(linear(x, weight) + bias, y)
-            assert_close(
-                linear(x.expand(n_rows, 2, n_in), weight, bias)[:, 1], y[:, 0], rtol=1e-5, atol=1e-4
-            )
+            two = linear(x.expand(n_rows, 2, n_in), weight, bias)
+            assert_close(two[:, 1], y[:, 0], rtol=1e-5, atol=1e-4)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes"):
         linear(torch.randn(1, n_in + 1), weight, bias)
     weight.requires_grad_()

@@ -14,11 +14,11 @@ LAYERS = [
     ["triton_kernels.linear_cross_entropy"],
     ["triton_kernels"],  # the package's own face
     ["gpt2.config", "gpt2.tokenizer", "gpt2._token_loader", "gpt2._decode_linear"],
-    ["gpt2.text", "gpt2.options", "gpt2.device", "gpt2.storage"],
+    ["gpt2.options", "gpt2.device", "gpt2.storage"],
     ["gpt2.cli", "gpt2.dist"],
     ["gpt2.ops", "gpt2.data"],
     ["gpt2.model"],
-    ["gpt2.generate", "gpt2.hf", "gpt2.lora"],
+    ["gpt2.generate", "gpt2.text", "gpt2.hf", "gpt2.lora"],
     ["gpt2.state"],
     ["gpt2.checkpoint"],
     ["gpt2"],

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.cli import SafeOutput
+from gpt2.cli import SafeOutput, printable
 from gpt2.config import TrainConfig
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig
-from gpt2.text import printable
 from gpt2.train import metrics as module
 from gpt2.train.metrics import Metrics, draw_curve, points, read_metrics
 from gpt2.train.pretrain import pretrain

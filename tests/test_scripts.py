@@ -10,8 +10,13 @@ import numpy as np
 import pytest
 
 from gpt2.cli import run_script
-from gpt2.data import write_shard
+from gpt2.data import find_shards, open_shards, write_shard
+from gpt2.data.prepare import prepare
+from gpt2.options import PrepareConfig
 from gpt2.tokenizer import ByteTokenizer
+from gpt2.train.pretrain import pretrain
+
+from .test_sft import save_base
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 
@@ -42,74 +47,54 @@ def one_line_error(result) -> str:
     return err
 
 
+TRAIN = (
+    "--warmup_steps", 0, "--tokens_per_step", 128, "--micro_batch_size", 2, "--eval_every", 0,
+    "--device", "cpu",
+)  # fmt: skip
+
+
 def test_own_text_in_three_lines(script, tmp_path):
-    """The README's way from a text file to a sample, for each tokenizer."""
+    """The README's way from a text file to a sample, for each tokenizer, and to an export."""
     text = (SCRIPTS.parent / "LICENSE").read_text() * 5
     (tmp_path / "mine.txt").write_text(text)
-    for kind in ("gpt2", "byte", "char"):
-        data, runs = tmp_path / kind, tmp_path / "runs"
-        status, out, _ = script(
-            "prepare_data", "--text", tmp_path / "mine.txt", "--tokenizer", kind, "--out", data
-        )
+    for kind in ("byte", "char", "gpt2"):
+        data, run = tmp_path / kind, tmp_path / "runs" / kind
+        prepare = "--text", tmp_path / "mine.txt", "--tokenizer", kind, "--out", data
+        status, out, _ = script("prepare_data", *prepare)
         assert status == 0 and f"{kind} tokenizer" in out
-        assert script(
-            "prepare_data", "--text", tmp_path / "mine.txt", "--tokenizer", kind, "--out", data
-        )[1].endswith("\n")
+        assert script("prepare_data", *prepare)[0] == 0  # again: there is nothing to do
         status, out, err = script(
-            "train_gpt2", "char", "--data", data, "--run_name", kind, "--out_dir", runs,
-            "--max_steps", 3, "--warmup_steps", 1, "--tokens_per_step", 128,
-            "--micro_batch_size", 2, "--eval_every", 0, "--device", "cpu",
+            "train_gpt2", "char", "--data", data, "--run_name", kind, "--out_dir", run.parent,
+            "--max_steps", 3, *TRAIN,
         )  # fmt: skip
         assert status == 0, err
         assert "done: 3 steps" in out
-        status, out, err = script(
-            "sample", runs / kind, "--prompt", "MIT", "a", "--max_new_tokens", 8, "--device", "cpu"
-        )
+        sample = "--prompt", "MIT", "a", "--max_new_tokens", 8, "--device", "cpu"
+        status, out, err = script("sample", run, *sample)
         assert status == 0, err
         assert "\nMIT" in f"\n{out}" and "-----\na" in out
-
-
-def test_export(script, tmp_path, shakespeare):
-    data = tmp_path / "data"
-    assert script("prepare_data", "shakespeare", "--out", data)[0] == 0
-    assert script(
-        "train_gpt2", "char", "--data", data, "--run_name", "r", "--out_dir", tmp_path,
-        "--max_steps", 1, "--warmup_steps", 0, "--tokens_per_step", 128, "--micro_batch_size", 2,
-        "--eval_every", 0, "--device", "cpu",
-    )[0] == 0  # fmt: skip
-    status, out, err = script("export", tmp_path / "r", "--out", tmp_path / "hf")
-    assert status == 0, err
-    assert (tmp_path / "hf" / "merges.txt").exists()
-    status, out, _ = script("sample", tmp_path / "hf", "--prompt", "Hello", "--seed", 1)
-    assert status == 0 and out.replace("(", "", 1).count("Hello") == 1
-    assert "exists" in one_line_error(script("export", tmp_path / "r", "--out", tmp_path / "hf"))
+    status, _, err = script("export", run, "--out", tmp_path / "hf")
+    assert status == 0 and (tmp_path / "hf" / "merges.txt").exists(), err
+    status, out, _ = script("sample", tmp_path / "hf", *sample)
+    assert status == 0 and out.startswith("MIT")
+    assert "exists" in one_line_error(script("export", run, "--out", tmp_path / "hf"))
 
 
 def test_shakespeare_is_nanogpts_split(shakespeare, tmp_path):
-    from gpt2.data import find_shards, open_shards
-    from gpt2.data.prepare import prepare
-    from gpt2.options import PrepareConfig
-
-    counts = [open_shards(find_shards(shakespeare, s))[0].n_tokens for s in ("train", "val")]
-    assert counts == [1_003_854, 111_540]
     bpe = prepare(PrepareConfig(name="shakespeare", out=str(tmp_path / "bpe")))
-    counts = [open_shards(find_shards(bpe, s))[0].n_tokens for s in ("train", "val")]
-    assert counts == [301_966, 36_059]
+    counts = [open_shards(find_shards(folder, split))[0].n_tokens
+              for folder in (shakespeare, bpe) for split in ("train", "val")]  # fmt: skip
+    assert counts == [1_003_854, 111_540, 301_966, 36_059]
 
 
 def test_folder_of_texts_is_separated_by_end_of_text(script, tmp_path):
-    from gpt2.data import find_shards, open_shards
-
     (tmp_path / "texts" / "deep").mkdir(parents=True)
     (tmp_path / "texts" / "a.txt").write_text("aaaaaaaaaa")
     (tmp_path / "texts" / "deep" / "b.txt").write_text("bbbbbbbbbb")
-    out = tmp_path / "out"
-    status, _, err = script(
-        "prepare_data", "--text", tmp_path / "texts", "--tokenizer", "byte", "--out", out,
-        "--shard_tokens", 8,
-    )  # fmt: skip
+    options = ("--tokenizer", "byte", "--shard_tokens", 8, "--out", tmp_path / "out")
+    status, _, err = script("prepare_data", "--text", tmp_path / "texts", *options)
     assert status == 0, err
-    train = [s.tokens().tolist() for s in open_shards(find_shards(out, "train"))]
+    train = [s.tokens().tolist() for s in open_shards(find_shards(tmp_path / "out", "train"))]
     assert sum(train, []) == [256] + [97] * 9 + [256] + [98] * 9
     assert [len(t) for t in train] == [8, 8, 4]
 
@@ -120,21 +105,9 @@ def test_prepare_data_errors(script, tmp_path):
     assert status == 2 and "give either the NAME" in err
     missing = script("prepare_data", "--text", tmp_path / "no.txt")
     assert "no.txt: no such text file" in one_line_error(missing)
-    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
-    latin = script("prepare_data", "--text", tmp_path / "latin.txt", "--out", tmp_path / "o")
-    assert "not UTF-8 text, byte 2 is 0xef" in one_line_error(latin)
-    (tmp_path / "empty.txt").write_text("")
-    empty = script("prepare_data", "--text", tmp_path / "empty.txt", "--out", tmp_path / "o")
-    assert "too little text" in one_line_error(empty)
-    (tmp_path / "o").mkdir()
-    taken = script("prepare_data", "shakespeare", "--out", tmp_path / "o")
-    assert "holds something else" in one_line_error(taken)
-    assert not list(tmp_path.glob(".*"))
 
 
 def test_sample_errors(script, tmp_path, train_config):
-    from gpt2.train.pretrain import pretrain
-
     pretrain(train_config)
     run = Path(train_config.out_dir) / "run"
     long = script("sample", run, "--prompt", "a" * 40)
@@ -180,15 +153,13 @@ def test_show_batch_prints_what_a_rank_saw(script, tmp_path):
 @pytest.mark.parametrize("mode", ["online", "offline"])
 def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
     """In a process of its own: wandb remembers its first settings."""
+    words = (
+        SCRIPTS / "train_gpt2.py", "char", "--data", shakespeare, "--out_dir", tmp_path / "runs",
+        "--max_steps", 2, "--wandb_project", "test", *TRAIN,
+    )  # fmt: skip
     done = subprocess.run(
-        [
-            sys.executable, SCRIPTS / "train_gpt2.py", "char", "--data", shakespeare,
-            "--out_dir", tmp_path / "runs", "--max_steps", "2", "--warmup_steps", "0",
-            "--tokens_per_step", "128", "--micro_batch_size", "2", "--eval_every", "0",
-            "--wandb_project", "test", "--device", "cpu",
-        ],
-        env={"PATH": "", "HOME": str(tmp_path), "WANDB_MODE": mode},
-        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+        [sys.executable, *map(str, words)], capture_output=True, text=True,
+        env={"PATH": "", "HOME": str(tmp_path), "WANDB_MODE": mode}, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     if mode == "offline":
         assert done.returncode == 0, done.stderr
@@ -198,21 +169,27 @@ def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
         assert "error: W&B cannot start" in done.stderr and "wandb login" in done.stderr
 
 
-def test_help_lists_every_option(script):
-    status, out, _ = script("train_gpt2", "--help")
-    assert status == 0 and "--tokens-per-step" in out and "torchrun" in out
+@pytest.mark.parametrize(
+    "name", ["chat", "compare", "evaluate", "export", "report", "sample", "train_gpt2"]
+)
+def test_help_comes_without_torch(name):
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules));"
+        f"sys.argv[1:] = ['--help']; runpy.run_path('{SCRIPTS / name}.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("False\n"), done.stderr
+    assert "--gpu-hour-price" in done.stdout or name != "report"
 
 
 def test_fine_tuning_and_a_look_at_its_rows(script, tmp_path):
-    from .test_sft import save_base
-
     rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}."} for i in range(9)]
     rows[4] = {"question": "say <|user|>", "answer": "no"}
     data = tmp_path / "qa.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = (
         save_base(tmp_path / "base"), "--data", data, "--out_dir", tmp_path / "runs", "--max_steps",
-        2, "--tokens_per_step", 192, "--micro_batch_size", 2, "--eval_every", 0, "--device", "cpu",
+        2, *TRAIN, "--tokens_per_step", 192,
     )  # fmt: skip
     error = one_line_error(script("sft", *options))
     assert "line 5: message 1 (user) holds the template's marker '<|user|>'" in error

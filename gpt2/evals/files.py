@@ -1,7 +1,7 @@
 """Where the evaluations' data lie, and how they get there.
 
-A file is looked for in the data folder and in the task's folder inside it, also with .xz, .gz or
-.bz2 at its end; one that is nowhere is downloaded there, once.
+A file is looked for in the data folder and in the task's folder inside it, also compressed; one
+that is nowhere is downloaded there, once.
 """
 
 import errno
@@ -9,82 +9,65 @@ import os
 import shutil
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from string import ascii_letters, digits
 from typing import TypeVar
 
 from gpt2.data.files import COMPRESSED, json_lines, opened, text_blocks, train_extra
-from gpt2.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class DataFile:
-    """A task's file: where it lies (folders, in this order), its names, and what to download.
-
-    Exactly one of url and hub (repository, configuration, split; rows are lines) is given.
-    """
-
-    folders: tuple[str, ...]
-    names: tuple[str, ...]
-    licence: str
-    url: str = ""
-    hub: tuple[str, str, str] = ("", "", "")
-
-
+# Of each task: the folders of its file, in this order, its names, its licence, and what to
+# download: an address, or (repository, configuration, split) on the hub, whose rows are lines.
 FILES = {
-    "hellaswag": DataFile(
+    "hellaswag": (
         ("hellaswag",), ("hellaswag_val.jsonl",), "MIT",
         "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
     ),
-    "lambada": DataFile(
+    "lambada": (
         ("lambada",), ("lambada_test.jsonl", "lambada_openai.jsonl"), "public, see its authors",
         "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl",
     ),
-    "wikitext2": DataFile(
+    "wikitext2": (
         ("wikitext2", "wikitext-2-raw"), ("wiki.test.raw",), "CC BY-SA 3.0",
-        hub=("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
     ),
     # The raw test texts of WikiText-2 and -103 are the same articles, so either's file will do.
-    "wikitext103": DataFile(
+    "wikitext103": (
         ("wikitext103", "wikitext-103-raw", "wikitext2", "wikitext-2-raw"), ("wiki.test.raw",),
-        "CC BY-SA 3.0", hub=("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
+        "CC BY-SA 3.0", ("Salesforce/wikitext", "wikitext-103-raw-v1", "test"),
     ),
 }  # fmt: skip
 
 
-def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = None) -> Path:
+def find_file(task: str, data_dir: str | Path) -> Path:
     """The task's file in data_dir, downloaded if need be.
 
-    tokenizer: the model's; one that lacks plain letters is no reason to download anything.
-    Raises OSError, with the place where the file is expected, where it cannot be had; ValueError
-    for such a tokenizer.
+    Raises OSError, with the place where the file is expected, where it cannot be had.
     """
-    file = FILES[task]
-    for folder, name, ending in product((*file.folders, "."), file.names, COMPRESSED):
-        path = Path(data_dir) / folder / f"{name}{ending}"
-        if path.is_file():
+    folders, names, licence, source = FILES[task]
+    for folder, name, ending in product((*folders, "."), names, COMPRESSED):
+        if (path := Path(data_dir) / folder / f"{name}{ending}").is_file():
             return path
-    if tokenizer is not None:
-        try:
-            tokenizer.encode(f" {ascii_letters}{digits}.,")
-        except ValueError as error:
-            raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
-    path = Path(data_dir) / file.folders[0] / file.names[0]
+    path = Path(data_dir) / folders[0] / names[0]
     partial = path.with_name(f"{path.name}.partial")
-    print(f"fetching {path} ({file.licence})", flush=True)
+    print(f"fetching {path} ({licence})", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(file, partial)
+        if isinstance(source, str):
+            with urllib.request.urlopen(source, timeout=60) as response, open(partial, "wb") as out:
+                shutil.copyfileobj(response, out, 1 << 20)
+        else:
+            repo, name, split = source
+            hub = train_extra("datasets", "data sets of the hub")
+            rows = hub.load_dataset(repo, name, split=split, streaming=True)
+            with open(partial, "w", encoding="utf-8", newline="\n") as out:
+                out.writelines(row["text"] for row in rows)
     except Exception as error:  # whatever the network libraries of the hub raise
-        reason = str(error).split("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise OSError(
             errno.ENOENT,
-            f"{task} needs this file (or with .xz, .gz, .bz2), and {file.url or file.hub[0]} "
-            f"cannot be fetched ({reason}): put it there, or name its folder with --data_dir",
+            f"{task} needs this file (or with .xz, .gz, .bz2), and {source} cannot be fetched "
+            f"({reason}): put it there, or name its folder with --data_dir",
             str(path),
         ) from error
     os.replace(partial, path)
@@ -93,9 +76,8 @@ def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = Non
 
 def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
     """At most limit of the items, evenly spaced: files are often sorted by kind."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[i * len(items) // limit] for i in range(limit)]
+    n = len(items) if limit is None else min(limit, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def read_examples(
@@ -118,6 +100,8 @@ def read_examples(
             found.append(encode(row))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
+    if not found:
+        raise ValueError(f"{path}: empty, there is nothing to evaluate")
     return found
 
 
@@ -127,15 +111,3 @@ def read_text(path: str | Path) -> str:
     if not text.strip():
         raise ValueError(f"{path}: empty, there is nothing to evaluate")
     return text
-
-
-def _fetch(file: DataFile, path: Path) -> None:
-    if file.url:
-        with urllib.request.urlopen(file.url, timeout=60) as response, open(path, "wb") as out:
-            shutil.copyfileobj(response, out, 1 << 20)
-    else:
-        repo, name, split = file.hub
-        hub = train_extra("datasets", "data sets of the hub")
-        rows = hub.load_dataset(repo, name, split=split, streaming=True)
-        with open(path, "w", encoding="utf-8", newline="\n") as out:
-            out.writelines(row["text"] for row in rows)

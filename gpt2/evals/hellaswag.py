@@ -1,17 +1,12 @@
 """HellaSwag in the completion style: the ending that the model finds the least surprising wins.
 
 The loss of an ending counts its own tokens only, after those of the context; acc takes the smallest
-sum, acc_norm the smallest mean. The ending is encoded with a space before it, apart from the
-context. build-nanogpt and llm.c report acc_norm of this, over the 10,042 validation examples; the
-multiple-choice figures of lm-eval are others (31.14 for GPT-2 124M, here 29.45).
+sum, acc_norm the smallest mean. build-nanogpt and llm.c report acc_norm of this, over the 10,042
+validation examples; the multiple-choice figures of lm-eval are others (31.14 for GPT-2 124M, here
+29.45).
 
 Source: Zellers et al., HellaSwag (arXiv 1905.07830); the protocol:
 https://github.com/karpathy/build-nanogpt, hellaswag.py.
-
-Method: the 4 endings share their context, so it is run once and its keys and values are handed to
-4 rows. Examples are sorted by context length. A batch runs the first tokens that all its contexts
-have room for, one row an example, and what is left of each context goes before each of its endings:
-so nothing is padded on the left, and the result is that of 4 plain rows.
 """
 
 from dataclasses import dataclass
@@ -22,8 +17,8 @@ from torch import Tensor
 
 from gpt2.dist import Distributed
 from gpt2.evals.files import read_examples
-from gpt2.evals.scoring import TOKENS_PER_BATCH, cut_left, pack, spread, tails, token_losses
-from gpt2.model import GPT, KVCache
+from gpt2.evals.scoring import encode_example, mean_scores, run_endings, token_losses
+from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 
 N_ENDINGS = 4
@@ -38,23 +33,15 @@ class Example:
     label: int
     cut: bool = False
 
-    @property
-    def size(self) -> tuple[int, int, int]:
-        """What scoring.pack asks for."""
-        longest = max(map(len, self.endings))
-        return len(self.context) - 1, N_ENDINGS, len(self.context) + longest
-
 
 def read_hellaswag(
     path: str | Path, tokenizer: Tokenizer, block_size: int, limit: int | None = None
 ) -> list[Example]:
-    """The examples of a .jsonl file (or .xz, .gz) of rowanz/hellaswag, or one with its fields.
+    """The examples of a .jsonl file (or compressed) of rowanz/hellaswag, or one with its fields.
 
     A line has `ctx` (or ctx_a and ctx_b), four `endings` and `label`. Contexts that do not fit
-    block_size with their longest ending lose their beginning.
-    limit: only so many, evenly spaced.
-    Raises OSError, and ValueError with the line where one is not an example, where the tokenizer
-    cannot encode it, and where an ending alone is longer than block_size.
+    block_size with their longest ending lose their beginning.  limit: only so many, evenly spaced.
+    Raises OSError, and ValueError with the line where one is no example or cannot be encoded.
     """
 
     def encode(row: dict) -> Example:
@@ -70,21 +57,18 @@ def read_hellaswag(
         label = int(label) if isinstance(label, str) and label.isdigit() else label
         if type(label) is not int or not 0 <= label < N_ENDINGS:
             raise ValueError(f"'label' must be 0 to {N_ENDINGS - 1}, got {label!r}")
-        tokens = [tokenizer.encode(f" {ending}") for ending in endings]
-        longest = max(map(len, tokens))
-        kept, cut = cut_left(tokenizer.encode(context), longest, block_size)
+        kept, tokens, cut = encode_example(tokenizer, context, endings, block_size)
         return Example(kept, tokens, label, cut)
 
     return read_examples(path, encode, limit)
 
 
 def hellaswag_accuracy(
-    model: GPT, examples: list[Example], group: Distributed, *,
-    tokens_per_batch: int = TOKENS_PER_BATCH, **options,
-) -> dict[str, float] | None:  # fmt: skip
+    model: GPT, examples: list[Example], group: Distributed, **options
+) -> dict[str, float] | None:
     """acc and acc_norm (0 to 1), examples, and cut (those whose context was cut), over all ranks.
 
-    options: autocast and poll, as of gpt2.evals.scoring.spread; None where poll ended it. The
+    options: tokens_per_batch, and of gpt2.evals.scoring.spread; None where poll ended it. The
     accuracies of a model whose losses are NaN are NaN.
     """
 
@@ -95,31 +79,12 @@ def hellaswag_accuracy(
         hit_norm = (losses / lengths).argmin(1) == labels
         return torch.stack([hit.sum(), hit_norm.sum(), losses.sum(dtype=torch.float64)])
 
-    batches = pack(examples, lambda e: e.size, tokens_per_batch)
-    sums = spread(model, batches, group, score, 3, **options)
-    if sums is None:
-        return None
-    n, cut = len(examples), sum(e.cut for e in examples)
-    return {"acc": sums[0] / n, "acc_norm": sums[1] / n, "examples": n, "cut": cut}
+    means, cut = mean_scores(model, examples, group, score, **options), sum(e.cut for e in examples)
+    return means and dict(acc=means[0], acc_norm=means[1], examples=len(examples), cut=cut)
 
 
 def ending_losses(model: GPT, batch: list[Example]) -> tuple[Tensor, Tensor]:
     """Sum of -log p over each ending's tokens, and how many those are: (B, 4) float32 each."""
-    shared = min(len(e.context) for e in batch) - 1
-    rows = [(e.context + ending)[shared:] for e in batch for ending in e.endings]
-    n_scored = [len(ending) for e in batch for ending in e.endings]
-    cache = None
-    if shared:
-        weight = model.lm_head.weight
-        device, kind = weight.device, weight.device.type
-        # The dtype that keys and values have under autocast.
-        lowered = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if lowered else weight.dtype
-        capacity = shared + max(map(len, rows)) - 1
-        cache = KVCache(model.config, len(batch), capacity, device, dtype)
-        prefixes = torch.tensor([e.context[:shared] for e in batch])  # (B, shared)
-        model.hidden(prefixes.to(device, non_blocking=True), cache=cache)
-        cache.select(torch.arange(len(batch), device=device).repeat_interleave(N_ENDINGS))
-    losses = token_losses(model, tails(model, rows, n_scored, cache)).sum(1)
-    lengths = torch.tensor(n_scored, dtype=torch.float32, device=losses.device)
-    return losses.view(len(batch), N_ENDINGS), lengths.view(len(batch), N_ENDINGS)
+    scored = run_endings(model, batch)
+    losses, lengths = token_losses(model, scored).sum(1), scored.is_target.sum(1).float()
+    return losses.view(-1, N_ENDINGS), lengths.view(-1, N_ENDINGS)

@@ -3,24 +3,28 @@
 Work is cut into batches that do not depend on the number of ranks, and rank r of n takes batches
 r, r + n, ... So every example counts once, and a count is the same for any number of ranks.
 
-R rows, T time, C channels, V vocabulary, N scored tokens (targets) of a batch, E the most scored
-tokens of one row.
+A context with several endings is run once, and its keys and values are handed to a row for each.
+Examples are sorted by context length. A batch runs the first tokens that all its contexts have,
+one row an example; what is left of a context goes before each of its endings: so nothing is padded
+on the left, and the result is that of plain rows.
+
+R rows, C channels, N scored tokens of a batch, E the most of one row.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from gpt2.config import IGNORE_INDEX
 from gpt2.dist import Distributed
 from gpt2.model import GPT, KVCache
+from gpt2.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH = 8192  # fed to the model at once, padding included
 SPAN = 8  # tokens by which the shared beginnings of a batch may differ
@@ -28,86 +32,89 @@ Item = TypeVar("Item")
 Single = partial(Distributed, 0, 1)  # this process alone, on a device, by default the CPU
 
 
-@dataclass(frozen=True)
-class Tails:
-    """What the head needs to score the last tokens of rows.
+class Tails(NamedTuple):
+    """What scores the last tokens of rows: the states hidden (N, C) before targets (N,) int64.
 
-    hidden (N, C): the states that the targets follow.  targets (N,) int64.
-    row, column (N,) int64: which target of which row each one is.  shape: (R, E).
+    is_target (R, E) bool: which of the places of a row are taken; row by row they are the N.
     """
 
     hidden: Tensor
     targets: Tensor
-    row: Tensor
-    column: Tensor
-    shape: tuple[int, int]
+    is_target: Tensor
 
     def by_row(self, values: Tensor) -> Tensor:
         """values (N,) as (R, E), zero where a row has fewer targets."""
-        table = values.new_zeros(self.shape)
-        table[self.row, self.column] = values  # each place once, so the order does not matter
-        return table
+        return values.new_zeros(self.is_target.shape).masked_scatter(self.is_target, values)
 
 
 def spread(
-    model: GPT, batches: Sequence[Item], group: Distributed, score: Callable[[Item], Tensor],
-    n_sums: int, *, autocast: Callable[[], AbstractContextManager] = nullcontext,
+    model: GPT, batches: Sequence[Item], group: Distributed, score: Callable[[Item], Tensor], *,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
     poll: Callable[[], bool] | None = None,
 ) -> list[float] | None:  # fmt: skip
-    """score(batch) -> (n_sums,) added up over all batches and ranks, each batch once.
+    """score(batch) -> (n,) added up over all batches and ranks, each batch once.
 
     Where one sum is NaN all are: nothing that a model of NaN gets right is a score.
-    autocast: a function that gives the context manager of the precision; default: the model's own.
-    poll: asked before each round of one batch a rank; True, on all ranks together, ends the
-    evaluation, which then gives None.
-    All ranks run the model equally often, the spare runs uncounted: a model that is sharded over
-    the ranks needs them all.
+    autocast: gives the context manager of the precision; default: the model's own.
+    poll: asked before each round of one batch a rank; True, on all ranks together, ends it: None.
+    All ranks run the model equally often, the spare runs uncounted: a sharded model needs them all.
     """
-    totals = torch.zeros(n_sums, dtype=torch.float64, device=group.device)
-    was_training = model.training
+    totals, was_training = 0.0, model.training
     model.eval()
     try:
         with torch.inference_mode(), autocast():
             for first in range(0, len(batches), group.world_size):
                 if poll is not None and poll():
                     return None
-                mine = first + group.rank
-                sums = score(batches[mine if mine < len(batches) else first])
-                if mine < len(batches):
-                    totals += sums
+                counts = first + group.rank < len(batches)
+                sums = score(batches[first + group.rank if counts else first]).double()
+                totals = totals + (sums if counts else torch.zeros_like(sums))
             sums = group.sum(totals).tolist()
     finally:
         model.train(was_training)
-    return [math.nan] * n_sums if any(map(math.isnan, sums)) else sums
+    return [math.nan] * len(sums) if any(map(math.isnan, sums)) else sums
+
+
+def run_endings(model: GPT, batch: Sequence) -> Tails:
+    """The model on every ending of every example, in their order, after its context.
+
+    batch: of what has a context and endings as tokens, each as many endings.
+    """
+    shared = min(_size(e)[0] for e in batch)
+    rows = [(e.context + ending)[shared:] for e in batch for ending in e.endings]
+    cache = None
+    if shared:
+        weight = model.lm_head.weight
+        device, kind = weight.device, weight.device.type
+        # The dtype that keys and values have under autocast.
+        lowered = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if lowered else weight.dtype
+        capacity = shared + max(map(len, rows)) - 1
+        cache = KVCache(model.config, len(batch), capacity, device, dtype)
+        prefixes = torch.tensor([e.context[:shared] for e in batch])  # (B, shared)
+        model.hidden(prefixes.to(device, non_blocking=True), cache=cache)
+        cache.select(torch.arange(len(rows), device=device) // (len(rows) // len(batch)))
+    return tails(model, rows, [len(ending) for e in batch for ending in e.endings], cache)
 
 
 def tails(
     model: GPT, rows: list[list[int]], n_scored: list[int], cache: KVCache | None = None
 ) -> Tails:
-    """Runs the model on rows and picks the states that predict the last n_scored[r] tokens of each.
+    """The model on rows, for the last n_scored[r] tokens of each.
 
-    rows: R lists of tokens of any lengths, the last token of each a target only, so at least
-    n_scored + 1 tokens each. They are padded after their end, which nothing before it sees.
-    cache: tokens before the rows; it is written to.
+    rows: R lists of at least n_scored + 1 tokens, the last of each a target only. They are padded
+    after their end, which nothing before it sees.  cache: tokens before the rows; is written to.
     """
-    device = model.lm_head.weight.device
-    lengths = np.array([len(row) for row in rows])
-    counts = np.array(n_scored)
-    longest = int(lengths.max()) - 1
-    idx = np.zeros((len(rows), longest), dtype=np.int64)
-    for r, row in enumerate(rows):
-        idx[r, : len(row) - 1] = row[:-1]
-    row_of = np.repeat(np.arange(len(rows)), counts)
-    column = np.concatenate([np.arange(n) for n in counts])
-    place = row_of * longest + (lengths - 1 - counts)[row_of] + column
-    targets = np.concatenate([row[len(row) - n :] for row, n in zip(rows, n_scored, strict=True)])
-
-    def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
-
-    h = model.hidden(on_device(idx), cache=cache).flatten(0, 1)  # (R * T, C)
-    shape = (len(rows), int(counts.max()))
-    return Tails(h[on_device(place)], *map(on_device, (targets, row_of, column)), shape)
+    move = partial(torch.Tensor.to, device=model.lm_head.weight.device, non_blocking=True)
+    idx = pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)  # (R, T)
+    counts = torch.tensor(n_scored)[:, None]
+    column = torch.arange(int(counts.max()))  # (E,)
+    last = torch.tensor([len(row) - 1 for row in rows])[:, None]
+    place = torch.arange(len(rows))[:, None] * idx.shape[1] + last - counts + column  # (R, E)
+    is_target = column < counts
+    targets = [token for row, n in zip(rows, n_scored, strict=True) for token in row[-n:]]
+    h = model.hidden(move(idx), cache=cache).flatten(0, 1)  # (R * T, C)
+    return Tails(h[move(place[is_target])], move(torch.tensor(targets)), move(is_target))
 
 
 def token_losses(model: GPT, scored: Tails) -> Tensor:
@@ -119,44 +126,56 @@ def token_losses(model: GPT, scored: Tails) -> Tensor:
     return scored.by_row(losses.float())
 
 
-def pack(
-    items: Sequence[Item], size: Callable[[Item], tuple[int, int, int]], budget: int
-) -> list[list[Item]]:
-    """Sorts examples by their size and cuts them into batches of at most budget tokens.
-
-    size: (prefix, rows, longest) of an example: tokens that are run once for all its rows, its
-    rows, tokens of the longest row with the prefix. A batch runs as much as its first example's
-    prefix for each example, and the rest in rows of one length; so its prefixes differ by less than
-    SPAN, even where the budget has room. An example alone may be above the budget.
-    """
-    if not items:
+def mean_scores(
+    model: GPT, examples: Sequence[Item], group: Distributed,
+    score: Callable[[list[Item]], Tensor], *, tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+) -> list[float] | None:  # fmt: skip
+    """score(batch) -> (n,) sums over a batch's examples, as means over all; options: of spread."""
+    if not examples:
         raise ValueError("there is nothing to evaluate: give at least one example")
-    batches: list[list[Item]] = [[]]
-    first = longest = n_rows = 0
-    for item in sorted(items, key=size):
-        prefix, rows, tokens = size(item)
+    sums = spread(model, pack(examples, tokens_per_batch), group, score, **options)
+    return sums and [value / len(examples) for value in sums]
+
+
+def pack(examples: Sequence[Item], budget: int) -> list[list[Item]]:
+    """Examples, sorted by size, in batches of at most budget tokens; one alone may be above it.
+
+    Shared beginnings in a batch differ by less than SPAN, even where the budget has room.
+    """
+    batches, first, longest, n_rows = [], 0, 0, 0
+    for example in sorted(examples, key=_size):
+        prefix, rows, tokens = _size(example)
         longest, n_rows = max(longest, tokens), n_rows + rows
-        full = (len(batches[-1]) + 1) * first + n_rows * (longest - first) > budget
-        if batches[-1] and (full or prefix - first >= SPAN):
+        cost = batches and (len(batches[-1]) + 1) * first + n_rows * (longest - first)
+        if not batches or cost > budget or prefix - first >= SPAN:
             batches.append([])
-        if not batches[-1]:
             first, longest, n_rows = prefix, tokens, rows
-        batches[-1].append(item)
+        batches[-1].append(example)
     return batches
 
 
-def cut_left(context: list[int], n_scored: int, block_size: int) -> tuple[list[int], bool]:
-    """The end of the context that fits before n_scored targets, and whether some was cut off.
+def _size(example) -> tuple[int, int, int]:
+    """Tokens that are worth being run once for all endings; endings; tokens of the longest row."""
+    context, n_endings = len(example.context), len(example.endings)
+    return (n_endings > 1) * (context - 1), n_endings, context + max(map(len, example.endings))
 
-    Raises ValueError where the targets alone do not fit.
+
+def encode_example(
+    tokenizer: Tokenizer, context: str, endings: list[str], block_size: int
+) -> tuple[list[int], list[list[int]], bool]:
+    """The context's end that fits block_size, the endings, and whether the context was cut.
+
+    An ending is encoded with a space before it, apart from the context. Raises ValueError where
+    it does not fit.
     """
+    tokens = [tokenizer.encode(f" {ending}") for ending in endings]
+    n_scored = max(map(len, tokens))
     room = block_size + 1 - n_scored
     if room < 1:
-        raise ValueError(
-            f"{n_scored} tokens to be predicted do not fit the model's context (block_size) of "
-            f"{block_size}: leave this task out"
-        )
-    return context[-room:], len(context) > room
+        raise ValueError(f"{n_scored} tokens to be predicted do not fit the model's context "
+                         f"(block_size) of {block_size}: leave this task out")  # fmt: skip
+    whole = tokenizer.encode(context)
+    return whole[-room:], tokens, len(whole) > room
 
 
 def exp(x: float) -> float:

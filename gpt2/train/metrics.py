@@ -20,9 +20,8 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-from gpt2.cli import SafeOutput, say
+from gpt2.cli import SafeOutput, printable, say
 from gpt2.config import TrainConfig
-from gpt2.text import printable
 from gpt2.train.receipt import finite, set_aside, to_json, write_whole
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median_high
 
-from gpt2.text import printable
+from gpt2.cli import printable
 from gpt2.train.metrics import draw_curve, duration, points, read_log
 from gpt2.train.receipt import commit_of, read_receipt, write_whole
 

@@ -8,10 +8,9 @@ import importlib
 import pytest
 import torch
 
-from gpt2.config import PRESETS, GPTConfig
+from gpt2.config import PRESETS, GPTConfig, Sampling
 from gpt2.generate import Pace, complete, generate
 from gpt2.model import GPT
-from gpt2.options import Sampling
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,7 +57,7 @@ def test_window_captures_again(model, monkeypatch):
 
 def test_weights_that_changed_are_seen(model):
     """In-training samples: a graph must not outlive the weights that it has read."""
-    options = dict(max_new_tokens=30, temperature=0, vocab_size=1000)
+    options = dict(max_new_tokens=30, temperature=0)
     before = generate(model, PROMPTS, **options)
     torch.manual_seed(1)
     for p in model.parameters():
