@@ -49,14 +49,6 @@ def check_numbers(config, *, above_0="", at_least_0="", at_least_1="", below_1="
                 raise ValueError(f"{name} {words}, got {value}")
 
 
-def at_least(least: int, config, *names: str) -> None:
-    """Raises ValueError for a field of config that is below least; None is left alone."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 @dataclass(frozen=True)
 class Sampling:
     """Options of gpt2.generate, applied in the order in which they stand, as transformers does;
@@ -77,7 +69,7 @@ class Sampling:
             )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        at_least(1, self, "top_k")
+        check_numbers(self, at_least_1="top_k")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {value}")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gpt2.config import Kernels, Sampling, at_least
+from gpt2.config import Kernels, Sampling, check_numbers
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class _Generation(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "max_new_tokens")
+        check_numbers(self, at_least_1="max_new_tokens")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CompareConfig(_Generation, _OfModels):
 
     def __post_init__(self):
         super().__post_init__()
-        at_least(1, self, "batch_size")
+        check_numbers(self, at_least_1="batch_size")
         if not self.models:
             raise ValueError("models: give at least one")
 
@@ -124,8 +124,8 @@ class PrepareConfig:
             raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
-        _at_least(1, self, "shard_tokens", "max_documents", "max_shards")
-        _at_least(0, self, "workers")
+        check_numbers(self, at_least_1="shard_tokens max_documents max_shards")
+        check_numbers(self, at_least_0="workers")
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class EvaluateConfig(_OfModel):
     def __post_init__(self):
         if not self.tasks:
             raise ValueError(f"tasks: name at least one of {', '.join(get_args(Task))}")
-        at_least(1, self, "limit", "stride", "tokens_per_batch")
+        check_numbers(self, at_least_1="limit stride tokens_per_batch")
         if self.data and "val" not in self.tasks:
             raise ValueError("data goes with the task val")
 
@@ -181,7 +181,7 @@ class ReportConfig:
     gpu_hour_price: float = 0.0  # what an hour of one GPU costs; 0: not known
 
     def __post_init__(self):
-        at_least(0, self, "gpu_hour_price")
+        check_numbers(self, at_least_0="gpu_hour_price")
 
 
 @dataclass(frozen=True)
@@ -197,4 +197,4 @@ class VerifyConfig:
     device: str = ""  # default: the run's option
 
     def __post_init__(self):
-        at_least(0, self, "steps", "tolerance")
+        check_numbers(self, at_least_0="steps tolerance")

@@ -11,9 +11,11 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
+from string import ascii_letters, digits
 from typing import TypeVar
 
 from gpt2.data.files import COMPRESSED, json_lines, opened, text_blocks, train_extra
+from gpt2.tokenizer import Tokenizer
 
 Item = TypeVar("Item")
 # Of each task: the folders of its file, in this order, its names, its licence, and what to
@@ -39,11 +41,16 @@ FILES = {
 }  # fmt: skip
 
 
-def find_file(task: str, data_dir: str | Path) -> Path:
+def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """The task's file in data_dir, downloaded if need be.
 
-    Raises OSError, with the place where the file is expected, where it cannot be had.
+    Raises OSError, with the place where the file is expected, where it cannot be had; before that
+    ValueError for a tokenizer that lacks plain letters.
     """
+    try:
+        _ = tokenizer and tokenizer.encode(f" {ascii_letters}{digits}.,")
+    except ValueError as error:
+        raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
     folders, names, licence, source = FILES[task]
     for folder, name, ending in product((*folders, "."), names, COMPRESSED):
         if (path := Path(data_dir) / folder / f"{name}{ending}").is_file():

@@ -38,7 +38,11 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         step, recorded, path = found.step, found.train, run / f"evaluation_{found.path.name}.json"
     except OSError:
         step, recorded, path = None, {}, Path(f"evaluation_{Path(config.model).name}.json")
-    find = lambda: {t: find_file(t, config.data_dir) for t in config.tasks if t != "val"}  # noqa: E731
+
+    def find() -> dict[str, Path]:
+        names = [task for task in config.tasks if task != "val"]
+        return {name: find_file(name, config.data_dir, tokenizer) for name in names}
+
     group.on_main(find)  # downloads once; the others find what is there
     paths = find()
     model = checkpoint.load_model(config.model, group.device, config.kernels)

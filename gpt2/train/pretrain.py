@@ -184,6 +184,6 @@ def _load_initial(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, devi
 
 def load_hellaswag(parts: Parts, group: Distributed):
     """HellaSwag's examples, on all ranks; the main process downloads them if need be."""
-    group.on_main(lambda: find_file("hellaswag", EVAL_DATA))
+    group.on_main(lambda: find_file("hellaswag", EVAL_DATA, parts.tokenizer))
     path = find_file("hellaswag", EVAL_DATA)
     return read_hellaswag(path, parts.tokenizer, parts.objective.model.config.block_size)
