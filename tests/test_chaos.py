@@ -7,32 +7,20 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "chaos.py"
+DDP, SLOW = pytest.mark.ddp, pytest.mark.slow
 
 
-def attempts(*words: str) -> str:
-    command = [sys.executable, str(SCRIPT), *words]
+@pytest.mark.parametrize(
+    "names, count",
+    [
+        pytest.param(["kill"], 6, marks=DDP), (["term", "flip"], 5),
+        pytest.param(["nan", "lost"], 2, marks=DDP),
+        pytest.param(["restart"], 1, marks=[DDP, SLOW]),
+    ],
+)  # fmt: skip
+def test_runs_survive(names, count):
+    command = [sys.executable, str(SCRIPT), *names, "--count", str(count)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-@pytest.mark.ddp
-def test_killed_at_random_moments():
-    assert "kill         6 of 6 " in attempts("kill", "--count", "6")
-
-
-def test_stopped_and_damaged_at_random_moments():
-    out = attempts("term", "flip", "--count", "5")
-    assert "term         5 of 5 " in out and "flip         5 of 5 " in out
-
-
-@pytest.mark.ddp
-def test_poisoned_rows_and_lost_ranks():
-    out = attempts("nan", "lost", "--count", "2")
-    assert "nan          2 of 2 " in out and "lost         2 of 2 " in out
-
-
-@pytest.mark.slow
-@pytest.mark.ddp
-def test_ranks_killed_under_torchrun():
-    assert "restart      1 of 1 " in attempts("restart", "--count", "1")
+    for name in names:
+        assert f"{name:<9} {count:>4} of {count:<4} " in done.stdout
