@@ -11,7 +11,7 @@ import numpy as np
 import xxhash
 
 from gpt2.data.shards import BLOCK_BYTES, BLOCK_KEY, HEADER_BYTES, shard_header
-from gpt2.storage import sync_folder, write_text
+from gpt2.storage import sync, write_text
 
 
 class ShardWriter:
@@ -148,4 +148,4 @@ def write_json(path: Path, value) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     write_text(temporary, json.dumps(value, indent=1) + "\n")
     os.replace(temporary, path)
-    sync_folder(path.parent)
+    sync(path.parent)
