@@ -713,7 +713,7 @@ def test_missing_files_and_bad_options(tmp_path):
         (dict(jsonl="a", split="b"), "split goes with hf"),
         (dict(jsonl="a", separator="b"), "separator goes with text"),
         (dict(jsonl="a", val_fraction=1.0), r"must lie in \(0, 1\)"),
-        (dict(jsonl="a", workers=-1), "workers must be at least 0, got -1"),
+        (dict(jsonl="a", workers=-1), "workers must not be negative, got -1"),
         (dict(jsonl="a", max_documents=0), "max_documents must be at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -115,7 +115,7 @@ def test_sample_errors(script, tmp_path, train_config):
     unknown = script("sample", run, "--prompt", "\N{SNOWMAN}")
     assert "does not occur in the text" in one_line_error(unknown)
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
-    assert "no checkpoint, run" in one_line_error(script("sample", tmp_path / "nowhere"))
+    assert "no such folder" in one_line_error(script("sample", tmp_path / "nowhere"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")

@@ -167,7 +167,7 @@ def test_two_ranks_give_the_losses_of_one(config, free_port):
     "changes, message",
     [
         (dict(init_from=""), "fine-tuning starts from a model"),
-        (dict(init_from="nowhere/at/all"), "no checkpoint, run"),
+        (dict(init_from="nowhere/at/all"), "no such folder"),
         (dict(data="nowhere.jsonl"), "known data set"),
         (dict(val_data="nowhere.jsonl"), "known data set"),
         (dict(block_size=97), "longer than the context"),

@@ -181,7 +181,7 @@ def test_samples_while_training(train_config, capsys):
         (dict(resume="nowhere"), "no checkpoint"),
         (
             dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None),
-            "no checkpoint, run",
+            "no such folder",
         ),
         (dict(data="nowhere"), "prepare_data"),
     ],

@@ -130,7 +130,7 @@ def _local_rows(name: str, counts: Counts, bad_rows: str) -> Iterator[tuple[str,
             raise ValueError(
                 f"{bad}; --bad_rows skip leaves such rows out, and counts them"
             ) from bad
-        counts.leave_out(bad.kind, str(bad))
+        counts.left_out.add(bad.kind, str(bad))
 
     files = find_files(name, (*JSON_SUFFIXES, ".parquet"), "JSON or parquet")
     tables = [path for path in files if ".parquet" in path.suffixes]

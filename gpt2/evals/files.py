@@ -44,17 +44,17 @@ FILES = {
 def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = None) -> Path:
     """The task's file in data_dir, downloaded if need be.
 
-    Raises OSError, with the place where the file is expected, where it cannot be had; before that
-    ValueError for a tokenizer that lacks plain letters.
+    Raises OSError, with the place where the file is expected, where it cannot be had; ValueError
+    for a tokenizer that lacks plain letters: no reason to download anything.
     """
-    try:
-        _ = tokenizer and tokenizer.encode(f" {ascii_letters}{digits}.,")
-    except ValueError as error:
-        raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
     folders, names, licence, source = FILES[task]
     for folder, name, ending in product((*folders, "."), names, COMPRESSED):
         if (path := Path(data_dir) / folder / f"{name}{ending}").is_file():
             return path
+    try:
+        _ = tokenizer and tokenizer.encode(f" {ascii_letters}{digits}.,")
+    except ValueError as error:
+        raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
     path = Path(data_dir) / folders[0] / names[0]
     partial = path.with_name(f"{path.name}.partial")
     print(f"fetching {path} ({licence})", flush=True)
