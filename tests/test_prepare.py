@@ -106,16 +106,14 @@ def write_form(form: str, rows: list[str], folder: Path, monkeypatch) -> dict:
     if form == "jsonl":  # two files, read in the order of their names
         (folder / "b.jsonl").write_bytes(b"\n" + b"".join(lines.splitlines(True)[200:]))
         lines = b"".join(lines.splitlines(True)[:200])
-    if form == "jsonl.zst":
-        with pytest.importorskip("pyarrow").output_stream(
-            str(folder / "a.jsonl.zst"), compression="zstd"
-        ) as file:
-            file.write(lines)
-    else:
-        pack = {"gz": gzip.compress, "xz": lzma.compress}.get(form.split(".")[-1], bytes)
-        content = b"\xef\xbb\xbf " + whole if form.startswith("json.") else lines
-        (folder / f"a.{form}").write_bytes(pack(content))
+    pack = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstd}.get(form.split(".")[-1], bytes)
+    content = b"\xef\xbb\xbf " + whole if form.startswith("json.") else lines
+    (folder / f"a.{form}").write_bytes(pack(content))
     return {"jsonl": folder}
+
+
+def zstd(content: bytes) -> bytes:
+    return pytest.importorskip("pyarrow").compress(content, "zstd", asbytes=True)
 
 
 @pytest.mark.parametrize(
@@ -765,8 +763,6 @@ def test_verify_names_file_and_offset(tmp_path):
         (good[:-2], "promises 1000 tokens .* file has 3022 bytes"),
         (good + b"xx", "file has 3026 bytes"),
         (b"", "train_000001.bin: 0 bytes cannot be"),
-        (bytes(1024) + good[1024:], "train_000001.bin"),
-        (good[:8] + (500).to_bytes(4, "little") + good[12:], "promises 500 tokens"),
     ]:
         shard.write_bytes(content)
         (problem,) = verify(out)
@@ -787,8 +783,6 @@ def test_verify_names_file_and_offset(tmp_path):
         make(tmp_path, jsonl=tmp_path / "a.jsonl")
     manifest.unlink()
     assert verify(out) == []
-    (out / "val_000000.bin").write_bytes(b"x")
-    assert "1 bytes cannot be" in verify(out)[0]
     with pytest.raises(OSError, match="no such data folder"):
         verify(tmp_path / "nowhere")
 
@@ -816,12 +810,3 @@ def test_real_files(tmp_path, name, options, tokens, documents):
             rows = [row["output"] for row in json.load(file) if row["output"]][:3000]
         train, val = (documents_of(stream(out, split)) for split in ("train", "val"))
         assert sorted(train + val) == sorted(rows)
-
-
-def test_tinystories(tmp_path):
-    path = shared("tinystories/tinystories_lowercase_4MB.txt.xz")
-    out = make(tmp_path, text=path, workers=2)
-    text = lzma.decompress(path.read_bytes()).decode()
-    cut = int(len(text) * 0.9)
-    assert stream(out, "train") == GPT2.encode(text[:cut])
-    assert stream(out, "val") == GPT2.encode(text[cut:])

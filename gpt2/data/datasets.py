@@ -13,7 +13,7 @@ from pathlib import Path
 from gpt2.config import suggest
 from gpt2.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, find_files, opened, train_extra
 from gpt2.data.readers import HubRows, JsonRows, ParquetRows, TextFiles
-from gpt2.data.shard_writer import file_hashes
+from gpt2.data.shard_writer import as_splits, file_hashes
 from gpt2.data.shards import open_shards
 from gpt2.data.sources import ByHash, Source, Tail, Whole
 from gpt2.options import PrepareConfig
@@ -234,7 +234,7 @@ def fetch_shards(dataset: Dataset, commit: str, folder: Path, n_train: int) -> d
     hub = train_extra("huggingface_hub", "the hub's files")
     prefix = re.match(r".*/(\w+?)10B", dataset.source).group(1)
     names = [("val", 0)] + [("train", i) for i in range(1, n_train + 1)]
-    splits = {s: {"tokens": 0, "documents": 0, "shards": []} for s in ("train", "val")}
+    shards = []
     for done, (split, number) in enumerate(names):
         path = folder / f"{prefix}_{split}_{number:06}.bin"
         if not path.exists():
@@ -254,8 +254,7 @@ def fetch_shards(dataset: Dataset, commit: str, folder: Path, n_train: int) -> d
         except ValueError as error:
             path.unlink()
             raise ValueError(f"{error}; it was removed, run the same command again") from error
-        found = {"tokens": shard.n_tokens, "documents": int((shard.tokens() == EOT).sum())}
-        splits[split]["shards"].append({"file": path.name} | found | file_hashes(path))
-        for key, value in found.items():
-            splits[split][key] += value
-    return splits
+        documents = int((shard.tokens() == EOT).sum())
+        record = {"file": path.name, "tokens": shard.n_tokens, "documents": documents}
+        shards.append((split, record | file_hashes(path)))
+    return as_splits(("train", "val"), shards)

@@ -28,7 +28,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -37,7 +37,7 @@ import gpt2.tokenizer as tok
 from gpt2.data.datasets import Dataset, UrlText, fetch_shards, find_dataset, make_source
 from gpt2.data.encode import default_workers, encode_pieces
 from gpt2.data.readers import hub_commit
-from gpt2.data.shard_writer import ShardWriter, write_json
+from gpt2.data.shard_writer import ShardWriter, as_splits, write_json
 from gpt2.data.shards import open_shards, read_manifest
 from gpt2.data.sources import Position
 from gpt2.options import PrepareConfig
@@ -73,8 +73,15 @@ def prepare(config: PrepareConfig) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
             return _check_done(out, made_from)
         journal = _read_journal(partial, made_from)
+
+        def note(commits: dict, position: Position, bookmark, streams: list[dict]) -> None:
+            write_json(partial / "journal.json", {
+                "format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
+                "position": position, "bookmark": bookmark, "streams": streams,
+            })  # fmt: skip
+
         try:
-            found = job.run(partial, made_from, journal)
+            found = job.run(partial, note, journal)
         except BaseException:
             if not (partial / "journal.json").exists():  # nothing is finished
                 shutil.rmtree(partial)
@@ -121,14 +128,11 @@ class _Tokens:
         n_train = min(config.max_shards or dataset.train_shards, dataset.train_shards)
         self.made_from = {"max_shards": n_train}
 
-    def run(self, folder: Path, made_from: dict, journal: dict | None) -> dict:
+    def run(self, folder: Path, note: Callable, journal: dict | None) -> dict:
         """The rest of the work; returns its part of the manifest."""
         source = self.dataset.source
         commits = journal["commits"] if journal else {source: hub_commit(source)}
-        write_json(folder / "journal.json", {
-            "format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
-            "position": Position(), "bookmark": None, "streams": [],
-        })  # fmt: skip
+        note(commits, Position(), None, [])
         n_train = self.made_from["max_shards"]
         splits = fetch_shards(self.dataset, commits[source], folder, n_train)
         return {"commits": commits, "splits": splits}
@@ -151,7 +155,7 @@ class _Texts:
             "max_documents": config.max_documents, "parts": self.source.fingerprint(),
         }  # fmt: skip
 
-    def run(self, folder: Path, made_from: dict, journal: dict | None) -> dict:
+    def run(self, folder: Path, note: Callable, journal: dict | None) -> dict:
         """The rest of the work; returns its part of the manifest."""
         source, position, bookmark = self.source, Position(), None
         names = [None] if source.first_val else source.splits
@@ -174,17 +178,18 @@ class _Texts:
             def checkpoint(position: Position, streams: list[dict]) -> None:
                 for writer in self.writers:
                     writer.sync()
-                write_json(folder / "journal.json", {
-                    "format": JOURNAL_FORMAT, "made_from": made_from, "commits": commits,
-                    "position": position, "bookmark": source.bookmark(position),
-                    "streams": streams,
-                })  # fmt: skip
+                note(commits, position, source.bookmark(position), streams)
 
             self._tokenize(folder, source.pieces(position, bookmark), checkpoint)
-            splits = self._close()
+            for writer in self.writers:
+                writer.close()
         finally:
             for writer in self.writers:
                 writer.abandon()
+        splits = as_splits(source.splits, [s for writer in self.writers for s in writer.shards])
+        for name, split in splits.items():
+            if not split["tokens"]:
+                self._too_little(name)
         for line in source.left_out.lines():
             print(line)
         return {"commits": commits, "left_out": source.left_out, "splits": splits}
@@ -192,10 +197,8 @@ class _Texts:
     def _tokenize(self, folder: Path, pieces, checkpoint) -> None:
         source, saved = self.source, time.monotonic()
         as_bytes = any(isinstance(reader, UrlText) for reader, _ in source.parts)
-        chunks = encode_pieces(
-            pieces, self.tokenizer, separate=source.separate, as_bytes=as_bytes,
-            workers=self.workers,
-        )  # fmt: skip
+        chunks = encode_pieces(pieces, self.tokenizer, separate=source.separate, as_bytes=as_bytes,
+                               workers=self.workers)  # fmt: skip
         progress = Progress(folder.name.removesuffix(".partial"), self._counts()[1])
         # After each chunk; what a later, interrupted chunk has written does not count.
         state = None
@@ -224,19 +227,6 @@ class _Texts:
 
     def _counts(self) -> tuple[int, int]:
         return sum(w.n_documents for w in self.writers), sum(w.n_tokens for w in self.writers)
-
-    def _close(self) -> dict:
-        splits = {name: {"tokens": 0, "documents": 0, "shards": []} for name in self.source.splits}
-        for writer in self.writers:
-            writer.close()
-            for split, shard in writer.shards:
-                splits[split]["shards"].append(shard)
-                splits[split]["tokens"] += shard["tokens"]
-                splits[split]["documents"] += shard["documents"]
-        for name, split in splits.items():
-            if not split["tokens"]:
-                self._too_little(name)
-        return splits
 
     def _too_little(self, split: str) -> NoReturn:
         found = [f"{self._counts()[0]} documents in all", *self.source.left_out.lines()]

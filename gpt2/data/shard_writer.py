@@ -100,9 +100,8 @@ class ShardWriter:
         self._file, self._tokens, self._documents = None, 0, 0
 
     def _name(self) -> tuple[str, str]:
-        number = len(self.shards)
-        split = self.split or ("train" if number else "val")
-        return split, f"{split}_{number:06}.bin"
+        split = self.split or ("train" if self.shards else "val")
+        return split, f"{split}_{len(self.shards):06}.bin"
 
     def _open(self, mode: str):
         # Without a buffer: what state() counts is written, also when the next write fails.
@@ -114,12 +113,9 @@ class ShardWriter:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror} after {self.n_tokens:,} tokens. Make room, and the same command "
-                "goes on from there",
-                str(self.folder),
-            ) from error
+            problem = (f"{error.strerror} after {self.n_tokens:,} tokens. Make room, and the same "
+                       "command goes on from there")  # fmt: skip
+            raise OSError(error.errno, problem, str(self.folder)) from error
 
     def _check_size(self, name: str, least: int, most: float = math.inf) -> None:
         path = self.folder / name
@@ -141,6 +137,15 @@ def file_hashes(path: Path) -> dict:
             blocks.append(xxhash.xxh3_64_hexdigest(block))
             size += len(block)
     return {"bytes": size, "sha256": whole.hexdigest(), BLOCK_KEY: blocks}
+
+
+def as_splits(names: tuple[str, ...], shards: list[tuple[str, dict]]) -> dict:
+    """The manifest's splits, from (split, record) of their shards."""
+    found = {name: [record for split, record in shards if split == name] for name in names}
+    return {
+        name: {key: sum(r[key] for r in records) for key in ("tokens", "documents")}
+        | {"shards": records} for name, records in found.items()
+    }  # fmt: skip
 
 
 def write_json(path: Path, value) -> None:
