@@ -164,6 +164,7 @@ class GPT(nn.Module):
         super().__init__()
         ops = select_ops(ops, device, config.n_embd // config.n_head)
         self.config, self.ops = config, ops
+        self.origin: dict | None = None  # {"path", "xxh3_128"} of what a run started from
         self.n_tokens = config.vocab_size  # ids that the tokenizer has: no others are generated
         # Training keeps only what enters each block, and computes the rest again going backward.
         self.activation_checkpointing = False
