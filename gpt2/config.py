@@ -278,11 +278,11 @@ class TrainConfig:
     # memory of some steps before and skip the data since; or save and stop.
     guard: Literal["skip", "rollback", "stop"] = "skip"
     snapshot_every: int = 50  # steps between the copies in memory that rollback goes back to
-    # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.exact.
+    # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.layouts.
     exact_reduction: bool = False
 
     # What several ranks share out, instead of each having all of it: nothing (DDP); optimizer:
-    # AdamW's moments (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.parallel.
+    # AdamW's moments (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.layouts.
     sharding: Literal["none", "optimizer", "full"] = "none"
     # Keep only the inputs of each block, and compute the rest again in the backward pass: less
     # memory, about a third more arithmetic.
