@@ -44,6 +44,15 @@ def split_long_blanks(text: str, longest: int = LONG_BLANK) -> list[str]:
     return [*parts, text[at:]]
 
 
+def well_formed(text: str) -> str:
+    """text with lone surrogates (JSON can hold them, UTF-8 cannot) replaced by U+FFFD each."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class Tokenizer(ABC):
     """What every tokenizer offers.
 
@@ -57,12 +66,12 @@ class Tokenizer(ABC):
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Ids of text. "<|endoftext|>" is eight or so ordinary tokens unless allow_special."""
-        if allow_special and self.eot is not None and END_OF_TEXT in text:
-            ids: list[int] = []
-            for i, part in enumerate(text.split(END_OF_TEXT)):
-                ids += ([self.eot] if i else []) + self._encode(part)
-            return ids
-        return self._encode(text)
+        special = allow_special and self.eot is not None
+        first, *others = text.split(END_OF_TEXT) if special else [text]
+        ids = self._encode(first)
+        for part in others:
+            ids += [self.eot, *self._encode(part)]
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -110,10 +119,7 @@ class ByteTokenizer(Tokenizer):
     name, vocab_size, eot = "byte", 257, 256
 
     def _encode(self, text: str) -> list[int]:
-        try:
-            return list(text.encode("utf-8"))
-        except UnicodeEncodeError:  # JSON can hold lone surrogates; as tiktoken does, U+FFFD each
-            return list(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode())
+        return list(well_formed(text).encode())
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         self._check(ids)
@@ -128,9 +134,8 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars: str):
         self.chars = "".join(sorted(set(chars)))
         if not 1 <= len(self.chars) <= 1 << 16:
-            raise ValueError(
-                f"a character tokenizer holds 1 to 65536 characters, got {len(self.chars)}"
-            )
+            found = len(self.chars)
+            raise ValueError(f"a character tokenizer holds 1 to 65536 characters, got {found}")
         self.vocab_size = len(self.chars)
         self._ids = {c: i for i, c in enumerate(self.chars)}
 
@@ -171,17 +176,9 @@ def _gpt2_encoding():
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
     assets = resources.files("gpt2") / "assets"
-    with (
-        resources.as_file(assets / "vocab.bpe") as vocab_bpe,
-        resources.as_file(assets / "encoder.json") as encoder_json,
-    ):
-        ranks = data_gym_to_mergeable_bpe_ranks(
-            str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256
-        )
+    vocab, ids = str(assets / "vocab.bpe"), str(assets / "encoder.json")
+    ranks = data_gym_to_mergeable_bpe_ranks(vocab, ids, VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
     return tiktoken.Encoding(
-        "gpt2",
-        explicit_n_vocab=50257,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
+        "gpt2", explicit_n_vocab=50257, pat_str=GPT2_PATTERN, mergeable_ranks=ranks,
         special_tokens={END_OF_TEXT: 50256},
-    )
+    )  # fmt: skip

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpt2.data.sources import Piece, Position
-from gpt2.tokenizer import Tokenizer, split_long_blanks
+from gpt2.tokenizer import Tokenizer, split_long_blanks, well_formed
 
 CHUNK_CHARS = 1 << 19  # about 0.1 s of work
 # Characters without a place to cut: tiktoken needs about 60 bytes and a microsecond for each.
@@ -148,12 +148,12 @@ def make_encode(tokenizer: Tokenizer, as_bytes: bool = False) -> Encode:
         # Skips the list of Python ints that encode_ordinary makes.
         encode = tokenizer.encoding.encode_to_numpy
         return lambda text: np.concatenate(
-            [encode(part, disallowed_special=()) for part in split_long_blanks(_valid(text))],
+            [encode(part, disallowed_special=()) for part in split_long_blanks(well_formed(text))],
             dtype="<u2", casting="unsafe",
         )  # fmt: skip
     if tokenizer.name == "byte":
         code = "latin-1" if as_bytes else "utf-8"
-        return lambda text: np.frombuffer(_valid(text).encode(code), "u1").astype("<u2")
+        return lambda text: np.frombuffer(well_formed(text).encode(code), "u1").astype("<u2")
     ids = np.full(0x110000, -1, np.int32)
     ids[_points(tokenizer.chars)] = np.arange(tokenizer.vocab_size)
 
@@ -168,15 +168,6 @@ def make_encode(tokenizer: Tokenizer, as_bytes: bool = False) -> Encode:
 
 def _points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-
-
-def _valid(text: str) -> str:
-    """text with lone surrogates (JSON can hold them, UTF-8 cannot) replaced by U+FFFD."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def encode_chunk(encode: Encode, eot: int | None, chunk: Chunk) -> Encoded:

@@ -65,18 +65,14 @@ class TextFile:
     where: Path
     reader: "TextFiles"
 
-    def blocks(self) -> Iterator[str]:
-        for text, done in files.text_blocks(self.where, as_bytes=self.reader.as_bytes):
-            self.reader.bytes_in_file = done
-            yield text
-
     def parts(self) -> Iterator[tuple[int, bool, str]]:
         """What split_documents makes of it. Raises ValueError where it changed since last time."""
         hasher, characters, documents = xxhash.xxh3_64(), 0, 0
 
         def noted() -> Iterator[str]:
             nonlocal characters
-            for block in self.blocks():
+            for block, done in files.text_blocks(self.where, as_bytes=self.reader.as_bytes):
+                self.reader.bytes_in_file = done
                 hasher.update(block.encode())
                 characters += len(block)
                 yield block
@@ -240,13 +236,12 @@ class ParquetRows(LocalFiles):
                         raise ValueError(_no_field(name, names, path))
                     done, rows, size = 0, file.metadata.num_rows, path.stat().st_size
                     for batch in file.iter_batches(256, columns=columns):
-                        numbers = range(number + 1, number + 1 + len(batch))
-                        number, done = number + len(batch), done + len(batch)
+                        done += len(batch)
                         self.bytes_in_file = size * done // rows
-                        if number > skip:
-                            for n, row in zip(numbers, batch.to_pylist(), strict=True):
-                                if n > skip:
-                                    yield f"{path}: row {n}", row
+                        unread = batch[min(len(batch), max(0, skip - number)) :]
+                        number += len(batch)
+                        for n, row in enumerate(unread.to_pylist(), number - len(unread) + 1):
+                            yield f"{path}: row {n}", row
             except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
                 if getattr(error, "errno", None) is not None:
                     raise
@@ -299,22 +294,21 @@ class HubRows(Reader):
                 yield item
 
     def objects(self) -> Iterator[tuple[str, dict]]:
-        """(where it stands, the whole row)."""
         return self._rows(self._load(), 0)
 
     def _rows(self, stream, number: int) -> Iterator[tuple[str, dict]]:
         """Of a stream that stands after so many rows."""
-        rows = iter(stream)
+        rows, end = iter(stream), object()
         while True:
             try:
-                row = next(rows)
-            except StopIteration:
-                return
+                row = next(rows, end)
             except Exception as error:  # whatever the network libraries of the hub raise
                 raise OSError(
                     f"reading {self.repo} from the hub failed at row {number}: {error}; the same "
                     "command goes on where this one stopped"
                 ) from error
+            if row is end:
+                return
             number += 1
             yield f"{self.repo}: row {number}", row
 
