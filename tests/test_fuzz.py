@@ -37,28 +37,21 @@ def break_content(data: bytes, header: int, rng: random.Random, payload: bool) -
     def replaced(start: int, new: bytes) -> bytes:
         return data[:start] + new + data[start + len(new) :]
 
-    hows = {
-        "cut": lambda: data[: -rng.randint(1, 40)],
-        "cut far": lambda: data[:at],
-        "longer": lambda: data + rng.randbytes(rng.randint(1, 5000)),
-        "empty": lambda: b"",
-        "noise": lambda: b"\xff" * rng.randint(1, 2000),
-    }
-    often = {}
+    hows, often = {
+        "cut": data[: -rng.randint(1, 40)], "cut far": data[:at], "empty": b"",
+        "longer": data + rng.randbytes(rng.randint(1, 5000)),
+        "noise": b"\xff" * rng.randint(1, 2000),
+    }, {}  # fmt: skip
     if header:
-        often |= {
-            "header bytes": lambda: replaced(rng.randrange(header - 8), rng.randbytes(8)),
-            "header word": lambda: replaced(word, rng.randbytes(4)),
-            "hostile word": lambda: replaced(word, hostile),
-        }
+        often["header bytes"] = replaced(rng.randrange(header - 8), rng.randbytes(8))
+        often["header word"] = replaced(word, rng.randbytes(4))
+        often["hostile word"] = replaced(word, hostile)
     if payload:
-        often |= {
-            "bit": lambda: replaced(at, bytes([data[at] ^ 1 << rng.randrange(8)])),
-            "bytes": lambda: replaced(at, rng.randbytes(min(8, len(data) - at))),
-            "swap": lambda: data[at:] + data[:at],
-        }
+        often["bit"] = replaced(at, bytes([data[at] ^ 1 << rng.randrange(8)]))
+        often["bytes"] = replaced(at, rng.randbytes(min(8, len(data) - at)))
+        often["swap"] = data[at:] + data[:at]
     how = rng.choice([*hows, *list(often) * 4])
-    return how, (hows | often)[how]()
+    return how, (hows | often)[how]
 
 
 def break_file(path: Path, header: int, rng: random.Random, payload: bool) -> str:
