@@ -100,8 +100,8 @@ def write_form(form: str, rows: list[str], folder: Path, monkeypatch) -> dict:
             (folder / f"{i:03}.txt").write_text(between.join(rows[i : i + n]))
         return {"text": folder}
     if form == "bad rows":
-        bad = ['{"text": ""}', '{"te', json.dumps({"text": rows[0]})]
-        (folder / "a.jsonl").write_bytes(b"".join(lines) + "\n".join(bad).encode())
+        lines[100:100] = [b'{"text": ""}\n', b'{"te\n']
+        (folder / "a.jsonl").write_bytes(b"".join(lines))
         return {"jsonl": folder, "bad_rows": "skip"}
     if form == "jsonl":  # two files, read in the order of their names
         (folder / "b.jsonl").write_bytes(b"\n" + b"".join(lines[200:]))
@@ -434,7 +434,7 @@ def test_two_processes_cannot_write_one_folder(tmp_path):
     partial = tmp_path / "out.partial"
     partial.mkdir()
     with open(partial / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # which only a lock for one alone does not get past
         lock.write("process 123 on somewhere\n")
         lock.flush()
         path = rows_of(tmp_path, 100)
