@@ -58,8 +58,7 @@ class ShardWriter:
         """Makes what was written durable. Raises OSError."""
         if self._file is not None:
             # By name: an interrupt within close() may have closed it before it was synced.
-            with self._open("rb") as file:
-                os.fsync(file.fileno())
+            sync(self.folder / self._name()[1])
 
     def abandon(self) -> None:
         """Lets go of the open file, whatever state it is in."""
