@@ -214,7 +214,7 @@ def printable(text: str) -> str:
 
 def say(text: str) -> None:
     """A line on stdout of a program that goes on, also where nobody reads it any more."""
-    print(text, file=SafeOutput.of(sys.stdout), flush=True)
+    print(text, file=SafeOutput(sys.stdout), flush=True)
 
 
 def complain(text: str) -> None:
@@ -235,10 +235,6 @@ class SafeOutput:
         stream = stream.stream if isinstance(stream, SafeOutput) else stream
         self.stream = io.StringIO() if stream is None else stream  # None: started without one
         self.escape = escape
-
-    @classmethod
-    def of(cls, stream) -> "SafeOutput":
-        return stream if isinstance(stream, cls) else cls(stream)
 
     def write(self, text: str) -> int:
         encoding = self.stream.encoding or "utf-8"

@@ -67,9 +67,7 @@ class Sampling:
             raise ValueError(
                 f"repetition_penalty must lie in [0.001, 1000], got {self.repetition_penalty}"
             )
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        check_numbers(self, at_least_1="top_k")
+        check_numbers(self, at_least_0="temperature", at_least_1="top_k")
         for name, value in (("top_p", self.top_p), ("min_p", self.min_p)):
             if value is not None and not 0.0 < value <= 1.0:
                 raise ValueError(f"{name} must lie in (0, 1], got {value}")

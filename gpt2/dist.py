@@ -21,7 +21,6 @@ PERIOD_S = 1.0  # between two heartbeats
 PATIENCE_S = 10.0  # with a store that does not answer, since its host is frozen or cut off
 
 
-
 @dataclass(frozen=True)
 class Distributed:
     """This process among those that torchrun started; by default it is alone, on the CPU.
@@ -231,11 +230,8 @@ class Heartbeat:
                 return "lost the host on which torchrun keeps the ranks' store"
             return "lost rank 0 (it keeps the ranks' store): killed, frozen or cut off"
         first, second = found
-        silent = [
-            r
-            for r in range(self.group.world_size)
-            if first[r] == second[r] and r != self.group.rank
-        ]
+        others = set(range(self.group.world_size)) - {self.group.rank}
+        silent = [r for r in sorted(others) if first[r] == second[r]]
         if silent:
             at = ", ".join(f"rank {r} (last heard of {_place(second[r])})" for r in silent)
             return f"lost {at}: killed, frozen or cut off"

@@ -124,8 +124,8 @@ class PrepareConfig:
             raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
-        check_numbers(self, at_least_1="shard_tokens max_documents max_shards")
-        check_numbers(self, at_least_0="workers")
+        counts = "shard_tokens max_documents max_shards"
+        check_numbers(self, at_least_1=counts, at_least_0="workers")
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from gpt2.config import SFTConfig
 def main() -> None:
     with starting():
         from gpt2.data.conversations import listing
-        from gpt2.train.finetune import sft
 
         config = parse(SFTConfig, f"{__doc__}\nData sets:\n{listing()}")
+        from gpt2.train.finetune import sft
     sft(config)
 
 
