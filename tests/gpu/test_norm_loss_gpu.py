@@ -1,7 +1,5 @@
 """Layer norm, cross entropy and linear + cross entropy on a GPU: bf16, GPT-2's sizes, compiled by
 Inductor.
-
-TRITON_INTERPRET=0 pytest -m gpu tests/gpu
 """
 
 import pytest
@@ -22,13 +20,6 @@ from triton_kernels.linear_cross_entropy import linear_cross_entropy
 V, PADDED_V = 50257, 50304
 DTYPES = pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or launch.INTERPRETED,
-        reason="needs a CUDA or ROCm device and TRITON_INTERPRET=0",
-    ),
-]
 
 
 @DTYPES
