@@ -51,16 +51,12 @@ def test_sizes(V, stride, in_place, reduction):
     check_cross_entropy(buffer, targets, V, dloss, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
-    N=st.integers(1, 6),
-    V=st.integers(1, 6000),
-    padding=st.integers(0, 70),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    in_place=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+    N=st.integers(1, 6), V=st.integers(1, 6000), padding=st.integers(0, 70),
+    dtype=st.sampled_from(launch.DTYPES[:2]), reduction=st.sampled_from(["mean", "sum", "none"]),
+    in_place=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
 def test_any_shape(N, V, padding, dtype, reduction, in_place, seed):
     buffer, targets = make(N, V, dtype, stride=V + padding, seed=seed)
     targets[1::3] = -100
