@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -98,8 +99,15 @@ def test_too_long(tiny):
         GPT(tiny, "torch")(torch.zeros(1, 33, dtype=torch.int64))
 
 
-def test_kernel_choice():
+def test_kernel_choice(monkeypatch):
     auto = select_ops("auto", "cpu")
     assert auto.name == "torch" and "CPU" in auto.reason and select_ops(auto) is auto
+    assert select_ops("triton", "cpu").name == "triton"  # interpreted
     with pytest.raises(ValueError, match="unknown kernels 'cuda'"):
         select_ops("cuda")
+    with pytest.raises(ValueError, match="head dimension of at most 128, the model has 160"):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=160, block_size=8, vocab_size=9), "triton")
+    monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+    with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
+        select_ops("triton", "cpu")
+    assert "CUDA" in select_ops("auto", "cpu").reason

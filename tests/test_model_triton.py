@@ -1,7 +1,5 @@
 """A whole GPT on the Triton kernels, interpreted on the CPU, against the same GPT on torch's."""
 
-import sys
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -9,7 +7,6 @@ from torch.testing import assert_close
 from gpt2.config import GPTConfig
 from gpt2.generate import generate
 from gpt2.model import GPT
-from gpt2.ops import select_ops
 from gpt2.train.objectives import LanguageModeling
 
 CONFIG = GPTConfig(n_layer=2, n_head=3, n_embd=48, block_size=40, vocab_size=101)
@@ -59,34 +56,19 @@ def test_same_loss_and_gradients(doc_start, autocast):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_without_graph_breaks(backend):
+def test_compiled_without_graph_breaks():
     _, model = pair()
     data = batch(DOCUMENTS)
     expected, gradients = loss_and_gradients(model, data)
-    compiled = torch.compile(LanguageModeling(model), fullgraph=True, backend=backend)
+    compiled = torch.compile(LanguageModeling(model), fullgraph=True)
     loss, compiled_gradients = loss_and_gradients(model, data, compiled)
     assert_close(loss, expected)
     for name, gradient in gradients.items():
         assert_close(compiled_gradients[name], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_same_logits_and_greedy_tokens():
-    ours, triton = pair()
-    idx = torch.randint(0, 101, (2, 33))
-    with torch.no_grad():
-        assert_close(triton(idx), ours(idx), rtol=1e-4, atol=1e-5)
-    prompts = [[1, 2, 3], [4]]
-    rows = [generate(m, prompts, max_new_tokens=8, temperature=0) for m in (ours, triton)]
-    assert rows[0] == rows[1]
-
-
-def test_choice_on_a_cpu(monkeypatch):
-    assert select_ops("auto", "cpu").name == "torch"
-    assert select_ops("triton", "cpu").name == "triton"
-    with pytest.raises(ValueError, match="head dimension of at most 128, the model has 160"):
-        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=160, block_size=8, vocab_size=9), "triton")
-    monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
-    with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
-        select_ops("triton", "cpu")
-    assert "CUDA" in select_ops("auto", "cpu").reason
+def test_same_greedy_tokens():
+    ours, triton = (
+        generate(model, [[1, 2, 3], [4]], max_new_tokens=8, temperature=0) for model in pair()
+    )
+    assert ours == triton
