@@ -17,7 +17,6 @@ from gpt2.device import Execution
 from gpt2.generate import Pace, complete, draw, filter_logits, generate
 from gpt2.hf import export_hf
 from gpt2.model import GPT
-from gpt2.ops import DECODE_ROWS, select_ops
 
 module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]
@@ -279,31 +278,6 @@ def test_greedy_tokens_are_those_of_transformers(model, theirs, options):
             eos_token_id=stops or None, pad_token_id=0, repetition_penalty=penalty,
         )[0, len(prompt) :].tolist()  # fmt: skip
         assert row == [token for token in whole if token not in stops]
-
-
-@pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
-def test_linear_of_few_rows(n_in, n_out):
-    """The C++ layer against torch's, and that a row does not depend on those beside it."""
-    linear, theirs = select_ops("torch", "cpu").linear, torch.nn.functional.linear
-    if linear is theirs:
-        pytest.skip("gpt2._decode_linear is not built, or this CPU lacks AVX2")
-    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
-    for n_rows in range(1, DECODE_ROWS + 1):
-        x = torch.randn(n_rows, 1, n_in)
-        with torch.inference_mode():
-            y = linear(x, weight, bias)
-            assert y.shape == (n_rows, 1, n_out)
-            exact = theirs(x.double(), weight.double(), bias.double())
-            assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
-            assert all(torch.equal(linear(x[r], weight, bias), y[r]) for r in range(n_rows))
-            assert_close(linear(x, weight) + bias, y)
-            two = linear(x.expand(n_rows, 2, n_in), weight, bias)
-            assert_close(two[:, 1], y[:, 0], rtol=1e-5, atol=1e-4)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match="shapes"):
-        linear(torch.randn(1, n_in + 1), weight, bias)
-    weight.requires_grad_()
-    linear(x, weight, bias).sum().backward()
-    assert_close(weight.grad, x.sum(0).expand(n_out, n_in))
 
 
 def test_threads_change_no_number():
