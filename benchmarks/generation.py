@@ -31,6 +31,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import baseline  # noqa: E402
 from benchmarks.common import arguments, markdown_table, measure_ceilings, write_results  # noqa: E402
 from gpt2 import GPT, PRESETS, generate  # noqa: E402
 from gpt2.generate import POLL, Pace  # noqa: E402
@@ -49,11 +50,7 @@ def make_others(model: GPT, nanogpt: Path | None) -> tuple[dict, dict[str, float
         export_hf(model, Path(folder) / "hf", None)
         others = {HF: GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval()}
     if nanogpt:
-        sys.path.append(str(nanogpt))
-        theirs = importlib.import_module("model")
-        shape = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, bias=True)
-        config = theirs.GPTConfig(vocab_size=model.config.padded_vocab_size, **shape)
-        others[NANO] = theirs.GPT(config).eval()
+        others[NANO] = baseline.nanogpt(nanogpt, model.config).eval()
         others[NANO].load_state_dict(model.state_dict())
     idx, found = torch.randint(0, model.config.vocab_size, (2, 64)), {}
     with torch.inference_mode():
