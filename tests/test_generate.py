@@ -37,6 +37,7 @@ def greedy(model, prompts, **options) -> list[list[int]]:
 
 def test_stream_sees_every_token_in_order_and_the_mode_stays(model):
     seen = [[] for _ in PROMPTS]
+    model.set_dropout(0.5)
     options = dict(max_new_tokens=9, seed=0)
     rows = generate(model.train(), PROMPTS, stream=lambda row, t: seen[row].append(t), **options)
     assert seen == rows and model.training
@@ -265,17 +266,17 @@ def test_distributions_are_those_of_transformers(theirs, options):
     assert bool(n_dropped) == bool({"top_k", "top_p", "min_p"} & options.keys())
 
 
-@pytest.mark.parametrize("options", [{"stop_tokens": [11, 30]}, {"repetition_penalty": 1.5}])
-def test_greedy_tokens_are_those_of_transformers(model, theirs, options):
+@pytest.mark.parametrize("stops, penalty", [([11, 30], 1.0), ([], 1.5)])
+def test_greedy_tokens_are_those_of_transformers(model, theirs, stops, penalty):
     """A left-padded batch gives each prompt what it gets alone, up to its end of text."""
     prompts = [[1, 2, 3, 4, 5, 6, 7], [9, 8, 7], [60]]
-    penalty, stops = options.get("repetition_penalty", 1.0), options.get("stop_tokens", [])
-    ours = greedy(model, prompts, max_new_tokens=20, **options)
+    options = dict(max_new_tokens=20, repetition_penalty=penalty)
+    ours = greedy(model, prompts, stop_tokens=stops, **options)
     for prompt, row in zip(prompts, ours, strict=True):
         idx = torch.tensor([prompt])
         whole = theirs.generate(
-            idx, attention_mask=torch.ones_like(idx), max_new_tokens=20, do_sample=False,
-            eos_token_id=stops or None, pad_token_id=0, repetition_penalty=penalty,
+            idx, attention_mask=torch.ones_like(idx), do_sample=False, eos_token_id=stops or None,
+            pad_token_id=0, **options,
         )[0, len(prompt) :].tolist()  # fmt: skip
         assert row == [token for token in whole if token not in stops]
 

@@ -58,6 +58,9 @@ def test_autocast(reduction):
     x, weight, targets = make(7, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
         check_linear_cross_entropy(x, weight, targets, reduction=reduction)
+        loss = linear_cross_entropy(x, weight.requires_grad_(), targets, reduction=reduction)
+    loss.sum().backward()
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())  # its sums were not rounded
 
 
 @REDUCTION
