@@ -324,13 +324,9 @@ def check_rows(op: str, name: str, rows: Tensor, targets: Tensor, reduction: str
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
     inplace_backward: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Cross entropy of logits against class indices, in fp32.
 
     logits (N, V) fp32 | fp16 | bf16, any row stride; rows that start 16 bytes apart or a multiple

@@ -170,14 +170,9 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
+    reduction: str = "mean", vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy of x @ weight.T against class indices: the head and the loss of a language
     model as one.
 
