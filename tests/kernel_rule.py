@@ -17,6 +17,7 @@ from torch import Tensor
 import triton_kernels
 from triton_kernels import reference
 
+SAME_BITS = dict(rtol=0, atol=0)  # of torch.testing.assert_close
 EPS = torch.finfo(torch.float32).eps
 DEEP = 8 * EPS  # of the kernels' own sums and torch's: in tiles and trees, 64 terms deep at most
 
