@@ -81,7 +81,8 @@ def make(name: str, setup: Setup):
         return OurTrainer(setup)
     if setup.device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # as the trainer does
-    return PlainLoop(setup, PlainGPT(setup.shape) if name == "pytorch" else _nanogpt(setup))
+    plain = PlainGPT(setup.shape) if name == "pytorch" else nanogpt(setup.nanogpt, setup.shape)
+    return PlainLoop(setup, plain)
 
 
 class OurTrainer:
@@ -209,17 +210,17 @@ class PlainBlock(nn.Module):
         return x + self.mlp_out(F.gelu(self.mlp_in(self.ln_2(x)), approximate="tanh"))
 
 
-def _nanogpt(setup: Setup) -> nn.Module:
-    path = Path(setup.nanogpt) / "model.py"
+def nanogpt(checkout: str | Path, shape: GPTConfig) -> nn.Module:
+    path = Path(checkout) / "model.py"
     if not path.exists():
         raise OSError(2, "no model.py of nanoGPT here; name a checkout with --nanogpt", str(path))
     spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     names = ("block_size", "n_layer", "n_head", "n_embd", "bias")
-    options = {name: getattr(setup.shape, name) for name in names}
-    vocab_size = setup.shape.padded_vocab_size
-    return module.GPT(module.GPTConfig(vocab_size=vocab_size, dropout=0.0, **options))
+    options = {name: getattr(shape, name) for name in names}
+    config = module.GPTConfig(vocab_size=shape.padded_vocab_size, dropout=0.0, **options)
+    return module.GPT(config)
 
 
 def timed_steps(step: Callable[[], None], n: int, device: torch.device) -> list[float]:

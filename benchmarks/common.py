@@ -5,10 +5,11 @@ that whatever disturbs the machine disturbs all alike. A time is the median of r
 the 20th and 80th percentile beside it. On a GPU each call starts with a cold L2 (a buffer larger
 than it is overwritten first) and is timed by two events around the call alone; rates are compared
 with ceilings measured in the same run: a large copy, a large bf16 matmul.
-A result file holds the command, commit, hardware, load and versions. Beside it lie one Markdown
-table and one picture of bars.
+A result file holds the command, commit, hardware, load and versions. Beside it lie its tables in
+Markdown and, of some, a picture of bars.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -104,11 +105,25 @@ def provenance() -> dict[str, object]:
     }  # fmt: skip
 
 
-def write_json(path: Path, content: dict[str, object]) -> None:
-    """Writes content so that a file that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """A benchmark's parser, with --out, the folder of its results."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return parser
+
+
+def write_results(out: Path, name: str, text: str, content: dict[str, object]) -> None:
+    """Writes out/name.json, provenance and content, and out/name.md, so that a file that exists is
+    complete.
+    """
+    out.mkdir(parents=True, exist_ok=True)
     plain = lambda value: asdict(value) if isinstance(value, Timing) else str(value)  # noqa: E731
-    write_whole(path, json.dumps(content, indent=1, default=plain) + "\n")
+    content = json.dumps(provenance() | content, indent=1, default=plain)
+    write_whole(out / f"{name}.json", content + "\n")
+    write_whole(out / f"{name}.md", text + "\n")
+    print(f"written: {out / name}.json and .md")
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

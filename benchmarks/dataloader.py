@@ -22,7 +22,6 @@ files are dropped from the page cache (posix_fadvise) before a loader is opened;
 opening and of the first batches.
 """
 
-import argparse
 import gc
 import importlib.metadata
 import os
@@ -245,12 +244,9 @@ def ratios(results: list[dict]) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=50_000_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -262,24 +258,24 @@ def main() -> None:
     keys = ["loader", "rows", "cache", "mtokens_per_s", "p50_ms", "p99_ms"]
     table = [[f"{r[k]:.4g}" if type(r.get(k)) is float else str(r.get(k, "")) for k in keys]
              for r in results]  # fmt: skip
-    print(common.markdown_table(keys, table))
+    text = common.markdown_table(keys, table)
+    print(text)
     for shape, values in ratios(results).items():
         print(shape, ", ".join(f"{k}: {v if isinstance(v, str) else f'{v:.2f}'}"
                                for k, v in values.items()))  # fmt: skip
-    content = {
-        **common.provenance(), "cpu": common.cpu_name(), "threads": 1, "numpy": np.__version__,
+    common.write_results(options.out, "dataloader", text, {
+        "cpu": common.cpu_name(), "threads": 1, "numpy": np.__version__,
         "litdata": None if left_out else importlib.metadata.version("litdata"),
         "tokens": options.tokens, "rounds": options.rounds, "ratios": ratios(results),
         "left_out": left_out, "results": results,
-    }  # fmt: skip
-    common.write_json(options.out / "dataloader.json", content)
+    })  # fmt: skip
     panels: dict[str, dict[str, float]] = {}
     for r in results:
         title = f"{r['rows']}x{T}, {r['cache']}"
         panels.setdefault(title, {})[r["loader"]] = r["mtokens_per_s"]
     common.draw_bars(options.out / "dataloader.png", panels, "million tokens a second",
                      ("cpp", "cpp, new tensors"))  # fmt: skip
-    print(f"left out: {left_out}\nwritten: {options.out / 'dataloader.json'} and .png")
+    print(f"left out: {left_out}")
 
 
 if __name__ == "__main__":

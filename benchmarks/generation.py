@@ -18,9 +18,7 @@ read (weights once, keys and values of all rows at full capacity) over its time,
 bandwidth of a large copy in the same run.
 """
 
-import argparse
 import importlib
-import os
 import statistics
 import sys
 import tempfile
@@ -33,7 +31,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.common import markdown_table, measure_ceilings, provenance, write_json  # noqa: E402
+from benchmarks import baseline  # noqa: E402
+from benchmarks.common import arguments, markdown_table, measure_ceilings, write_results  # noqa: E402
 from gpt2 import GPT, PRESETS, generate  # noqa: E402
 from gpt2.generate import POLL, Pace  # noqa: E402
 from gpt2.hf import export_hf  # noqa: E402
@@ -51,11 +50,7 @@ def make_others(model: GPT, nanogpt: Path | None) -> tuple[dict, dict[str, float
         export_hf(model, Path(folder) / "hf", None)
         others = {HF: GPT2LMHeadModel.from_pretrained(Path(folder) / "hf").eval()}
     if nanogpt:
-        sys.path.append(str(nanogpt))
-        theirs = importlib.import_module("model")
-        shape = dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, bias=True)
-        config = theirs.GPTConfig(vocab_size=model.config.padded_vocab_size, **shape)
-        others[NANO] = theirs.GPT(config).eval()
+        others[NANO] = baseline.nanogpt(nanogpt, model.config).eval()
         others[NANO].load_state_dict(model.state_dict())
     idx, found = torch.randint(0, model.config.vocab_size, (2, 64)), {}
     with torch.inference_mode():
@@ -123,9 +118,7 @@ def measure(options, model: GPT, others: dict, batch: int, bytes_per_s: float | 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=["cpu", "cuda"], default=default)
@@ -133,7 +126,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batches", type=int, nargs="+", help="default: 1 8, on a GPU 1 64")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     if not (0 < options.rounds and 0 < options.new <= 1024 - PROMPT):
         parser.error(f"--new must lie in [1, {1024 - PROMPT}], and --rounds be above 0")
@@ -153,14 +145,10 @@ def main() -> None:
         [[f"{r[k]:.4g}" if type(r[k]) is float else str(r[k]) for k in keys] for r in results],
     )
     print(table)
-    name = "generation_gpu" if on_gpu else "generation"
-    write_json(options.out / f"{name}.json", {
-        **provenance(), "dtype": "bfloat16" if on_gpu else "float32", "threads": options.threads,
-        "copy_bytes_per_s": ceiling, "load_average": os.getloadavg(),
-        "logits_differ_by": differences, "results": results,
+    write_results(options.out, "generation_gpu" if on_gpu else "generation", table, {
+        "dtype": "bfloat16" if on_gpu else "float32", "threads": options.threads,
+        "copy_bytes_per_s": ceiling, "logits_differ_by": differences, "results": results,
     })  # fmt: skip
-    (options.out / f"{name}.md").write_text(f"{table}\n")
-    print(f"written: {options.out / name}.json and .md")
 
 
 if __name__ == "__main__":

@@ -311,31 +311,17 @@ def static_table(problems: list[Problem]) -> str:
     return common.markdown_table("op shape mode least_MB GFLOP floor_us".split(), rows)
 
 
-def plot(records: list[dict], path: Path, title: str) -> None:
-    """One panel an operation: the first shape's forward+backward, a bar a provider."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"{path.name} not drawn: matplotlib is not installed (pip install matplotlib)")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    timed = [r for r in records if r["mode"] == "forward+backward" and "error" not in r]
-    ops = list(dict.fromkeys(r["op"] for r in timed))
-    figure, axes = plt.subplots(len(ops), 1, figsize=(8, 1.2 + 2.2 * len(ops)), squeeze=False)
-    for op, axis in zip(ops, axes[:, 0], strict=True):
-        shape = next(r["shape"] for r in timed if r["op"] == op)
-        bars = [r for r in timed if (r["op"], r["shape"]) == (op, shape)][::-1]
-        colors = ["tab:orange" if r["provider"].startswith(OURS) else "tab:gray" for r in bars]
-        names, medians = [r["provider"] for r in bars], [r["timing_ms"].median for r in bars]
-        axis.barh(names, medians, color=colors)
-        axis.axvline(bars[0]["floor_ms"], color="black", linestyle=":")
-        axis.set_title(f"{op}, {shape}, forward+backward (dotted: floor)", fontsize=9)
-        axis.set_xlabel("ms")
-    figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+def panels(records: list[dict]) -> dict[str, dict[str, float]]:
+    """Of each operation the first shape's forward+backward: milliseconds by provider, and floor."""
+    found: dict[str, dict[str, float]] = {}
+    shapes: dict[str, str] = {}
+    for r in records:
+        if r["mode"] != "forward+backward" or "error" in r:
+            continue
+        if shapes.setdefault(r["op"], r["shape"]) == r["shape"]:
+            bars = found.setdefault(f"{r['op']}, {r['shape']}", {"floor": r["floor_ms"]})
+            bars[r["provider"]] = r["timing_ms"].median
+    return found
 
 
 # --- other tiles ----------------------------------------------------------------------------------
@@ -467,16 +453,14 @@ def tune(options: argparse.Namespace, device: torch.device) -> int:
     wrong = [r for r in records if r.get("error", "").startswith("AssertionError")]
     if HAS_CUDA:
         about = {"architecture": arch, "heads": options.heads, "tokens": options.tokens}
-        common.write_json(
-            options.out / "tune.json", common.provenance() | about | {"records": records}
-        )
         rows = [
             [r["kernel"], r["tile"], r.get("error") or f"{r['us']:,.1f}",
              f"{r['better']:.3f} x" if "better" in r else ""]
             for r in records
         ]  # fmt: skip
         header = ["kernel", "tile", "us", "faster than shipped by"]
-        (options.out / "tune.md").write_text(common.markdown_table(header, rows) + "\n")
+        text = common.markdown_table(header, rows)
+        common.write_results(options.out, "tune", text, about | {"records": records})
     for record in records:
         if "better" in record:
             print(f"better on {arch}: {record['kernel']} {record['tile']}")
@@ -509,24 +493,20 @@ def compare(options: argparse.Namespace, device: torch.device) -> int:
         records += found
         del problem
         torch.cuda.empty_cache()
-    about, out = common.provenance(), options.out
-    common.write_json(out / "kernels.json", about | {"ceilings": ceilings, "records": records})
-    (out / "kernels.md").write_text(table(records) + "\n")
-    plot(records, out / "kernels.png", f"{about['hardware']}, torch {about['torch']}")
-    print(f"written: {out / 'kernels.json'}")
+    found = {"ceilings": ceilings, "records": records}
+    common.write_results(options.out, "kernels", table(records), found)
+    ours = {r["provider"] for r in records if r["provider"].startswith(OURS)}
+    common.draw_bars(options.out / "kernels.png", panels(records), "ms, forward + backward", ours)
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.arguments(__doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="only this (or several)")
     parser.add_argument("--quick", action="store_true", help="one shape an operation")
     parser.add_argument("--tune", action="store_true", help="time other tiles")
     parser.add_argument("--heads", type=int, default=12, help="--tune: of 64; 12, 16, 20, 25")
     parser.add_argument("--tokens", type=int, default=32768, help="--tune: of a micro batch")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
     if not HAS_CUDA:
         print("no CUDA device: nothing is timed; results are checked through the interpreter")

@@ -12,7 +12,6 @@ its time. Its tokens are compared with tiktoken's first.
 Memory: the largest resident set of scripts/prepare_data.py.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -29,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import markdown_table, provenance, write_json  # noqa: E402
+from benchmarks.common import arguments, markdown_table, write_results  # noqa: E402
 from gpt2.data import find_shards, open_shards  # noqa: E402
 from gpt2.data.encode import default_workers  # noqa: E402
 from gpt2.data.prepare import prepare  # noqa: E402
@@ -42,20 +41,17 @@ BATCH = 256  # documents in one call of encode_ordinary_batch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--megabytes", type=int, nargs="*", default=[50, 1000])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/prepare.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         where = options.text, Path(name), options.workers
         speeds = compare_speeds(*where, options.repeats)
         memory = [measure_memory(*where, size, form)
                   for form in ("jsonl", "text") for size in options.megabytes]  # fmt: skip
-    about = {"workers": options.workers, "text": options.text.name}
-    write_json(options.out, {**provenance(), **about, "speeds": speeds, "memory": memory})
     base = speeds[0]["median"]
     of_speeds = [[f"{s['name']}: {s['median'] / 1e6:.2f} M", f"{min(s['all']) / 1e6:.2f} M",
                   f"{max(s['all']) / 1e6:.2f} M", f"{s['median'] / base:.0%}"]
@@ -68,8 +64,9 @@ def main() -> None:
         markdown_table(["tokens/s, median of repeats", "lowest", "highest", "of bare"], of_speeds),
         markdown_table(["text", "peak memory", "seconds", "tokens/s"], of_memory),
     ])  # fmt: skip
-    options.out.with_suffix(".md").write_text(text + "\n")
     print(text)
+    about = {"workers": options.workers, "text": options.text.name}
+    write_results(options.out, "prepare", text, about | {"speeds": speeds, "memory": memory})
 
 
 def compare_speeds(text: Path, folder: Path, workers: int, repeats: int) -> list[dict]:

@@ -27,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -198,25 +198,6 @@ def shipped(arch: str) -> tuple[Config, ...]:
     return tuple(configs.values())
 
 
-@dataclass(frozen=True)
-class Row:
-    op: str
-    shape: str
-    tiles: str
-    warps: int
-    stages: int
-    registers: int
-    spill: int
-    shared: int
-    programs: int  # resident a multiprocessor
-    load: int
-    store: int
-    mma: str
-    bytes: int
-    flops: int
-    floor_us: float
-
-
 def compile_config(config, arch: str):
     """The compiled kernel: .asm and .metadata."""
     import triton
@@ -287,7 +268,7 @@ def resident_programs(arch: str, registers: int, shared: int, warps: int) -> int
     return min(REGISTERS // (a_warp * warps), by_shared, WARPS[arch] // warps, 32)
 
 
-def report(arch: str, index: int) -> Row | str:
+def report(arch: str, index: int) -> dict | str:
     """One row, or the line that says why it does not compile."""
     config = shipped(arch)[index]
     try:
@@ -295,42 +276,35 @@ def report(arch: str, index: int) -> Row | str:
     except Exception as error:  # whatever the compiler raises is the finding
         return f"{config.op}, {config.shape}: {type(error).__name__}: {str(error)[:300]}"
     registers, spill = resources(compiled, arch)
-    mma, warps = tensor_core(compiled), config.options["num_warps"]
+    shared, warps = compiled.metadata.shared, config.options["num_warps"]
+    mma = tensor_core(compiled)
     peak = FP32_FLOP_PER_S if mma == "-" else common.H200_BF16_FLOPS_PER_S
-    constants = config.constexprs.items()
-    blocks = [value for name, value in constants if name.startswith("BLOCK")]
-    return Row(
-        op=config.op,
-        shape=config.shape,
-        tiles="x".join(map(str, blocks)),
-        warps=warps,
-        stages=config.options["num_stages"],
-        registers=registers,
-        spill=spill,
-        shared=compiled.metadata.shared,
-        programs=resident_programs(arch, registers, compiled.metadata.shared, warps),
-        load=widest_access(compiled, arch, "load"),
-        store=widest_access(compiled, arch, "store"),
-        mma=mma,
-        bytes=config.bytes,
-        flops=config.flops,
-        floor_us=1e6 * max(config.bytes / common.H200_COPY_BYTES_PER_S, config.flops / peak),
-    )
+    blocks = [value for name, value in config.constexprs.items() if name.startswith("BLOCK")]
+    return {
+        "op": config.op, "shape": config.shape, "tiles": "x".join(map(str, blocks)),
+        "warps": warps, "stages": config.options["num_stages"], "registers": registers,
+        "spill": spill, "shared": shared,
+        "programs": resident_programs(arch, registers, shared, warps),
+        "load": widest_access(compiled, arch, "load"),
+        "store": widest_access(compiled, arch, "store"), "mma": mma, "bytes": config.bytes,
+        "flops": config.flops,
+        "floor_us": 1e6 * max(config.bytes / common.H200_COPY_BYTES_PER_S, config.flops / peak),
+    }  # fmt: skip
 
 
 HEADER = "op shape tiles warps stages reg spill smem occ load store mma MB GFLOP floor".split()
 
 
-def table(rows: list[Row]) -> str:
-    cells = [
-        [
-            r.op, r.shape, r.tiles, r.warps, r.stages, r.registers, r.spill, r.shared,
-            f"{r.programs} ({r.programs * r.warps}w)", r.load, r.store, r.mma,
-            f"{r.bytes / 1e6:.0f}", f"{r.flops / 1e9:.1f}", f"{r.floor_us:.0f}",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    return common.markdown_table(HEADER, [list(map(str, row)) for row in cells])
+def table(rows: list[dict]) -> str:
+    cells = []
+    for r in rows:
+        shown = r | {
+            "programs": f"{r['programs']} ({r['programs'] * r['warps']}w)",
+            "bytes": f"{r['bytes'] / 1e6:.0f}", "flops": f"{r['flops'] / 1e9:.1f}",
+            "floor_us": f"{r['floor_us']:.0f}",
+        }  # fmt: skip
+        cells.append(list(map(str, shown.values())))
+    return common.markdown_table(HEADER, cells)
 
 
 def main() -> int:
@@ -352,7 +326,7 @@ def main() -> int:
         configs = shipped(arch)
         wanted = [i for i, c in enumerate(configs) if args.op in c.op and args.shape in c.shape]
         found = list(pool.map(report, [arch] * len(wanted), wanted))
-        rows = [row for row in found if isinstance(row, Row)]
+        rows = [row for row in found if isinstance(row, dict)]
         errors = [row for row in found if isinstance(row, str)]
         failed |= bool(errors) or not wanted
         print(f"{arch}, Triton {triton.__version__}, ahead of time: nothing here was timed")
@@ -361,7 +335,7 @@ def main() -> int:
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             about = dict(arch=arch, triton=triton.__version__, command=" ".join(sys.argv))
-            content = dict(about, rows=[asdict(row) for row in rows], errors=errors)
+            content = dict(about, rows=rows, errors=errors)
             (args.out / f"static_{arch}.json").write_text(json.dumps(content, indent=1) + "\n")
             title = f"{arch}, Triton {triton.__version__}, compiled ahead of time\n\n"
             (args.out / f"static_{arch}.md").write_text(title + table(rows) + "\n")

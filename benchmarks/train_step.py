@@ -272,7 +272,7 @@ def bars(result: dict) -> list[str]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = common.arguments(__doc__)
     parser.add_argument("--model", nargs="+", default=["gpt2"], choices=PRESETS)
     parser.add_argument("--rows", type=int, help="of one forward pass; default: by model")
     parser.add_argument("--accum", type=int, default=4, help="forward passes a step")
@@ -286,7 +286,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--option", action="append", default=[], help="of the trainer, NAME=VALUE")
     parser.add_argument("--nanogpt", default="", help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--alone", action="store_true", help="the trainer without the others")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results"))
     parser.add_argument("--job", help=argparse.SUPPRESS)  # what a process of its own measures
     args = parser.parse_args()
     on_gpu = torch.device(args.device).type == "cuda"
@@ -309,7 +308,7 @@ def main() -> None:
         print("on a CPU: MFU, peak memory, idle time, floors and bars are not applicable")
     with tempfile.TemporaryDirectory() as folder:
         results = [measure_model(m, args, ceilings, Path(folder)) for m in args.model]
-    out, text, panels = Path(args.out), report(results), {}
+    text, panels = report(results), {}
     print(f"\n{text}\n\nMFU = tokens/s x (6 N + 12 L C T) / peak; T = the model's block_size")
     for result in results:
         peak = f"{result['peak'] / 1e12:.1f} TFLOP/s" if result["peak"] else "not known here"
@@ -318,11 +317,9 @@ def main() -> None:
         panels[result["model"]] = bar_of = {n: r["median_ms"] for n, r in timed.items()}
         if result["floors_ms"]:
             bar_of["floor"] = sum(result["floors_ms"].values())
-    content = common.provenance() | {"ceilings": ceilings, "results": results}
-    common.write_json(out / "train_step.json", content)
-    (out / "train_step.md").write_text(text + "\n")
-    common.draw_bars(out / "train_step.png", panels, "ms a step", ours=("trainer",))
-    print(f"results: {out / 'train_step.json'}, .md and .png")
+    found = {"ceilings": ceilings, "results": results}
+    common.write_results(args.out, "train_step", text, found)
+    common.draw_bars(args.out / "train_step.png", panels, "ms a step", ours=("trainer",))
 
 
 if __name__ == "__main__":

@@ -93,16 +93,14 @@ def lora_config(model: GPT) -> LoRAConfig | None:
 @contextmanager
 def adapters_off(model: GPT) -> Iterator[None]:
     """The model without its adapters, as long as the context lasts."""
-    _switch(model, False)
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.on = False
     try:
         yield
     finally:
-        _switch(model, True)
-
-
-def _switch(model: GPT, on: bool) -> None:
-    for layer in lora_layers(model).values():
-        layer.on = on
+        for layer in layers:
+            layer.on = True
 
 
 @torch.no_grad()

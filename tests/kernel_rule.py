@@ -17,6 +17,7 @@ from torch import Tensor
 import triton_kernels
 from triton_kernels import reference
 
+SAME_BITS = dict(rtol=0, atol=0)  # of torch.testing.assert_close
 EPS = torch.finfo(torch.float32).eps
 DEEP = 8 * EPS  # of the kernels' own sums and torch's: in tiles and trees, 64 terms deep at most
 
@@ -28,13 +29,9 @@ def assert_as_exact_as_torch(
 
     bound, like exact: what the arithmetic allows, besides the rounding of the result.
     """
-    assert ours.shape == exact.shape, (
-        f"{name}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
-    )
+    assert ours.shape == exact.shape, name
     assert torch.equal(ours.isnan(), theirs.isnan()), f"{name}: NaN in other places than torch's"
-    assert torch.equal(ours.isinf(), theirs.isinf()), (
-        f"{name}: infinity in other places than torch's"
-    )
+    assert torch.equal(ours.isinf(), theirs.isinf()), f"{name}: infinity where torch has none"
     finite = ours.isfinite()
     if not finite.any():
         return
@@ -56,15 +53,15 @@ def rounding(x: Tensor, dtype: torch.dtype) -> Tensor:
 def results(
     function: Callable, tensors: list[Tensor], upstream: list, dtype: torch.dtype | None = None
 ) -> list[Tensor]:
-    """The outputs of function(*tensors) and the gradients of tensors, upstream being the outputs'
-    own. dtype: compute with copies of that dtype.
+    """The outputs of function(*tensors), a few or one, and the gradients of tensors; upstream: of
+    each output its own, perhaps more. dtype: compute with copies of that dtype.
     """
     leaves = [t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     upstream = [
         torch.as_tensor(u, device=o.device).to(o.dtype).expand(o.shape)
-        for u, o in zip(upstream, outputs, strict=True)
+        for u, o in zip(upstream, outputs, strict=False)
     ]
     kept = [o.detach().clone() for o in outputs]
     return kept + list(torch.autograd.grad(outputs, leaves, upstream))
@@ -167,14 +164,9 @@ def check_cross_entropy(
 
 
 def loss_bounds(
-    z: Tensor,
-    targets: Tensor,
-    dloss: Tensor | float,
-    *,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    dz: Tensor | float = 0.0,
-) -> tuple[Tensor, Tensor]:
+    z: Tensor, targets: Tensor, dloss: Tensor | float, *, reduction: str = "mean",
+    ignore_index: int = -100, dz: Tensor | float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of the loss and of the gradient of logits z (N, V), which are themselves uncertain by dz."""
     z, counted = z.double(), (targets != ignore_index)[:, None]
     p, top, lse = z.softmax(-1), z.amax(-1, keepdim=True), z.logsumexp(-1, keepdim=True)
@@ -247,16 +239,12 @@ def check_layer_norm(
 
     def call(module, *leaves):
         t = dict(zip(given, leaves, strict=True))
-        return module.layer_norm(
-            t["x"], t["weight"], t.get("bias"), residual=t.get("residual")
-        )
+        return module.layer_norm(t["x"], t["weight"], t.get("bias"), residual=t.get("residual"))
 
     bounds = layer_norm_bounds(tensors, upstream)
     names = ["y", *["sum"] * (residual is not None), *("d" + name for name in given)]
-    check(
-        call, [tensors[name] for name in given], upstream[: 1 + (residual is not None)],
-        {name: bounds[name] for name in names},
-    )  # fmt: skip
+    bounds = {name: bounds[name] for name in names}
+    check(call, [tensors[name] for name in given], upstream, bounds)
 
 
 def layer_norm_bounds(tensors: dict, upstream: list[Tensor]) -> dict[str, Tensor]:

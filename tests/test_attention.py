@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.kernel_rule import check_attention, packed_documents, results
+from tests.kernel_rule import SAME_BITS, check_attention, packed_documents, results
 from triton_kernels import launch, reference
 from triton_kernels.attention import INTERPRETED, attention
 
@@ -84,8 +84,8 @@ def test_documents_do_not_see_each_other():
     assert 0 < cut < 119
     qkv = make_qkv(1, 120, 1, 16)
     other = torch.cat([make_qkv(1, cut, 1, 16, seed=5), qkv[:, cut:]], dim=1)
-    for a, b in zip(out_and_dqkv(qkv, doc_start), out_and_dqkv(other, doc_start), strict=True):
-        assert torch.equal(a[:, cut:], b[:, cut:])
+    a, b = ([r[:, cut:] for r in out_and_dqkv(x, doc_start)] for x in (qkv, other))
+    torch.testing.assert_close(a, b, **SAME_BITS)
 
 
 def test_large_scores_do_not_overflow():
@@ -126,28 +126,15 @@ def test_any_tile_sizes(tiles, monkeypatch):
     check_attention(qkv, doc_start=packed_documents(1, 150, seed=2))
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(
-    B=st.integers(1, 2),
-    T=st.integers(1, 140),
-    H=st.integers(1, 2),
-    D=st.sampled_from([3, 16, 24, 64]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    B=st.integers(1, 2), T=st.integers(1, 140), H=st.integers(1, 2),
+    D=st.sampled_from([3, 16, 24, 64]), dtype=st.sampled_from(launch.DTYPES[:2]),
     documents=st.none() | st.integers(0, 1000),
-)
+)  # fmt: skip
 def test_any_shape(B, T, H, D, dtype, documents):
     doc_start = None if documents is None else packed_documents(B, T, documents)
     check_attention(make_qkv(B, T, H, D, dtype, seed=T), doc_start=doc_start)
-
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(T=st.integers(1, 100), seed=st.integers(0, 1000))
-def test_equal_values_come_back(T, seed):
-    """Softmax weights sum to one: where all v are 1, so are all outputs."""
-    qkv = make_qkv(1, T, 1, 16, seed=seed)
-    qkv[:, :, 2] = 1.0
-    out = attention(qkv, doc_start=packed_documents(1, T, seed))
-    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=1e-6)
 
 
 def test_sums_are_not_kept_in_fp16():

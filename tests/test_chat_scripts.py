@@ -1,9 +1,9 @@
 """chat, compare and sample as a user runs them, on a byte model that was taught a few answers."""
 
+import html
 import io
 import re
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -180,29 +180,6 @@ def test_no_answer_makes_the_conversation_unusable(assistant, answer, kept):
     assert talk.messages[-1]["content"] == "q" and len(talk.messages) == (1 if kept is None else 3)
 
 
-class Cells(HTMLParser):
-    def __init__(self, page: str):
-        super().__init__()
-        self.rows, self.tags, self.open = [], set(), False
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.add(tag)
-        assert not {"src", "href"} & dict(attributes).keys()  # needs no other file
-        self.open = tag in ("td", "th")
-        if tag == "tr":
-            self.rows.append([])
-        if self.open:
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        self.open = False
-
-    def handle_data(self, data):
-        if self.open:
-            self.rows[-1][-1] += data
-
-
 def test_compare_writes_both_tables(script, taught, base, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hi\n<i>\nwho?\nred\n[x](javascript:0)\n")
@@ -213,14 +190,17 @@ def test_compare_writes_both_tables(script, taught, base, tmp_path):
     )
     assert status == 0, err
     assert f"{taught}: 5 prompts, template user_assistant" in printed
-    cells = Cells(page := out.with_suffix(".html").read_text(encoding="utf-8"))
+    page = out.with_suffix(".html").read_text(encoding="utf-8")
+    rows = [
+        [html.unescape(cell) for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr>(.*?)</tr>", page, re.DOTALL)
+    ]
     prompts = ["prompt", "hi", "<i>", "who?", "red", "[x](javascript:0)"]
-    assert [row[0] for row in cells.rows] == prompts
-    assert [len(row) for row in cells.rows] == [3] * 6
-    assert cells.rows[1][1] == "Hello!" and cells.rows[3][1] == LESSONS["who?"]
-    assert cells.rows[4][1] == r"\x1b[31mred" and "\x1b" not in page
-    assert cells.rows[1][2].endswith("[cut after 30 tokens]")
-    assert not {"i", "b", "a", "script"} & cells.tags
+    assert [row[0] for row in rows] == prompts and [len(row) for row in rows] == [3] * 6
+    assert rows[1][1] == "Hello!" and rows[3][1] == LESSONS["who?"]
+    assert rows[4][1] == r"\x1b[31mred" and "\x1b" not in page
+    assert rows[1][2].endswith("[cut after 30 tokens]")
+    assert not re.search(r"<(i|b|a|script)\b|\b(src|href)=", page)  # needs no other file
     lines = out.with_suffix(".md").read_text(encoding="utf-8").split("\n")
     table = [line for line in lines if line.startswith("|")]
     assert len(table) == 7 and all(line.count("|") == 4 for line in table)
@@ -271,9 +251,8 @@ def test_sample_uses_the_template_stops_and_reports(script, taught, base, tmp_pa
     )  # fmt: skip
     assert status == 0, err
     assert out == f"hi\nHe\n{'-' * 40}\nhi\nHe\n"
-    assert (
-        len(re.findall(r"row \d: 4 tokens, log probability -0\.\d\d, -0\.\d{3} a token", err)) == 2
-    )
+    said = r"row \d: 4 tokens, log probability -0\.\d\d, -0\.\d{3} a token"
+    assert len(re.findall(said, err)) == 2
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("hi\nthere\n\nwho?\n")
     status, out, err = script("sample", base, "--prompt_file", prompts, *CPU, "--min_p", "0.1")

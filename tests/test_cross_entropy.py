@@ -51,16 +51,12 @@ def test_sizes(V, stride, in_place, reduction):
     check_cross_entropy(buffer, targets, V, dloss, **options)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
-    N=st.integers(1, 6),
-    V=st.integers(1, 6000),
-    padding=st.integers(0, 70),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    in_place=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+    N=st.integers(1, 6), V=st.integers(1, 6000), padding=st.integers(0, 70),
+    dtype=st.sampled_from(launch.DTYPES[:2]), reduction=st.sampled_from(["mean", "sum", "none"]),
+    in_place=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
 def test_any_shape(N, V, padding, dtype, reduction, in_place, seed):
     buffer, targets = make(N, V, dtype, stride=V + padding, seed=seed)
     targets[1::3] = -100
@@ -153,14 +149,6 @@ def test_targets_of_any_layout(dtype):
         ours = cross_entropy(logits, targets, ignore_index=5)
         theirs = reference.cross_entropy(logits, targets.long(), ignore_index=5)
         torch.testing.assert_close(ours, theirs)
-
-
-def test_in_place_tells_whoever_saved_the_logits():
-    buffer, targets = make(4, 90)
-    logits = buffer.requires_grad_().tanh()  # tanh's backward needs its own output
-    loss = cross_entropy(logits, targets, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
 
 
 def test_in_place_writes_nothing_before_the_backward():

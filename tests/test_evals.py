@@ -15,7 +15,6 @@ from torch.testing import assert_close
 import gpt2
 from gpt2.config import GPTConfig
 from gpt2.data import TokenLoader, find_shards
-from gpt2.dist import Distributed
 from gpt2.evals.files import FILES, evenly, read_text
 from gpt2.evals.hellaswag import Example, ending_losses, hellaswag_accuracy, read_hellaswag
 from gpt2.evals.lambada import Passage, lambada, read_lambada, word_scores
@@ -60,20 +59,6 @@ def random_examples(n: int, seed: int = 0) -> list[Example]:
     return [
         Example(row(1, 30), [row(1, 18) for _ in range(4)], draw.randrange(4)) for _ in range(n)
     ]
-
-
-def over_ranks(world_size: int, evaluate) -> list[float]:
-    """What evaluate(group) adds up on all ranks together, one after another in this process."""
-    sums = []
-
-    class OneOf(Distributed):
-        def sum(self, value):
-            sums.append(value.clone())
-            return value
-
-    for rank in range(world_size):
-        evaluate(OneOf(rank, world_size))
-    return sum(sums).tolist()
 
 
 def write_lines(path, rows) -> None:
@@ -130,16 +115,6 @@ def test_a_long_context_loses_its_beginning_and_is_counted(tmp_path, pair):
     assert [e.cut for e in examples] == [True, False]
     assert bytes(examples[0].context) == b"c" * 40 + b"tail"  # 44 + 5 of " dddd" - 1 = 48
     assert hellaswag_accuracy(pair[1], examples, Single())["cut"] == 1
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 16])
-def test_ranks_count_each_example_once(pair, world_size):
-    """More ranks than batches too: the spare ones run along and count nothing."""
-    _, ours = pair
-    examples, few = random_examples(60, seed=5), dict(tokens_per_batch=500)
-    alone = hellaswag_accuracy(ours, examples, Single(), **few)
-    hits = over_ranks(world_size, lambda group: hellaswag_accuracy(ours, examples, group, **few))
-    assert hits[:2] == [round(alone["acc"] * 60), round(alone["acc_norm"] * 60)]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -217,8 +192,6 @@ def test_perplexity_equals_transformers(pair, stride):
     with_ends = pytest.approx(math.exp(total / 80), rel=1e-4)
     assert result["word_perplexity_with_line_ends"] == with_ends
     assert result["bits_per_byte"] == pytest.approx(total / math.log(2) / n)
-    sums = over_ranks(2, lambda group: perplexity(ours, ByteTokenizer(), text, group, **options))
-    assert sums == [pytest.approx(total)]
     with pytest.raises(ValueError, match="too short"):
         perplexity(ours, ByteTokenizer(), "", Single())
     one = perplexity(ours, ByteTokenizer(), "a", Single())
@@ -268,8 +241,6 @@ def test_validation_loss_is_the_mean_over_every_window_once(counting):
         expected = F.cross_entropy(ours(x).flatten(0, 1), x.flatten() + 1).item()
     result = validation_loss(ours, data, Single(), tokens_per_batch=5 * 16)
     assert result["loss"] == pytest.approx(expected, rel=1e-6) and result["tokens"] == 192
-    sums = over_ranks(2, lambda group: validation_loss(ours, data, group, tokens_per_batch=5 * 16))
-    assert sums == pytest.approx([expected * 192, 192])
     assert validation_loss(ours, data, Single(), limit=7, tokens_per_batch=80)["tokens"] == 112
 
 

@@ -62,11 +62,9 @@ def test_logits_loss_and_every_gradient(tmp_path):
     assert_close(loss, out.loss, rtol=1e-5, atol=1e-6)
     loss.backward()
     out.loss.backward()
-    grads = {name: p.grad for name, p in ours.named_parameters()}
-    for name, p in theirs.named_parameters():
-        mine = turned(name, grads.pop(name), p)
-        assert_close(mine, p.grad, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
-    assert not grads
+    expected = {name: p.grad for name, p in theirs.named_parameters()}
+    found = {n: turned(n, p.grad, expected[n]) for n, p in ours.named_parameters()}
+    assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_logits_at_the_124m_shape(tmp_path):
@@ -76,17 +74,6 @@ def test_logits_at_the_124m_shape(tmp_path):
     idx = torch.randint(0, 50257, (2, 96))
     with torch.no_grad():
         assert (ours(idx) - theirs(idx).logits).abs().max() <= 1e-4
-
-
-@pytest.mark.parametrize("length", [1, 2, 13])
-def test_greedy_tokens_are_the_likeliest_of_transformers(tmp_path, length):
-    theirs = save_theirs(tmp_path)
-    ours = gpt2.load_model(tmp_path, kernels="torch")
-    prompt = torch.randint(0, 501, (length,)).tolist()
-    [tokens] = gpt2.generate(ours, [prompt], max_new_tokens=20, temperature=0)
-    logits = theirs(torch.tensor([prompt + tokens])).logits[0, length - 1 : -1]
-    chosen = logits[torch.arange(20), torch.tensor(tokens)]
-    assert_close(chosen, logits.amax(-1), rtol=0, atol=1e-4)  # ties by rounding do not matter
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -118,24 +105,21 @@ def openais_own(tensors):
 
 
 @pytest.mark.parametrize(
-    "change",
+    "change, dtype",
     [
-        openais_own,
-        lambda t: t | {HEAD: t[TABLE].clone()},
-        lambda t: {k: v.half() for k, v in t.items()},
-        lambda t: {k: v.bfloat16() for k, v in t.items()},
-        None,
+        (openais_own, torch.float32),
+        (lambda t: t | {HEAD: t[TABLE].clone()}, torch.float32),
+        (lambda t: {k: v.half() for k, v in t.items()}, torch.float16),
+        (lambda t: {k: v.bfloat16() for k, v in t.items()}, torch.bfloat16),
+        (None, torch.float32),
     ],
     ids=["openai", "head", "float16", "bfloat16", "sharded"],
 )
-def test_layouts_of_the_same_weights(tmp_path, change):
+def test_layouts_of_the_same_weights(tmp_path, change, dtype):
     theirs = save_theirs(tmp_path, max_shard_size="50GB" if change else "200KB")
     assert (tmp_path / INDEX).exists() == (change is None)
-    dtype = torch.float32
     if change:
         change_tensors(tmp_path / WEIGHTS, change)
-        dtype = load_file(tmp_path / WEIGHTS).popitem()[1].dtype
-        dtype = dtype if dtype.is_floating_point else torch.float32
     ours = dict(gpt2.load_model(tmp_path, kernels="torch").named_parameters())
     for name, p in theirs.named_parameters():
         assert torch.equal(turned(name, ours[name], p), p.to(dtype).float()), name

@@ -60,15 +60,11 @@ def test_constant_rows_and_large_eps():
     torch.testing.assert_close(layer_norm(x, torch.ones(48), eps=0.1), expected, rtol=0, atol=1e-6)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
-    rows=st.integers(1, 40),
-    C=st.integers(1, 300),
-    dtype=st.sampled_from(launch.DTYPES[:2]),
-    residual=st.booleans(),
-    bias=st.booleans(),
-    seed=st.integers(0, 2**16),
-)
+    rows=st.integers(1, 40), C=st.integers(1, 300), dtype=st.sampled_from(launch.DTYPES[:2]),
+    residual=st.booleans(), bias=st.booleans(), seed=st.integers(0, 2**16),
+)  # fmt: skip
 def test_any_shape(rows, C, dtype, residual, bias, seed):
     check_layer_norm(*make((rows, C), dtype, residual=residual, bias=bias, seed=seed), seed=seed)
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernel_rule import check_linear_cross_entropy, results
-from triton_kernels import launch, reference
+from triton_kernels import launch
 from triton_kernels.linear_cross_entropy import linear_cross_entropy
 
 REDUCTION = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -39,16 +39,12 @@ def test_gpt2_vocabulary(W, vocab_size):
     check_linear_cross_entropy(x, weight, targets, vocab_size=vocab_size)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
-    N=st.integers(1, 9),
-    C=st.integers(1, 40),
-    V=st.integers(2, 700),
-    padding=st.integers(0, 70),
-    reduction=st.sampled_from(["mean", "sum", "none"]),
-    ignore_index=st.sampled_from([-100, 0]),
+    N=st.integers(1, 9), C=st.integers(1, 40), V=st.integers(2, 700), padding=st.integers(0, 70),
+    reduction=st.sampled_from(["mean", "sum", "none"]), ignore_index=st.sampled_from([-100, 0]),
     seed=st.integers(0, 2**16),
-)
+)  # fmt: skip
 def test_any_shape(N, C, V, padding, reduction, ignore_index, seed):
     x, weight, targets = make(N, C, V, W=V + padding, seed=seed)
     targets[0] = 1  # one that counts
@@ -62,21 +58,20 @@ def test_autocast(reduction):
     x, weight, targets = make(7, 64, 200)
     with torch.autocast("cpu", torch.bfloat16):
         check_linear_cross_entropy(x, weight, targets, reduction=reduction)
+        loss = linear_cross_entropy(x, weight.requires_grad_(), targets, reduction=reduction)
+    loss.sum().backward()
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())  # its sums were not rounded
 
 
 @REDUCTION
 def test_all_targets_ignored(reduction):
     x, weight, targets = make(4, 16, 50)
-
-    def of(function):
-        def call(x, weight):
-            return function(x, weight, targets * 0 - 100, reduction=reduction)
-
-        return results(call, [x, weight], [1.0])
-
-    ours, theirs = of(linear_cross_entropy), of(reference.linear_cross_entropy)
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=0, equal_nan=True)
-    assert not ours[1].any() and not ours[2].any()
+    targets[:] = -100
+    loss, dx, dweight = results(
+        lambda x, w: linear_cross_entropy(x, w, targets, reduction=reduction), [x, weight], [1.0]
+    )
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    assert not dx.any() and not dweight.any()
 
 
 def test_mean_in_fp16_survives_a_loss_scaler():

@@ -1,4 +1,7 @@
+"""The model by itself, and on the Triton kernels (interpreted on a CPU) against torch's."""
+
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from gpt2.config import IGNORE_INDEX, PRESETS, GPTConfig
+from gpt2.generate import generate
 from gpt2.model import GPT, KVCache, parameter_shapes
 from gpt2.ops import select_ops
 from gpt2.train.objectives import LanguageModeling
@@ -15,6 +19,8 @@ SIZES = {
     "gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
     "gpt2-xl": 1_557_611_200, "tinytiny": 62_362_240, "char": 804_096,
 }  # fmt: skip
+ODD = GPTConfig(n_layer=2, n_head=3, n_embd=48, block_size=40, vocab_size=101)
+DOCUMENTS = torch.tensor([[0] * 11 + [11] * 20 + [31] * 6, [0] * 37], dtype=torch.int32)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -98,8 +104,68 @@ def test_too_long(tiny):
         GPT(tiny, "torch")(torch.zeros(1, 33, dtype=torch.int64))
 
 
-def test_kernel_choice():
+def test_kernel_choice(monkeypatch):
     auto = select_ops("auto", "cpu")
     assert auto.name == "torch" and "CPU" in auto.reason and select_ops(auto) is auto
+    assert select_ops("triton", "cpu").name == "triton"  # interpreted
     with pytest.raises(ValueError, match="unknown kernels 'cuda'"):
         select_ops("cuda")
+    with pytest.raises(ValueError, match="head dimension of at most 128, the model has 160"):
+        GPT(GPTConfig(n_layer=1, n_head=1, n_embd=160, block_size=8, vocab_size=9), "triton")
+    monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+    with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
+        select_ops("triton", "cpu")
+    assert "CUDA" in select_ops("auto", "cpu").reason
+
+
+def pair() -> list[GPT]:
+    """On torch's operations and on Triton's, with the same weights."""
+    models = [GPT(ODD, ops) for ops in ("torch", "triton")]
+    models[1].load_state_dict(models[0].state_dict())
+    assert [m.ops.name for m in models] == ["torch", "triton"]
+    return models
+
+
+def batch(**more) -> dict[str, torch.Tensor]:
+    idx = torch.randint(0, 101, (2, 38))
+    targets = idx[:, 1:].contiguous()
+    targets[1, 3:9] = IGNORE_INDEX
+    return {"idx": idx[:, :-1], "targets": targets, **more}
+
+
+def loss_and_gradients(model: GPT, forward, batch) -> dict[str, torch.Tensor]:
+    loss = forward(batch)[0] / (batch["targets"] != IGNORE_INDEX).sum()
+    loss.backward()
+    found = {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("more", [{}, {"doc_start": DOCUMENTS}], ids=["plain", "documents"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_triton_gives_torchs_loss_and_gradients(more, autocast):
+    data = batch(**more)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        theirs, ours = (loss_and_gradients(m, LanguageModeling(m), data) for m in pair())
+    if not autocast:
+        assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+        return
+    assert_close(ours["loss"], theirs["loss"], rtol=2e-2, atol=2e-3)
+    for name in theirs:  # single elements differ by rounding; norms do not
+        assert (ours[name] - theirs[name]).norm() < 0.05 * theirs[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
+def test_triton_compiles_without_graph_breaks():
+    _, model = pair()
+    forward, data = LanguageModeling(model), batch(doc_start=DOCUMENTS)
+    expected = loss_and_gradients(model, forward, data)
+    compiled = torch.compile(forward, fullgraph=True)
+    assert_close(loss_and_gradients(model, compiled, data), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_triton_gives_torchs_greedy_tokens():
+    ours, theirs = (
+        generate(model, [[1, 2, 3], [4]], max_new_tokens=8, temperature=0) for model in pair()
+    )
+    assert ours == theirs

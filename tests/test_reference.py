@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gpt2.ops import CPU_LOGITS, _decode_linear, select_ops
+from gpt2.ops import CPU_LOGITS, DECODE_ROWS, _decode_linear, select_ops
 from tests.kernel_rule import results
 from triton_kernels import cpu, reference
 
@@ -69,6 +69,30 @@ def test_a_large_vocabulary_is_chunked_on_a_cpu(monkeypatch):
     assert asked == [CPU_LOGITS // 50304]
 
 
+@pytest.fixture
+def linear():
+    return _decode_linear() or pytest.skip("gpt2._decode_linear is not built, or lacks AVX2 here")
+
+
+@pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
+def test_linear_of_few_rows(linear, n_in, n_out):
+    """Torch's numbers, and a row does not depend on those beside it."""
+    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
+    for n_rows in range(1, DECODE_ROWS + 1):
+        x = torch.randn(n_rows, 1, n_in)
+        with torch.inference_mode():
+            y = linear(x, weight, bias)
+            exact = F.linear(x.double(), weight.double(), bias.double())
+            assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
+            assert all(torch.equal(linear(x[r], weight, bias), y[r]) for r in range(n_rows))
+            assert_close(linear(x, weight) + bias, y)
+            two = linear(x.expand(n_rows, 2, n_in), weight, bias)
+            assert_close(two[:, 1], y[:, 0], rtol=1e-5, atol=1e-4)
+    weight.requires_grad_()
+    linear(x, weight, bias).sum().backward()
+    assert_close(weight.grad, x.sum(0).expand(n_out, n_in))
+
+
 UNUSUAL = {
     "bias too short": ((1, 8), (64, 8), torch.zeros(4)),
     "bias of bfloat16": ((1, 8), (64, 8), torch.zeros(64).bfloat16()),
@@ -83,11 +107,8 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("x, weight, bias", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_linear_layers_are_torchs(x, weight, bias):
-    """Results and errors; that a few rows are right is tested with the model's generation."""
-    linear = _decode_linear()
-    if linear is None:
-        pytest.skip("gpt2._decode_linear is not built, or this CPU lacks AVX2")
+def test_unusual_linear_layers_are_torchs(linear, x, weight, bias):
+    """Results and errors."""
 
     def of(function):
         try:

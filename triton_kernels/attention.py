@@ -391,14 +391,10 @@ def _options(name: str, qkv: Tensor, doc_start: Tensor | None) -> tuple[int, dic
     B, T, _, H, D = qkv.shape
     tiles = attention_tiles(name, architecture(qkv.device), qkv.dtype.itemsize, D, T)
     return triton.cdiv(T, tiles.block_n if name == "dkv" else tiles.block_m) * B * H, dict(
-        D=D,
-        BLOCK_D=max(16, triton.next_power_of_2(D)),  # 16: the least that tl.dot takes
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        HAS_DOC=doc_start is not None,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-    )
+        D=D, BLOCK_D=max(16, triton.next_power_of_2(D)),  # 16: the least that tl.dot takes
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, HAS_DOC=doc_start is not None,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
 
 
 @operator
@@ -413,10 +409,9 @@ def attention_fwd(qkv: Tensor, doc_start: Tensor | None) -> Iterator[tuple[Tenso
         out.copy_(exact[0]), lse.copy_(exact[1])
         return
     doc_strides = (0, 0) if doc_start is None else doc_start.stride()
+    numbers = (*qkv.stride()[:4], *doc_strides, T, H, D**-0.5 * LOG2_E)
     programs, options = _options("fwd", qkv, doc_start)
-    _attention_fwd_kernel[(programs,)](
-        qkv, out, lse, doc_start, *qkv.stride()[:4], *doc_strides, T, H, D**-0.5 * LOG2_E, **options
-    )
+    _attention_fwd_kernel[(programs,)](qkv, out, lse, doc_start, *numbers, **options)
 
 
 @operator

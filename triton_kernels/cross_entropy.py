@@ -209,8 +209,8 @@ def _tile(device: torch.device) -> dict[str, int]:
 
 
 def loss_rows(
-    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, *, vocab_size: int,
-    ignore_index: int, write_gradient: bool,
+    logits: Tensor, targets: Tensor, loss: Tensor, lse: Tensor, ignore_index: int, vocab_size: int,
+    write_gradient: bool = False,
 ) -> None:  # fmt: skip
     """Launch the forward on logits (N, WIDTH >= vocab_size), into loss (N,) and lse (N,).
 
@@ -224,8 +224,8 @@ def loss_rows(
 
 
 def gradient_rows(
-    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, out: Tensor, *, vocab_size: int,
-    ignore_index: int,
+    dloss: Tensor, logits: Tensor, targets: Tensor, lse: Tensor, out: Tensor, ignore_index: int,
+    vocab_size: int,
 ) -> None:  # fmt: skip
     """Launch the backward: the gradient of logits (N, .) into out (N, WIDTH), 0 beyond vocab_size.
 
@@ -246,9 +246,7 @@ def cross_entropy_fwd(
     N, V = logits.shape
     loss, lse = (logits.new_empty((N,), dtype=torch.float32) for _ in range(2))
     yield loss, lse
-    loss_rows(
-        logits, targets, loss, lse, vocab_size=V, ignore_index=ignore_index, write_gradient=False
-    )
+    loss_rows(logits, targets, loss, lse, ignore_index, V)
 
 
 @operator
@@ -259,7 +257,7 @@ def cross_entropy_bwd(
     (N, V), stride = logits.shape, logits.stride(0)
     out = logits.new_empty((N, stride if V <= stride <= 2 * V else V))
     yield out[:, :V]
-    gradient_rows(dloss, logits, targets, lse, out, vocab_size=V, ignore_index=ignore_index)
+    gradient_rows(dloss, logits, targets, lse, out, ignore_index, V)
 
 
 def reduce_loss(
@@ -296,11 +294,9 @@ class _CrossEntropy(torch.autograd.Function):
         if not ctx.in_place:
             dlogits = cross_entropy_bwd(dloss, logits, targets, lse, ctx.ignore_index)
             return dlogits, None, None, None, None
-        dlogits, numbers = logits.detach(), dict(ignore_index=ctx.ignore_index)
+        dlogits, V = logits.detach(), logits.shape[1]
         with on_device(dlogits):
-            gradient_rows(
-                dloss, dlogits, targets, lse, dlogits, vocab_size=dlogits.shape[1], **numbers
-            )
+            gradient_rows(dloss, dlogits, targets, lse, dlogits, ctx.ignore_index, V)
         torch.autograd.graph.increment_version(logits)
         return dlogits, None, None, None, None
 
@@ -328,13 +324,9 @@ def check_rows(op: str, name: str, rows: Tensor, targets: Tensor, reduction: str
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
     inplace_backward: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Cross entropy of logits against class indices, in fp32.
 
     logits (N, V) fp32 | fp16 | bf16, any row stride; rows that start 16 bytes apart or a multiple

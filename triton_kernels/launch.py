@@ -63,9 +63,7 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
 def check_tensor(op: str, name: str, tensor: Tensor) -> None:
     """Raise ValueError unless kernels can work on a tensor of this dtype and on this device."""
     if tensor.dtype not in DTYPES:
-        raise ValueError(
-            f"{op}: {name} is {tensor.dtype}; cast it to float32, float16 or bfloat16"
-        )
+        raise ValueError(f"{op}: {name} is {tensor.dtype}; cast it to float32, float16 or bfloat16")
     if tensor.device.type not in ("cpu", "cuda") or (tensor.is_cpu and not INTERPRETED):
         raise ValueError(
             f"{op}: {name} is on {tensor.device}, the kernels need a CUDA or ROCm device; use"
@@ -124,10 +122,6 @@ class AttentionTiles:
     num_stages: int
 
 
-def _t(block_m: int, block_n: int, num_warps: int, num_stages: int) -> AttentionTiles:
-    return AttentionTiles(block_m, block_n, num_warps, num_stages)
-
-
 # architecture -> kernel -> head dimension up to -> length up to -> tiles, for fp16 and bf16.
 # All of it chosen ahead of time, none measured: compiled by benchmarks/static.py with Triton 3.7.1
 # (sm_90 with 3.6.0 too), with and without documents, D = 32 to 128. The rules, in this order:
@@ -135,7 +129,7 @@ def _t(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Attention
 # since a program waits for its own matrix products before each exponential, and only another
 # program's products can fill that time; 3. the largest tile left. sm_80's fit in 99 KB of shared
 # memory, because sm_86 and sm_89 use them. Where 1 rules out 2 the line says so.
-_ANY = 1 << 62
+_ANY, _t = 1 << 62, AttentionTiles
 ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
     "interpret": {  # small, so that short tests meet full, diagonal and ragged tiles
         "fwd": {128: {_ANY: _t(64, 32, 4, 1)}},
@@ -235,10 +229,7 @@ LAYER_NORM = {  # architecture -> width up to -> tile
         1024: LayerNormTile(8, 1, 4, 1, 3, dw_parts=2, dw_cols=512),
         16384: LayerNormTile(2, 1, 2, 1, 3, dw_parts=2, dw_cols=512),
     },
-    "sm_80": _NORM,
-    "sm_90": _NORM,
-    "sm_100": _NORM,
-    "sm_120": _NORM,
+    "sm_80": _NORM,  # and above
     "gfx942": _NORM,
 }
 
@@ -248,10 +239,7 @@ LAYER_NORM = {  # architecture -> width up to -> tile
 # one row only, whose reductions nothing would hide.
 CROSS_ENTROPY = {
     "interpret": CrossEntropyTile(block=4096, tail=1024, warps=1),
-    "sm_80": CrossEntropyTile(block=4096, tail=2048, warps=16),
-    "sm_90": CrossEntropyTile(block=4096, tail=2048, warps=16),
-    "sm_100": CrossEntropyTile(block=4096, tail=2048, warps=16),
-    "sm_120": CrossEntropyTile(block=4096, tail=2048, warps=16),
+    "sm_80": CrossEntropyTile(block=4096, tail=2048, warps=16),  # and above
     "gfx942": CrossEntropyTile(block=4096, tail=2048, warps=8),
 }
 

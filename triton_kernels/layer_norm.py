@@ -263,14 +263,9 @@ class _LayerNorm(torch.autograd.Function):
         # One view for both x and residual: autograd sees that it is shared and does not let two
         # .grad alias it.
         dsum = dsum.view(ctx.shape)
-        return (
-            dsum if ctx.x_dtype == s.dtype else dx.view(ctx.shape),
-            dw if has_dw else None,
-            db if has_dw and ctx.bias_dtype is not None else None,
-            dsum if ctx.has_residual else None,
-            None,
-            None,
-        )
+        dx = dsum if ctx.x_dtype == s.dtype else dx.view(ctx.shape)
+        dw, db = dw if has_dw else None, db if has_dw and ctx.bias_dtype is not None else None
+        return dx, dw, db, dsum if ctx.has_residual else None, None, None
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -293,13 +288,9 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5,
     residual: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Layer normalisation over the last dimension, with the residual addition that comes before it.
 
     x (..., C) fp32 | fp16 | bf16, C <= 16384; weight (C,) and bias (C,) or None, any of those

@@ -98,10 +98,7 @@ def linear_cross_entropy_fwd(
     yield loss, lse, dx, dw
     x, weight = x.to(dtype), weight.to(dtype)
     logits = _logits(x, weight)
-    loss_rows(
-        logits, targets, loss, lse, vocab_size=vocab_size, ignore_index=ignore_index,
-        write_gradient=need_dx or need_dw,
-    )  # fmt: skip
+    loss_rows(logits, targets, loss, lse, ignore_index, vocab_size, need_dx or need_dw)
     _products(logits, x, weight, dx, dw, need_dx, need_dw)
 
 
@@ -118,9 +115,7 @@ def linear_cross_entropy_bwd(
     yield dx, dw
     x, weight = x.to(dtype), weight.to(dtype)
     logits = _logits(x, weight)
-    gradient_rows(
-        dloss, logits, targets, lse, logits, vocab_size=vocab_size, ignore_index=ignore_index
-    )
+    gradient_rows(dloss, logits, targets, lse, logits, ignore_index, vocab_size)
     _products(logits, x, weight, dx, dw, need_dx, need_dw)
 
 
@@ -175,14 +170,9 @@ class _LinearCrossEntropyRows(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
+    reduction: str = "mean", vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy of x @ weight.T against class indices: the head and the loss of a language
     model as one.
 

@@ -53,13 +53,9 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
 
 
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    eps: float = 1e-5,
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5,
     residual: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Layer normalisation over the last dimension, with the residual addition that comes before it.
 
     x (..., C); weight (C,); bias (C,) or None; residual (..., C) or None.
@@ -73,13 +69,9 @@ def layer_norm(
 
 
 def cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
+    logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
     inplace_backward: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Cross entropy of logits against class indices, in fp32.
 
     logits (N, V), any row stride; targets (N,) int64, ignore_index marks rows that do not count.
@@ -93,14 +85,9 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    vocab_size: int | None = None,
-) -> Tensor:
+    x: Tensor, weight: Tensor, targets: Tensor, *, ignore_index: int = -100,
+    reduction: str = "mean", vocab_size: int | None = None,
+) -> Tensor:  # fmt: skip
     """Cross entropy of x @ weight.T against class indices: a language model's head and loss.
 
     x (N, C); weight (V, C); targets (N,) int64.

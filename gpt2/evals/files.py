@@ -56,7 +56,7 @@ def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = Non
     except ValueError as error:
         raise ValueError(f"{task} is English, which the model cannot read: {error}") from error
     path = Path(data_dir) / folders[0] / names[0]
-    partial = path.with_name(f"{path.name}.partial")
+    partial = Path(f"{path}.partial")
     print(f"fetching {path} ({licence})", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,8 +96,6 @@ def read_examples(
     """
     with opened(Path(path)) as (stream, _):
         rows, found = list(json_lines(Path(path), stream)), []
-    if not rows:
-        raise ValueError(f"{path}: empty, there is nothing to evaluate")
     for where, row in evenly(rows, limit):
         if isinstance(row, ValueError):
             raise row

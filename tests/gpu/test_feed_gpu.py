@@ -1,7 +1,4 @@
-"""The ring of pinned buffers on a CUDA GPU, with copies that are held up behind other work.
-
-Run: python -m pytest -m gpu tests/gpu/test_feed_gpu.py
-"""
+"""The ring of pinned buffers on a CUDA GPU, with copies that are held up behind other work."""
 
 import numpy as np
 import pytest
@@ -9,11 +6,6 @@ import torch
 
 from gpt2.data import TokenLoader, write_shard
 from gpt2.data.feed import Feed
-
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
 
 
 @pytest.mark.parametrize("busy", ["compute", "copies", "nothing"])

@@ -1,7 +1,4 @@
-"""Generation on a CUDA GPU: the captured step against the same step run eagerly.
-
-Run: python -m pytest -m gpu tests/gpu/test_generate_gpu.py
-"""
+"""Generation on a CUDA GPU: the captured step against the same step run eagerly."""
 
 import importlib
 
@@ -12,10 +9,6 @@ from gpt2.config import PRESETS, GPTConfig, Sampling
 from gpt2.generate import Pace, complete, generate
 from gpt2.model import GPT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
 module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
 EAGER = Pace(fixed=True, captured=False, poll=8)
 PROMPTS = [[1, 2, 3], [7], [9, 8, 7, 6, 5, 4, 3, 2], [1, 2, 3]]

@@ -1,7 +1,4 @@
-"""The pre-flight's peak against what a CUDA GPU really allocates.
-
-Run: python -m pytest -m gpu tests/gpu/test_preflight_gpu.py
-"""
+"""The pre-flight's peak against what a CUDA GPU really allocates."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,10 +14,6 @@ from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 from gpt2.train.preflight import measure_rates, preflight
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"),
-]
 GPT2 = GPTConfig(12, 12, 768)
 SHAPES = {
     "124M": (GPT2, 16),
