@@ -157,8 +157,8 @@ def read_chat_template(folder: Path) -> str | None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside it to be filled; only when that has been done it takes its name. Raises
-    OSError where that exists."""
+    """A folder to be filled, which takes its name only when that has been done; NAME.gguf becomes
+    the file NAME.gguf in it. Raises OSError where the name exists."""
     if folder.exists() or folder.is_symlink():
         raise FileExistsError(errno.EEXIST, "exists already: name another", str(folder))
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -169,22 +169,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             path.chmod(0o644)
             storage.sync(path)
-        os.rename(temporary, folder)
+        os.rename(temporary / folder.name if folder.suffix == ".gguf" else temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_hf(
-    model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, *,
-    template: str | None = None, dtype: str = "float32", card: str = "",
-) -> None:  # fmt: skip
-    """Writes a folder that transformers' GPT2LMHeadModel, AutoTokenizer and pipeline load, whole
-    or not at all.
+    model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, **options
+) -> None:
+    """write_hf into a new folder, whole or not at all. Raises OSError where it exists."""
+    with new_folder(Path(folder)) as path:
+        write_hf(model, path, tokenizer, **options)
 
-    A model without biases gets zeros. template: of gpt2.data.chat. dtype: of the weights.
-    card: what README.md says. Raises OSError where the folder exists or cannot be written,
-    ValueError for a model with adapters that are not merged, characters that JSON cannot hold and
-    weights that dtype cannot.
+
+def write_hf(
+    model: GPT, folder: Path, tokenizer: Tokenizer | None = None, *,
+    template: str | None = None, dtype: str = "float32",
+) -> None:  # fmt: skip
+    """Writes what transformers' GPT2LMHeadModel, AutoTokenizer and pipeline load.
+
+    A model without biases gets zeros. template: of gpt2.data.chat. dtype: of the weights. Raises
+    OSError where it cannot be written, ValueError for a model with adapters that are not merged,
+    characters that JSON cannot hold and weights that dtype cannot.
     """
     tensors, c = bare_tensors(model, getattr(torch, dtype)), model.config
     eot = None if tokenizer is None else tokenizer.eot
@@ -199,27 +205,21 @@ def export_hf(
     files = {CONFIG: config, "generation_config.json": special | {"pad_token_id": eot}}
     if tokenizer is not None:
         files[TOKENIZER] = tokenizer_json(tokenizer)
-        # The class is also that of a vocabulary of GPT-2's, which it reads from its own files.
-        kind = "GPT2Tokenizer" if tokenizer.name == "gpt2" else "PreTrainedTokenizerFast"
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        is_gpt2s = tokenizer.name == "gpt2"
         files[SETTINGS] = {
-            "tokenizer_class": kind, "model_max_length": c.block_size,
-            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "GPT2Tokenizer" if is_gpt2s else "PreTrainedTokenizerFast",
+            "model_max_length": c.block_size, "clean_up_tokenization_spaces": False,
             **({} if eot is None else dict.fromkeys(names, END_OF_TEXT)),
         }  # fmt: skip
-    with new_folder(Path(folder)) as path:
-        for name, content in files.items():
-            indent = None if name == TOKENIZER else 2
-            text = json.dumps(content, indent=indent, ensure_ascii=False)
-            (path / name).write_text(text + "\n", encoding="utf-8")
-        if tokenizer is not None and tokenizer.name == "gpt2":
-            for name, asset in ASSETS.items():
-                (path / name).write_bytes((resources.files("gpt2") / "assets" / asset).read_bytes())
-        if template is not None:
-            (path / TEMPLATE).write_text(jinja(template), encoding="utf-8")
-        if card:
-            (path / "README.md").write_text(card, encoding="utf-8")
-        storage.write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
+        for name, asset in ASSETS.items() if is_gpt2s else ():
+            (folder / name).write_bytes((resources.files("gpt2") / "assets" / asset).read_bytes())
+    for name, content in files.items():
+        text = json.dumps(content, indent=None if name == TOKENIZER else 2, ensure_ascii=False)
+        storage.write_text(folder / name, text + "\n")
+    if template is not None:
+        storage.write_text(folder / TEMPLATE, jinja(template))
+    storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 @torch.no_grad()
