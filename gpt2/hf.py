@@ -202,7 +202,10 @@ def write_hf(
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
         **special, "dtype": dtype,
     }  # fmt: skip
-    files = {CONFIG: config, "generation_config.json": special | {"pad_token_id": eot}}
+    special |= {"pad_token_id": eot}
+    if c.block_size < 1024:  # pipeline goes on for 256 tokens, unless told
+        special["max_length"] = c.block_size
+    files = {CONFIG: config, "generation_config.json": special}
     if tokenizer is not None:
         files[TOKENIZER] = tokenizer_json(tokenizer)
         names = ("bos_token", "eos_token", "pad_token", "unk_token")
