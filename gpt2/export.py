@@ -51,31 +51,31 @@ def export(config: ExportConfig) -> None:
     Raises OSError, ValueError and ImportError for what cannot be read, written or represented,
     and ValueError where --verify finds a difference; nothing stays then.
     """
-    out, dtype = Path(config.out), config.dtype or ("f32" if config.format == "gguf" else "float32")
-    tokenizer, template = load_tokenizer(config.model), load_chat_template(config.model)
-    for package in ["gguf"] * (config.format == "gguf") + ["huggingface_hub"] * bool(config.push):
+    out, is_gguf = Path(config.out), config.format == "gguf"
+    for package in ["gguf"] * is_gguf + ["huggingface_hub"] * bool(config.push):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"this needs {package}: pip install -e '.[export]'")
-    model = load_model(config.model, kernels="torch").eval()
-    checkpoint, _ = _origin(config.model)
-    if (checkpoint and checkpoint.lora) or (Path(config.model) / lora.CONFIG).exists():
-        print("note: the adapters are merged into the weights")
-    for note in limits(model, tokenizer, template, config.format, dtype):
-        print(f"note: {note}")
+    dtype = config.dtype or ("f32" if is_gguf else "float32")
     name = out.name if out.suffix == ".gguf" else f"model-{dtype}.gguf"
     with hf.new_folder(out) as folder:
-        if config.format == "gguf":
+        tokenizer, template = load_tokenizer(config.model), load_chat_template(config.model)
+        model = load_model(config.model, kernels="torch").eval()
+        checkpoint = _checkpoint(config.model)
+        if (checkpoint and checkpoint.lora) or (Path(config.model) / lora.CONFIG).exists():
+            print("note: the adapters are merged into the weights")
+        for note in limits(model, tokenizer, template, config.format, dtype):
+            print(f"note: {note}")
+        if is_gguf:
             write_gguf(model, folder / name, tokenizer, template, dtype)
         else:
             hf.write_hf(model, folder, tokenizer, template=template, dtype=dtype)
-        card = model_card(config, model, tokenizer, template)
+        card = model_card(config, model, tokenizer, template, checkpoint)
         storage.write_text(folder / "README.md", card)
         if config.verify:
-            check = verify_gguf if config.format == "gguf" else verify_hf
-            where = folder / name if config.format == "gguf" else folder
+            check, where = (verify_gguf, folder / name) if is_gguf else (verify_hf, folder)
             for line in check(where, model, tokenizer, template, dtype):
                 print(f"verified: {line}")
-    if config.format == "gguf":
+    if is_gguf:
         path = out if out.suffix == ".gguf" else out / name
         print(f"{path}: run it with llama-cli -m {path}; for Ollama, in a Modelfile: FROM {path}")
     else:
@@ -102,8 +102,8 @@ def limits(
         )
     if tokenizer.eot is None:
         yield (
-            f"the {tokenizer.name} tokenizer has no end of text, so an answer ends only at its "
-            "limit, and none for characters it does not know: other programs refuse or drop them"
+            f"the {tokenizer.name} tokenizer has no end of text, so what is generated ends at its "
+            "limit, and no token for other characters: they are an error"
         )
     if form == "hf":
         return
@@ -264,6 +264,7 @@ def verify_gguf(
     _check(ids == tokenizer.encode(text), f"{path.name}: llama.cpp has other tokens for {text!r}")
     llama.eval(idx[0].tolist())
     logits = torch.tensor(llama.scores[: idx.shape[1]])
+    llama.close()
     near = _near(logits, model(idx)[0, :, : tokenizer.vocab_size], 1e-2 if dtype != "q8_0" else 0.2)
     yield f"tokens, and logits in llama.cpp within {near:.1e}"
 
@@ -292,10 +293,13 @@ def _idx(model: GPT, tokenizer: Tokenizer) -> torch.Tensor:
     return torch.randint(tokenizer.vocab_size, size, generator=torch.Generator().manual_seed(0))
 
 
-def model_card(config: ExportConfig, model: GPT, tokenizer: Tokenizer, template: str | None) -> str:
+def model_card(
+    config: ExportConfig, model: GPT, tokenizer: Tokenizer, template: str | None,
+    checkpoint: Checkpoint | None,
+) -> str:  # fmt: skip
     """README.md, with the hub's metadata and what is known of the run that made the model."""
     c, name, meta = model.config, Path(config.out).name, {"pipeline_tag": "text-generation"}
-    meta |= {"library_name": "transformers" if config.format == "hf" else "gguf"}
+    meta |= {"library_name": "transformers"} if config.format == "hf" else {"tags": ["gguf"]}
     meta |= {"license": config.license} if config.license else {}
     facts = {
         "parameters": f"{model.n_params():,}",
@@ -304,9 +308,8 @@ def model_card(config: ExportConfig, model: GPT, tokenizer: Tokenizer, template:
     }
     if template is not None:
         facts["chat template"] = template
-    checkpoint, run = _origin(config.model)
     if checkpoint is not None:
-        more, base, datasets = run_figures(checkpoint, run)
+        more, base, datasets = run_figures(checkpoint)
         facts |= more
         meta |= {"base_model": base} if base else {}
         meta |= {"datasets": datasets} if datasets else {}
@@ -329,19 +332,18 @@ def _cell(text) -> str:
     return str(text).replace("\n", " ").replace("|", "\\|")
 
 
-def _origin(name: str) -> tuple[Checkpoint | None, Path]:
-    """The checkpoint of a model and its run's folder; None where it is not of ours."""
+def _checkpoint(name: str) -> Checkpoint | None:
+    """The checkpoint of a model, where it is one of ours."""
     try:
-        checkpoint = read_checkpoint(name)
+        return read_checkpoint(name)
     except OSError:
-        return None, Path()
-    return checkpoint, checkpoint.path.parent.parent
+        return None
 
 
-def run_figures(checkpoint: Checkpoint, run: Path) -> tuple[dict, str, list[str]]:
+def run_figures(checkpoint: Checkpoint) -> tuple[dict, str, list[str]]:
     """What a run's files say of a checkpoint: figures, the hub's names of the model that it was
     begun with ("": none) and of its data. What they do not say is left out."""
-    step, train = checkpoint.step, checkpoint.train
+    step, train, run = checkpoint.step, checkpoint.train, checkpoint.path.parent.parent
     facts = {"steps": f"{step:,}"}
     if tokens := train.get("tokens_per_step"):
         facts["tokens trained on"] = f"{step * tokens:,}, {tokens:,} a step"

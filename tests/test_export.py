@@ -43,8 +43,9 @@ TALK = [
 ]
 HOSTILE = [
     "", " " * 5000, "\n" * 3000, " \t\n" * 500, "a  b\n\n c \u3000 d\x85", "can't WON'T 's'S",
-    "<|endoftext|>", "<|endoftext|> a<|endoftext|>\n", "<|endof", "\x00\x01\x1c\x7f", "1234567 " * 50,
+    "<|endoftext|>", "<|endoftext|> a<|endoftext|>\n", "<|endof", "\x00\x01\x1c\x7f",
     "a .b , c ! n't", "\U0001f3f3\ufe0f\u200d\U0001f308e\u0301\ufb01", "\tdef f():\r\n\treturn 1",
+    "1234567 " * 50,
 ]  # fmt: skip
 
 
