@@ -124,14 +124,14 @@ def test_lm_eval_scores_the_log_likelihoods_of_ours(tmp_path):
     theirs = evaluator.HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=2)
     model = gpt2.load_model(run, kernels="torch")
     chat = theirs.apply_chat_template(ask("Why?"))
+    assert theirs.tok_encode(chat) == encode_prompt(ask("Why?"), tokenizer, "alpaca_2")
     pairs = [("Once upon", " a time"), ("Why", " not?"), (chat, "So"), ("x", "\n\ny")]
     found = theirs.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     )
     for (context, more), (value, _) in zip(pairs, found, strict=True):
-        a, b = tokenizer.encode(context), tokenizer.encode(context + more)
-        if context == chat:
-            assert a == encode_prompt(ask("Why?"), tokenizer, "alpaca_2")
+        # lm-eval counts white space at the end of a context to what follows.
+        a, b = tokenizer.encode(context.rstrip()), tokenizer.encode(context + more)
         with torch.no_grad():
             rows = model(torch.tensor([b]))[0, :, :50257].log_softmax(-1)
         wanted = sum(float(rows[i - 1, b[i]]) for i in range(len(a), len(b)))

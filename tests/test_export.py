@@ -24,6 +24,7 @@ from gpt2.checkpoint import (
     load_tokenizer,
     save_checkpoint,
 )
+from gpt2.cli import parse
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.data.chat import ChatError, encode_chat, encode_prompt, jinja, messages_from_row
 from gpt2.data.conversations import Counts, read_rows
@@ -298,6 +299,7 @@ def test_a_difference_is_found_and_nothing_stays(tmp_path, monkeypatch):
     ],
 )
 def test_options_that_do_not_fit_are_refused(options, message):
+    assert parse(ExportConfig, "", ["run", "--verify", "--out", "x"]).verify  # without a value
     with pytest.raises(ValueError, match=message):
         ExportConfig(**{"model": "run", "out": "out"} | options)
 
