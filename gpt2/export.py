@@ -205,7 +205,7 @@ def verify_hf(
     same = hf.read_tokenizer(folder).to_dict() == tokenizer.to_dict()
     _check(same, f"{folder.name}: another tokenizer than the model's")
     for path in sorted(folder.iterdir()):
-        yield f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+        yield _hash(path)
     if importlib.util.find_spec("transformers") is None:
         yield "not the logits: transformers is not installed"
         return
@@ -251,7 +251,7 @@ def verify_gguf(
     most = {"f32": 0.0, "f16": 2.0**-11, "q8_0": 0.5 / 127 + 2.0**-11}[dtype]
     _check(far <= most, f"{path.name}: weights are {far:.1e} of the largest away, not {most:.1e}")
     yield f"{len(wanted)} tensors, within {far:.1e} of the largest value of each"
-    yield f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    yield _hash(path)
     if importlib.util.find_spec("llama_cpp") is None:
         yield "not the logits: llama-cpp-python is not installed"
         return
@@ -267,6 +267,11 @@ def verify_gguf(
     llama.close()
     near = _near(logits, model(idx)[0, :, : tokenizer.vocab_size], 1e-2 if dtype != "q8_0" else 0.2)
     yield f"tokens, and logits in llama.cpp within {near:.1e}"
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return f"{path.name} sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def _check(holds: bool, words: str) -> None:
