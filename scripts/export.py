@@ -5,6 +5,9 @@ GGUF, for llama.cpp, Ollama and LM Studio. docs/export.md has what to do with it
     python scripts/export.py runs/sft --out sft.gguf --format gguf --dtype q8_0
 """
 
+import signal
+import sys
+
 from gpt2.cli import parse, run_script, starting
 from gpt2.options import ExportConfig
 
@@ -13,6 +16,7 @@ def main() -> None:
     with starting():
         config = parse(ExportConfig, __doc__)
         from gpt2.export import export
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: nothing half-written stays
     export(config)
 
 
