@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -128,6 +129,7 @@ def write_gguf(
     import gguf
 
     c, writer = model.config, gguf.GGUFWriter(path, "gpt2")
+    writer.add_name(path.stem)
     writer.add_context_length(c.block_size)
     writer.add_embedding_length(c.n_embd)
     writer.add_block_count(c.n_layer)
@@ -356,12 +358,13 @@ def run_figures(checkpoint: Checkpoint) -> tuple[dict, str, list[str]]:
     for key in ("train/loss", "val/loss", "eval/hellaswag"):
         if found := [value for at, value in points(lines, key) if at <= step]:
             facts[key] = f"{found[-1]:.4f}"
-    path = run / f"evaluation_{checkpoint.path.name}.json"
-    if path.exists():
-        for task, result in storage.read_json(path).get("results", {}).items():
+    begun, data = train.get("init_from") or "", []
+    with suppress(OSError, ValueError, AttributeError):  # none, damaged, or edited by somebody
+        data = (read_receipt(run) or {}).get("data", [])
+        results = storage.read_json(run / f"evaluation_{checkpoint.path.name}.json")["results"]
+        for task, result in results.items():
             numbers = (f"{k} {v:.4f}" for k, v in result.items() if type(v) is float)
             facts[task] = ", ".join(n for n in numbers if not n.startswith("seconds"))
-    begun, data = train.get("init_from") or "", (read_receipt(run) or {}).get("data", [])
     if begun:
         facts["begun with"] = Path(begun).name
     if checkpoint.lora is not None:

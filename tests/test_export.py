@@ -230,6 +230,9 @@ def test_the_model_card_has_metadata_and_figures(tmp_path):
     assert data.datasets == ["tatsu-lab/alpaca"]
     for figure in ("| val/loss | 1.2500 |", "| tokens trained on | 700", "acc 0.5000"):
         assert figure in card
+    for name in ("receipt.json", "evaluation_step_00000007.json", "metrics.jsonl"):
+        (run / name).write_text('{"results": [')  # damaged: only the card has less
+    assert "| steps | 7 |" in (run_export(run, tmp_path / "less") / "README.md").read_text()
 
 
 def test_adapters_are_merged_and_that_is_said(tmp_path, capsys):
