@@ -11,6 +11,7 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
 TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13", "markdown-it-py>=3"]
+EXPORT = ["gguf>=0.17", "huggingface_hub>=1"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
@@ -63,5 +64,5 @@ setup(
         "pyyaml>=6",
         "xxhash>=3",
     ],
-    extras_require={"train": TRAIN, "dev": TRAIN + DEV},
+    extras_require={"train": TRAIN, "export": EXPORT, "dev": TRAIN + EXPORT + DEV},
 )

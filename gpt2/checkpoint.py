@@ -345,7 +345,7 @@ def load_chat_template(path_or_name: str | Path) -> str | None:
     found = _describing(path_or_name)
     if isinstance(found, Checkpoint):
         return found.chat_template
-    return None if found is None else hf.check_chat_template(found)
+    return None if found is None else hf.read_chat_template(found)
 
 
 def describe_base(name: str | Path, model: GPT) -> dict:

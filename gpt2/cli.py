@@ -49,7 +49,10 @@ def parse(cls, description: str, argv: list[str] | None = None):
         if word.startswith("--") and name in REMOVED_OPTIONS and not hasattr(cls, name):
             raise ValueError(f"--{name} is no option any more: {REMOVED_OPTIONS[name]}")
     default = cls(**values) if values else None
-    # Switches take a value like all other options: --doc_mask True.
+    # Switches take a value like all other options: --doc_mask True. Without one True is meant.
+    switches = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
+    for i, (word, after) in enumerate(zip(argv, [*argv[1:], "--"], strict=False)):
+        argv[i] = f"{word}=True" if word in switches and after.startswith("--") else word
     config = (tyro.conf.FlagConversionOff,)
     # tyro joins lines that begin with a letter; commands are to stay apart.
     description = re.sub(r"\n+ {4}", "\n$ ", description)

@@ -428,7 +428,8 @@ class SFTConfig(FineTuneConfig):
     # A known data set (alpaca, dolly, tulu2, lima, oasst1, gsm8k), a file or folder of .jsonl,
     # .json or .parquet, compressed or not; or several with commas between.
     data: str = "alpaca"
-    template: Literal["user_assistant", "alpaca"] = "user_assistant"  # saved with the checkpoint
+    # Saved with the checkpoint. alpaca: as runs before alpaca_2 had it, tokenised in pieces.
+    template: Literal["user_assistant", "alpaca_2", "alpaca"] = "user_assistant"
     # A conversation longer than a row is left out, or cut at its end; both are counted.
     overlong: Literal["drop", "cut"] = "drop"
     max_conversations: int | None = None  # read only so many
@@ -453,7 +454,7 @@ class DPOConfig(FineTuneConfig):
     # between; rows hold prompt, chosen, rejected, or what else gpt2.data.preferences knows.
     data: str = "preferences.jsonl"
     # How questions and answers are written; default: as saved with init_from, else user_assistant.
-    template: Literal["", "user_assistant", "alpaca"] = ""
+    template: Literal["", "user_assistant", "alpaca_2", "alpaca"] = ""
     # A pair with a half longer than block_size is left out, or loses the start of its prompt; both
     # are counted.
     overlong: Literal["drop", "cut"] = "drop"

@@ -1,13 +1,18 @@
-"""Hugging Face GPT-2 folders in and out: config.json, safetensors weights and GPT-2's vocabulary.
+"""Hugging Face GPT-2 folders in and out: config.json, safetensors weights, tokenizer, template.
 
 Our module names are theirs. Two things differ: their Conv1D stores the weight of a linear layer
-transposed, (in, out), and our embedding table is padded. So one rule converts both ways. What a
+transposed, (in, out), and our embedding table is padded. So one rule converts both ways. Written
+are OpenAI's own names, without a prefix, which every program takes. What a
 folder holds is compared with what its config.json promises before any memory is taken, and what
 would not be computed exactly (another activation, a head or a tokenizer of its own) is refused.
 """
 
+import errno
 import json
-from contextlib import suppress
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 
@@ -15,8 +20,9 @@ import torch
 
 from gpt2 import storage
 from gpt2.config import GPTConfig
+from gpt2.data.chat import TEMPLATES, jinja
 from gpt2.model import GPT, parameter_shapes
-from gpt2.tokenizer import END_OF_TEXT, GPT2Tokenizer, Tokenizer
+from gpt2.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
 HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -33,6 +39,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.j
                    "vocab.txt", "tokenizer.model", "spiece.model")  # fmt: skip
 GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
 CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
+TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 ASSETS = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
 
@@ -109,8 +116,9 @@ def read_hf_config(folder: Path) -> GPTConfig:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder, GPT-2's. Raises ValueError where it has another."""
-    config, eot = storage.read_json(folder / CONFIG), GPT2Tokenizer.eot
+    """The tokenizer of a folder: GPT-2's, or bytes or characters as export_hf writes them. Raises
+    ValueError where it has another."""
+    config, tokenizer = storage.read_json(folder / CONFIG), GPT2Tokenizer()
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files and (rows := config.get("vocab_size")) not in GPT2_ROWS:
         words = f"its vocabulary of {rows!r:.40} is not GPT-2's of {GPT2Tokenizer.vocab_size}"
@@ -118,56 +126,178 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     settings = storage.read_json(folder / SETTINGS) if (folder / SETTINGS).exists() else {}
     pad = settings.get("pad_token")
     special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
+    if files == [folder / TOKENIZER] and (ours := _bytes_or_chars(files[0])):
+        files, tokenizer = [], ours
     for path in files:
         if not _is_gpt2s(path, special):
-            raise ValueError(f"{path}: a tokenizer of its own; only GPT-2's is supported")
-    if (found := config.get("eos_token_id", eot)) not in (None, eot):
-        raise ValueError(f"{folder / CONFIG}: eos_token_id is {found!r:.40}, GPT-2's is {eot}")
-    return GPT2Tokenizer()
+            words = "only GPT-2's is supported, and bytes and characters as they are written here"
+            raise ValueError(f"{path}: a tokenizer of its own; {words}")
+    if (found := config.get("eos_token_id", tokenizer.eot)) not in (None, tokenizer.eot):
+        words = f"the {tokenizer.name} tokenizer's is {tokenizer.eot}"
+        raise ValueError(f"{folder / CONFIG}: eos_token_id is {found!r:.40}, {words}")
+    return tokenizer
 
 
-def check_chat_template(folder: Path) -> None:
-    """Raises ValueError where a folder has a chat template, which is a program in Jinja."""
-    path, settings = folder / "chat_template.jinja", folder / SETTINGS
-    if settings.exists() and storage.read_json(settings).get("chat_template"):
-        path = settings
-    if path.exists():
-        words = "take it out to use the model without, or with one of the templates here"
-        raise ValueError(f"{path}: a chat template of its own is not supported: {words}")
+def read_chat_template(folder: Path) -> str | None:
+    """The name of a folder's chat template, None without one. Raises ValueError where it is none
+    of gpt2.data.chat: a template is a program in Jinja."""
+    path, text = folder / TEMPLATE, None
+    if (settings := folder / SETTINGS).exists():
+        text = storage.read_json(settings).get("chat_template")
+        path = settings if text else path
+    if not path.exists():
+        return None
+    text = text or path.read_text(encoding="utf-8", errors="replace")
+    for name, template in TEMPLATES.items():
+        if text == jinja(name) and not template.piecewise:
+            return name
+    words = "take it out to use the model without, or with one of the templates here"
+    raise ValueError(f"{path}: a chat template of its own is not supported: {words}")
 
 
-@torch.no_grad()
-def export_hf(model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
-    """Writes a folder that transformers.GPT2LMHeadModel loads, and, with GPT-2's tokenizer,
-    AutoTokenizer. A model without biases gets zeros. Raises OSError where the folder exists
-    or cannot be written, ValueError for a model with adapters that are not merged."""
-    if any(".lora_" in name for name, _ in model.named_parameters()):
-        raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
-    folder, c = Path(folder), model.config
-    folder.mkdir(parents=True)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        value = parameter.detach().cpu()
-        value = value[: c.vocab_size] if name == TABLE else value
-        tensors[name] = (value.t() if is_transposed(name) else value).contiguous()
-        if not c.bias and (is_transposed(name) or ".ln_" in name):
-            tensors[name.replace(".weight", ".bias")] = torch.zeros(value.shape[0])
-    storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    eot = tokenizer.eot if tokenizer is not None else None
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled, which takes its name only when that has been done; NAME.gguf becomes
+    the file NAME.gguf in it. Raises OSError where the name exists."""
+    if folder.exists() or folder.is_symlink():
+        raise FileExistsError(errno.EEXIST, "exists already: name another", str(folder))
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in temporary.iterdir():
+            path.chmod(0o644)
+            storage.sync(path)
+        os.rename(temporary / folder.name if folder.suffix == ".gguf" else temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_hf(
+    model: GPT, folder: str | Path, tokenizer: Tokenizer | None = None, **options
+) -> None:
+    """write_hf into a new folder, whole or not at all. Raises OSError where it exists."""
+    with new_folder(Path(folder)) as path:
+        write_hf(model, path, tokenizer, **options)
+
+
+def write_hf(
+    model: GPT, folder: Path, tokenizer: Tokenizer | None = None, *,
+    template: str | None = None, dtype: str = "float32",
+) -> None:  # fmt: skip
+    """Writes what transformers' GPT2LMHeadModel, AutoTokenizer and pipeline load.
+
+    A model without biases gets zeros. template: of gpt2.data.chat. dtype: of the weights. Raises
+    OSError where it cannot be written, ValueError for a model with adapters that are not merged,
+    characters that JSON cannot hold and weights that dtype cannot.
+    """
+    tensors, c = bare_tensors(model, getattr(torch, dtype)), model.config
+    eot = None if tokenizer is None else tokenizer.eot
+    special = {"bos_token_id": eot, "eos_token_id": eot}
     config = {
         "architectures": ["GPT2LMHeadModel"], **{key: value[0] for key, value in FIXED.items()},
         "n_layer": c.n_layer, "n_head": c.n_head, "n_embd": c.n_embd,
         "n_positions": c.block_size, "n_ctx": c.block_size, "vocab_size": c.vocab_size,
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
-        "bos_token_id": eot, "eos_token_id": eot, "dtype": "float32",
+        **special, "dtype": dtype,
     }  # fmt: skip
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None and tokenizer.name == "gpt2":
-        for name, asset in ASSETS.items():
+    special |= {"pad_token_id": eot}
+    if c.block_size < 1024:  # pipeline goes on for 256 tokens, unless told
+        special["max_length"] = c.block_size
+    files = {CONFIG: config, "generation_config.json": special}
+    if tokenizer is not None:
+        files[TOKENIZER] = tokenizer_json(tokenizer)
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        is_gpt2s = tokenizer.name == "gpt2"
+        files[SETTINGS] = {
+            "tokenizer_class": "GPT2Tokenizer" if is_gpt2s else "PreTrainedTokenizerFast",
+            "model_max_length": c.block_size, "clean_up_tokenization_spaces": False,
+            **({} if eot is None else dict.fromkeys(names, END_OF_TEXT)),
+        }  # fmt: skip
+        for name, asset in ASSETS.items() if is_gpt2s else ():
             (folder / name).write_bytes((resources.files("gpt2") / "assets" / asset).read_bytes())
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": c.block_size} | special
-        (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    for name, content in files.items():
+        text = json.dumps(content, indent=None if name == TOKENIZER else 2, ensure_ascii=False)
+        storage.write_text(folder / name, text + "\n")
+    if template is not None:
+        storage.write_text(folder / TEMPLATE, jinja(template))
+    storage.write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+
+
+@torch.no_grad()
+def bare_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A model's parameters as OpenAI's file has them: h.0.attn.c_attn.weight (in, out) and so on,
+    with biases, on the CPU. Raises ValueError for adapters and for what dtype cannot hold."""
+    if any(".lora_" in name for name, _ in model.named_parameters()):
+        raise ValueError("a model with adapters has no such form: gpt2.lora.merge them first")
+    tensors, c = {}, model.config
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().cpu()
+        value = value[: c.vocab_size] if name == TABLE else value
+        bare = name.removeprefix("transformer.")
+        tensors[bare] = (value.t() if is_transposed(name) else value).to(dtype).contiguous()
+        if not c.bias and (is_transposed(name) or ".ln_" in name):
+            tensors[bare.replace(".weight", ".bias")] = torch.zeros(value.shape[0], dtype=dtype)
+    storage.check_finite(tensors, f"in {dtype}".replace("torch.", ""))
+    return tensors
+
+
+def byte_symbols() -> list[str]:
+    """The character by which a vocabulary of bytes writes each of the 256; source: GPT-2's
+    encoder.py, bytes_to_unicode."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in shown)
+    symbols = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return [symbols[b] for b in range(256)]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict:
+    """A tokenizer as the tokenizers library reads it, with the same tokens for any text. Of a
+    character that a tokenizer of characters does not have, both make an error."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    byte_level["use_regex"] = tokenizer.name == "gpt2"
+    pre, decoder = byte_level, byte_level
+    options = {
+        "dropout": None, "unk_token": None, "continuing_subword_prefix": "",
+        "end_of_word_suffix": "", "fuse_unk": False, "byte_fallback": False,
+    }  # fmt: skip
+    if isinstance(tokenizer, CharTokenizer):
+        if any("\ud800" <= c <= "\udfff" for c in tokenizer.chars):
+            raise ValueError("its characters hold halves of a surrogate pair, which no text has")
+        pattern = {"Regex": r"[\s\S]"}
+        pre = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        vocab = {c: i for i, c in enumerate(tokenizer.chars)}
+        decoder = {"type": "Fuse"}
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    elif isinstance(tokenizer, ByteTokenizer):
+        vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
+        model = {"type": "BPE", **options, "vocab": vocab, "merges": []}
+    else:
+        assets = resources.files("gpt2") / "assets"
+        vocab = json.loads((assets / "encoder.json").read_text(encoding="utf-8"))
+        merges = _merges((assets / "vocab.bpe").read_text(encoding="utf-8"))
+        model = {"type": "BPE", **options, "vocab": vocab, "merges": merges}
+    end = {"id": tokenizer.eot, "content": END_OF_TEXT, "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [] if tokenizer.eot is None else [end], "normalizer": None,
+        "pre_tokenizer": pre, "post_processor": None, "decoder": decoder, "model": model,
+    }  # fmt: skip
+
+
+def _bytes_or_chars(path: Path) -> Tokenizer | None:
+    """The tokenizer of bytes or characters that a tokenizer.json of tokenizer_json describes."""
+    content = storage.read_json(path)
+    with suppress(KeyError, TypeError, ValueError):
+        vocab = content["model"]["vocab"]
+        for tokenizer in (ByteTokenizer(), CharTokenizer("".join(vocab))):
+            wanted = tokenizer_json(tokenizer)
+            parts = ("normalizer", "pre_tokenizer")
+            if vocab == wanted["model"]["vocab"] and all(content[p] == wanted[p] for p in parts):
+                return tokenizer
+    return None
 
 
 def _our_name(name: str) -> str | None:

@@ -155,11 +155,30 @@ class EvaluateConfig(_OfModel):
             raise ValueError("data goes with the task val")
 
 
+GGUF_DTYPES = ("f32", "f16", "q8_0")
+
+
 @dataclass(frozen=True)
 class ExportConfig(_OfModel):
     """Options of scripts/export.py."""
 
-    out: str  # folder to write; must not exist
+    out: str  # folder to write, or NAME.gguf; must not exist
+    format: Literal["hf", "gguf"] = "hf"  # Hugging Face's folder; llama.cpp's file
+    # Of the weights. hf: float32, float16 or bfloat16; gguf: f32, f16 or q8_0. Default: 32 bits
+    dtype: Literal["", "float32", "float16", "bfloat16", "f32", "f16", "q8_0"] = ""
+    verify: bool = False  # read what was written, and compare it with the model
+    license: str = ""  # of the model card, as the hub names it: mit, apache-2.0, cc-by-nc-4.0, ...
+    push: str = ""  # upload to this repository of the hub, OWNER/NAME; a new one is private
+
+    def __post_init__(self):
+        known = ("float32", "float16", "bfloat16") if self.format == "hf" else GGUF_DTYPES
+        if self.dtype and self.dtype not in known:
+            raise ValueError(f"dtype of {self.format}: one of {', '.join(known)}, not {self.dtype}")
+        is_file = self.out.endswith(".gguf")
+        if is_file and (self.format != "gguf" or self.push):
+            raise ValueError("out: a .gguf file goes with --format gguf, and without --push")
+        if not self.out.strip("/. "):
+            raise ValueError("out: name a folder that is not there yet")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,12 @@
-"""Writes a model as a Hugging Face folder, for transformers, vLLM, lm-eval and the like.
+"""Writes a model as a Hugging Face folder, for transformers, vLLM, MLX, lm-eval and the like, or as
+GGUF, for llama.cpp, Ollama and LM Studio. docs/export.md has what to do with it.
 
-    python scripts/export.py runs/gpt2 --out exported/gpt2
+    python scripts/export.py runs/gpt2 --out exported/gpt2 --verify
+    python scripts/export.py runs/sft --out sft.gguf --format gguf --dtype q8_0
 """
+
+import signal
+import sys
 
 from gpt2.cli import parse, run_script, starting
 from gpt2.options import ExportConfig
@@ -10,15 +15,9 @@ from gpt2.options import ExportConfig
 def main() -> None:
     with starting():
         config = parse(ExportConfig, __doc__)
-        from gpt2.checkpoint import load_model, load_tokenizer
-        from gpt2.hf import export_hf
-    tokenizer = load_tokenizer(config.model)
-    export_hf(load_model(config.model, kernels="torch"), config.out, tokenizer)
-    print(
-        f"{config.out}: load it with transformers.GPT2LMHeadModel.from_pretrained({config.out!r})"
-    )
-    if tokenizer.name != "gpt2":
-        print(f"its {tokenizer.name} tokenizer has no Hugging Face form and was left out")
+        from gpt2.export import export
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as Ctrl-C: nothing half-written stays
+    export(config)
 
 
 if __name__ == "__main__":

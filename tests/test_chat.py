@@ -5,9 +5,17 @@ from typing import get_args, get_type_hints
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jinja2 import Environment
 
 from gpt2.config import SFTConfig
-from gpt2.data.chat import TEMPLATES, ChatError, encode_chat, encode_prompt, messages_from_row
+from gpt2.data.chat import (
+    TEMPLATES,
+    ChatError,
+    encode_chat,
+    encode_prompt,
+    jinja,
+    messages_from_row,
+)
 from gpt2.data.conversations import Counts, read_rows
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
@@ -38,9 +46,9 @@ WRITTEN = [
     ("user_assistant", WITH_INPUT, "<|user|>\nAdd.\n1, 2\n<|assistant|>\n[3+]"),
     ("user_assistant", WEIGHTED,
      "<|user|>\nHi\n<|assistant|>\nNo+<|user|>\nAnd?\n<|assistant|>\n[Bye+]"),
-    ("alpaca", talk("Hi", "Hello"),
+    ("alpaca_2", talk("Hi", "Hello"),
      f"{INTRO}. {RESPOND}### Instruction:\nHi\n\n### Response:\n[Hello+]"),
-    ("alpaca", WITH_INPUT,
+    ("alpaca_2", WITH_INPUT,
      f"{INTRO}, paired with an input that provides further context. {RESPOND}"
      "### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:\n[3+]"),
     ("alpaca", talk("Hi", "Hello", "And?", "Bye", system="Be kind."),
@@ -72,9 +80,14 @@ def test_every_token_and_its_mask(template, messages, written, tokenizer):
         before = learnt
     assert b"".join(parts).decode() + "]" == written
     assert same_prompts(messages, template, tokenizer, tokens) == written.count("+")
-    if template == "user_assistant" and tokenizer is BPE and "\x1c" not in written:
-        # GPT-2 would split the whole text at the same places, so nothing unusual is learnt.
-        assert tokens == BPE.encode(BPE.decode(tokens), allow_special=True)
+    if template != "alpaca":
+        # The whole text is tokenised so by any program.
+        text = tokenizer.decode(tokens)
+        assert tokens == tokenizer.encode(text, allow_special=True)
+        prompt = tokenizer.decode(encode_prompt(messages[:-1], tokenizer, template))
+        render = Environment(trim_blocks=True).from_string(jinja(template, False)).render
+        assert render(messages=messages) == text
+        assert render(messages=messages[:-1], add_generation_prompt=True) == prompt
 
 
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(
@@ -105,7 +118,8 @@ def test_markers_in_text_are_refused_wherever_they_stand(name, marker):
     with pytest.raises(ChatError, match="marker"):
         encode_prompt(talk(bad), BPE, name)
     if marker != "<|endoftext|>":  # another template's markers are text like any other
-        encode_chat(talk(bad, "x"), BPE, {"alpaca": "user_assistant"}.get(name, "alpaca"))
+        other = "alpaca_2" if name == "user_assistant" else "user_assistant"
+        encode_chat(talk(bad, "x"), BPE, other)
 
 
 TURNS = talk("Q", "A")

@@ -24,7 +24,7 @@ LAYERS = [
     ["gpt2"],
     ["gpt2.evals"],
     ["gpt2.train"],
-    ["gpt2.assistant"],
+    ["gpt2.assistant", "gpt2.export"],
     ["benchmarks.common"],
     ["benchmarks.baseline", "benchmarks.kernels"],
     ["scripts", "benchmarks"],

@@ -5,20 +5,25 @@ A conversation is a list of messages {"role": ..., "content": ...}: perhaps one 
 instruction is about, as Alpaca's rows do; an assistant's a "weight", as OpenAI's do: 0 shows the
 answer without teaching it.
 
-A template turns it into pieces of text. Each piece is tokenised on its own, so the same marker and
-the same content give the same tokens wherever they stand, in training and at generation. GPT-2's
-vocabulary has no special tokens for roles: markers are ordinary text, and only <|endoftext|>, which
-ends every answer, is a token of its own. So content that holds a marker of its template is refused:
-nobody could tell it from a turn. Content loses the white space around it.
+A template turns it into text, which is tokenised whole: as it is in training, so it is at
+generation and by others, who get the template in Jinja. GPT-2's vocabulary has no special
+tokens for roles: markers are ordinary text, and only <|endoftext|>, which ends every answer, is a
+token of its own. So content that holds a marker of its template is refused: nobody could tell it
+from a turn. Content loses the white space around it, and a line ends before an answer, so that no
+token spans where it begins.
 """
 
+import json
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 from gpt2.config import suggest
 from gpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 Message = dict  # role, content, and perhaps input or weight
+Pieces = Iterator[tuple[str, Message | None]]
 # Names that data sets give to the roles.
 ROLES = {
     "system": "system", "user": "user", "assistant": "assistant",
@@ -41,6 +46,7 @@ class Template:
     system: the piece before and after the system text. default: what stands where there is none,
     without and with an input. user: before and after the user's text; input: between it and its
     input, where it has one. assistant: before an answer. markers: what no content may hold.
+    piecewise: each of these texts is tokenised on its own.
     """
 
     system: tuple[str, str]
@@ -49,6 +55,7 @@ class Template:
     input: str
     assistant: str
     markers: tuple[str, ...]
+    piecewise: bool = False
 
 
 _ALPACA = "Write a response that appropriately completes the request.\n\n"
@@ -61,7 +68,7 @@ TEMPLATES: dict[str, Template] = {
     # The prompt of Stanford Alpaca (https://github.com/tatsu-lab/stanford_alpaca), with the newline
     # before the answer that the `text` column of its data set has. System text replaces its first
     # sentences; a further turn has only the headings.
-    "alpaca": Template(
+    "alpaca_2": Template(
         system=("", "\n\n"),
         default=(
             f"Below is an instruction that describes a task. {_ALPACA}",
@@ -73,6 +80,9 @@ TEMPLATES: dict[str, Template] = {
         markers=("### Instruction:", "### Input:", "### Response:", END_OF_TEXT),
     ),
 }  # fmt: skip
+# As models were trained before alpaca_2. The text is the same, but of "\n\n" before a heading it
+# makes one token, where GPT-2 has two: no program that tokenises the text can do the same.
+TEMPLATES["alpaca"] = replace(TEMPLATES["alpaca_2"], piecewise=True)
 
 
 def find_template(name: str) -> Template:
@@ -110,8 +120,43 @@ def encode_prompt(messages: list[Message], tokenizer: Tokenizer, template: str) 
     check_messages(messages, template)
     if messages[-1]["role"] != "user":
         raise ChatError("no question", "a prompt ends with a message from the user")
-    tokens, _ = _encode(messages, tokenizer, template)
-    return tokens + tokenizer.encode(find_template(template).assistant)
+    return _encode(messages, tokenizer, template)[0]
+
+
+def jinja(name: str, generation: bool = True) -> str:
+    """A template as other programs read it, in Jinja; the same tokens as encode_chat's, unless it
+    is piecewise. generation: with tags, which only transformers knows, around what is learnt."""
+    t = find_template(name)
+    texts = {
+        "system_before": t.system[0], "system_after": t.system[1], "default": t.default[0],
+        "default_with_input": t.default[1], "user_before": t.user[0], "user_after": t.user[1],
+        "input_before": t.input, "assistant_before": t.assistant, "end": END_OF_TEXT,
+    }  # fmt: skip
+    head = "".join(f"{{%- set {key} = {json.dumps(text)} %}}\n" for key, text in texts.items())
+    return head + (_JINJA if generation else re.sub("{% (end)?generation %}", "", _JINJA))
+
+
+_JINJA = """\
+{%- if messages[0]['role'] != 'system' %}
+  {{- default_with_input if (messages[0]['input'] or '') | trim else default }}
+{%- endif %}
+{%- for message in messages %}
+  {%- set content = message['content'] | trim %}
+  {%- set input = (message['input'] or '') | trim %}
+  {%- if message['role'] == 'system' %}
+    {{- system_before + content + system_after }}
+  {%- elif message['role'] == 'user' %}
+    {{- user_before + content + (input_before + input if input else '') + user_after }}
+  {%- elif message['role'] == 'assistant' %}
+    {{- assistant_before }}{% generation %}{{ content + end }}{% endgeneration %}
+  {%- else %}
+    {{- raise_exception("unknown role: only system, user and assistant") }}
+  {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+  {{- assistant_before }}
+{%- endif %}
+"""
 
 
 def check_messages(messages: list[Message], template: str) -> None:
@@ -225,15 +270,25 @@ def _encode(messages, tokenizer: Tokenizer, template: str) -> tuple[list[int], l
         )
     tokens: list[int] = []
     is_target: list[bool] = []
-    for text, answer in _pieces(messages, find_template(template)):
+    t = find_template(template)
+    pieces = _pieces(messages, t)
+    for text, answer in pieces if t.piecewise else _joined(pieces):
         piece = tokenizer.encode(text) + ([tokenizer.eot] if answer else [])
         tokens += piece
         is_target += [answer is not None and answer.get("weight") != 0] * len(piece)
     return tokens, is_target
 
 
-def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, Message | None]]:
-    """(text, the answer that it is) in order; an answer's <|endoftext|> is not in the text."""
+def _joined(pieces: Pieces) -> Pieces:
+    """The pieces between two answers as one text, so that the tokens are those of the whole."""
+    for _, group in groupby(pieces, lambda piece: piece[1] is None):
+        texts, answers = zip(*group, strict=True)
+        yield "".join(texts), answers[0]
+
+
+def _pieces(messages: list[Message], t: Template) -> Pieces:
+    """(text, the answer that it is) in order; an answer's <|endoftext|> is not in the text. After
+    a question stands what begins an answer."""
     if messages[0]["role"] != "system":
         yield t.default[bool(_input(messages[0]))], None
     for message in messages:
@@ -246,6 +301,8 @@ def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, Message
         further = (t.input, _input(message)) if _input(message) else ()
         for text in (before, content, *further, after):
             yield text, None
+    if message["role"] == "user":
+        yield t.assistant, None
 
 
 def _input(message: Message) -> str:

@@ -1,0 +1,138 @@
+"""Exports in llama.cpp, `transformers serve` and lm-eval. test_export.py (slow) installs them and
+runs this file; where they are: pytest -o addopts= -o filterwarnings= tests/export_programs.py"""
+
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+import torch
+from llama_cpp import Llama
+
+import gpt2
+from gpt2.data.chat import encode_prompt
+from tests.test_export import CHARS, HOSTILE, TOKENIZERS, make_run, run_export
+
+QUESTIONS = ["Why?", "Name a color.", "Is 2+2 = 4? \n", "Who\n\nare you?"]
+SERVE = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
+
+
+def ask(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def answer(model, tokenizer, prompt: list[int], n: int = 8) -> str:
+    stop = () if tokenizer.eot is None else (tokenizer.eot,)
+    [tokens] = gpt2.generate(model, [prompt], max_new_tokens=n, temperature=0, stop_tokens=stop)
+    return tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+@pytest.mark.parametrize(
+    "name, template",
+    [("gpt2", "user_assistant"), ("gpt2", "alpaca_2"), ("byte", "alpaca_2"), ("char", None)],
+)
+def test_llama_cpp_computes_the_same(tmp_path, name, template, dtype, capsys):
+    run, tokenizer = make_run(tmp_path, name, template, block_size=256), TOKENIZERS[name]
+    out = run_export(run, tmp_path / "out.gguf", format="gguf", dtype=dtype, verify=True)
+    assert "logits in llama.cpp within" in capsys.readouterr().out
+    model = gpt2.load_model(run, kernels="torch").eval()
+    llama = Llama(str(out), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
+    pick = random.Random(0)
+    letters = [chr(c) for c in [*range(0x600), *range(0x2000, 0x2070), *range(0x1F300, 0x1F360)]]
+    letters = list(CHARS) if name == "char" else letters
+    texts = [t for t in HOSTILE if "<|" not in t]
+    texts += ["".join(pick.choices(letters + [" "] * n, k=50)) for n in (0, 50, 500) * 100]
+    for text in texts:
+        text = "".join(c for c in text if name != "char" or c in CHARS)
+        assert llama.tokenize(text.encode(), add_bos=False, special=False) == tokenizer.encode(text)
+    # Greedy, with llama.cpp's choices likely for us too: q8_0 and its rounding may part near ties.
+    prompt, far = tokenizer.encode("Once "), {"f32": 0.05, "f16": 0.05, "q8_0": 0.5}[dtype]
+    tokens = []
+    for token in llama.generate(prompt, temp=0.0, repeat_penalty=1.0):
+        tokens.append(token)
+        if len(tokens) == 60:
+            break
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+    logits = logits[:, : tokenizer.vocab_size]
+    assert (logits.amax(-1) - logits[range(60), tokens]).max() < far
+    if template and dtype == "f32":
+        for question in QUESTIONS:
+            options = dict(max_tokens=8, temperature=0, repeat_penalty=1.0)
+            found = llama.create_chat_completion(ask(question), **options)
+            prompt = encode_prompt(ask(question), tokenizer, template)
+            assert found["usage"]["prompt_tokens"] == len(prompt)
+            content = found["choices"][0]["message"]["content"]
+            # llama-cpp-python drops bytes that are no text.
+            assert content == answer(model, tokenizer, prompt).replace("\ufffd", "")
+    llama.close()
+
+
+@pytest.mark.parametrize("name, template", [("gpt2", "alpaca_2"), ("byte", "user_assistant")])
+def test_transformers_serve_answers_several_clients(tmp_path, name, template, free_port):
+    run, tokenizer = make_run(tmp_path, name, template, block_size=256), TOKENIZERS[name]
+    model, out = gpt2.load_model(run, kernels="torch"), run_export(run, tmp_path / "out")
+    command = [sys.executable, "-c", SERVE, "serve", str(out), "--port", str(free_port)]
+    server = subprocess.Popen([*command, "--host", "127.0.0.1"])
+    try:
+        url, deadline = f"http://127.0.0.1:{free_port}", time.monotonic() + 120
+        while True:
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.TransportError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.5)
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+        options = dict(model=str(out), max_tokens=8, temperature=0)
+        wanted = [
+            answer(model, tokenizer, encode_prompt(ask(q), tokenizer, template)) for q in QUESTIONS
+        ]
+        assert len(set(wanted)) >= 3
+
+        def chat(i: int) -> str:
+            messages = ask(QUESTIONS[i % 4])
+            found = client.chat.completions.create(messages=messages, **options)
+            return found.choices[0].message.content
+
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(chat, range(16))) == wanted * 4
+        chunks = client.chat.completions.create(messages=ask(QUESTIONS[0]), stream=True, **options)
+        parts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+        assert "".join(parts) == wanted[0]
+        found = client.completions.create(prompt="Once", **options).choices[0].text
+        assert found == answer(model, tokenizer, tokenizer.encode("Once"))
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(30)
+
+
+def test_lm_eval_scores_the_log_likelihoods_of_ours(tmp_path):
+    """With the chat template and without, as pairs of context and continuation."""
+    evaluator = pytest.importorskip("lm_eval.models.huggingface")
+    from lm_eval.api.instance import Instance
+
+    run, tokenizer = make_run(tmp_path, "gpt2", "alpaca_2", block_size=256), TOKENIZERS["gpt2"]
+    out = run_export(run, tmp_path / "out")
+    theirs = evaluator.HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=2)
+    model = gpt2.load_model(run, kernels="torch")
+    chat = theirs.apply_chat_template(ask("Why?"))
+    assert theirs.tok_encode(chat) == encode_prompt(ask("Why?"), tokenizer, "alpaca_2")
+    pairs = [("Once upon", " a time"), ("Why", " not?"), (chat, "So"), ("x", "\n\ny")]
+    found = theirs.loglikelihood(
+        [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    )
+    for (context, more), (value, _) in zip(pairs, found, strict=True):
+        # lm-eval counts white space at the end of a context to what follows.
+        a, b = tokenizer.encode(context.rstrip()), tokenizer.encode(context + more)
+        with torch.no_grad():
+            rows = model(torch.tensor([b]))[0, :, :50257].log_softmax(-1)
+        wanted = sum(float(rows[i - 1, b[i]]) for i in range(len(a), len(b)))
+        assert math.isclose(value, wanted, rel_tol=1e-4)
