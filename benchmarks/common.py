@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from gpt2.device import cpu_name
-from gpt2.train.receipt import git_state, versions, write_whole
+from gpt2.storage import write_whole
+from gpt2.train.receipt import git_state, versions
 
 WARMUP_MS, REPEAT_MS = 50, 200
 FLUSH_BYTES = 256 * 2**20  # several times the 60 MB L2 of an H200

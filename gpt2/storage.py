@@ -1,15 +1,15 @@
-"""JSON and safetensors files: checked before they are believed, on the disk once written.
+"""JSON and safetensors files: checked before they are believed, whole or on the disk once written.
 
 They may come from anywhere. Nothing is unpickled. Whatever is wrong is a ValueError of one line
 with the path and the key; a file that is missing, or cannot be read or written, is an OSError.
 """
 
+import contextlib
 import dataclasses
 import errno
 import json
 import math
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -79,7 +79,7 @@ def read_checked(path: Path, wanted: Shapes, dtypes=FLOATS) -> dict[str, Tensor]
     return read_tensors(path)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: Path):
     if not path.is_file():
         raise OSError(errno.ENOENT, "no such file", str(path))
@@ -135,3 +135,40 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(fd)
+
+
+def finite(value):
+    """A value of JSON with None for each number that is not finite, which strict JSON lacks."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(value, indent: int | None = None) -> str:
+    """Strict JSON; what JSON lacks as null or its text."""
+    return json.dumps(finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def write_whole(path: Path, text: str | bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_bytes(text.encode() if isinstance(text, str) else text)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):  # on a full disk what it holds is wanted back
+            temporary.unlink()
+        raise
+
+
+def set_aside(path: Path, why: str) -> str:
+    """Renames what cannot be used to NAME.damaged, or .damaged.1 and so on; says so."""
+    names = (f"{path.name}.damaged{f'.{n}' * (n > 0)}" for n in range(1 << 30))
+    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    try:
+        path.rename(target)
+    except OSError as error:
+        return f"{why}; it cannot be set aside either: {error.strerror}"
+    return f"{why}; set aside as {target.name}"

@@ -17,10 +17,10 @@ from gpt2.cli import SafeOutput, printable
 from gpt2.config import TrainConfig
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig
+from gpt2.storage import to_json
 from gpt2.train import metrics as module
 from gpt2.train.metrics import Metrics, draw_curve, points, read_metrics
 from gpt2.train.pretrain import pretrain
-from gpt2.train.receipt import to_json
 
 NAN = float("nan")
 STEP = {

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from safetensors.torch import load_file
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import list_checkpoints, load_model
+from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
+from gpt2.model import GPT
 from gpt2.train.guard import ENOUGH, PATIENCE, Guard
 from gpt2.train.layouts import TreeSum
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
+from gpt2.train.optim import make_optimizer
 from gpt2.train.pretrain import pretrain
-from gpt2.train.saver import Saver
+from gpt2.train.run_folder import RunFolder
 from gpt2.train.signals import Interrupted, StopSignals
 
 from .conftest import losses
@@ -399,41 +403,33 @@ def test_a_full_disk_stops_training_only_if_asked_to(train_config, monkeypatch, 
     assert checkpoint.newest_good(Path(config.out_dir) / "stops").step == 2
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch):
+def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch, capsys):
     """And what is written is the state of the step that was asked for."""
-    import threading
-
-    from gpt2.config import TrainConfig
-    from gpt2.model import GPT
-    from gpt2.train.optim import make_optimizer
-
-    model = GPT(tiny, "torch")
-    optimizer = make_optimizer(model, TrainConfig())
+    model, config = GPT(tiny, "torch"), TrainConfig(warmup_steps=0)
+    optimizer = make_optimizer(model, config)
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     optimizer.step()
     expected = {k: v.detach().clone() for k, v in model.named_parameters()}
-    may_write, saved = threading.Event(), []
-    real = checkpoint.write_checkpoint
+    may_write, real = threading.Event(), checkpoint.write_checkpoint
 
     def slow(*args, **kwargs):
         assert may_write.wait(30)
         return real(*args, **kwargs)
 
     monkeypatch.setattr(checkpoint, "write_checkpoint", slow)
-    saver = Saver(
-        tmp_path, keep_last=0, keep_going=False,
-        on_saved=lambda step, path, times: saved.append((step, path, times)),
-        on_failed=lambda step, error: None,
-    )  # fmt: skip
-    meta = checkpoint.describe(model, tokenizer={"name": "byte"}, train={})
-    saver.save(7, model, optimizer, meta)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.zero_()
-    saver.poll()
-    assert not saved
-    may_write.set()
-    saver.close()
-    ((step, path, times),) = saved
-    assert step == 7 and set(times) == {"checkpoint/held_ms", "checkpoint/write_ms"}
-    assert equal(expected, weights(path))
+    with RunFolder(tmp_path) as folder:
+        folder.begin(config, {"data": []}, None)
+        folder.open(config, 0, ALONE, {}, {})
+        folder.save(
+            7, model, optimizer, tokenizer={"name": "byte"}, state={}, chat_template=None
+        )  # fmt: skip
+        with torch.no_grad():
+            for p in model.parameters():
+                p.zero_()
+        folder.poll()
+        assert "saved" not in capsys.readouterr().out
+        may_write.set()
+        folder.close(7, "stopped")
+    assert "step      7" in capsys.readouterr().out and equal(expected, weights(tmp_path))
+    (line,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert line.keys() == {"step", "checkpoint/held_ms", "checkpoint/write_ms"}

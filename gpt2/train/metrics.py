@@ -22,7 +22,7 @@ from pathlib import Path
 
 from gpt2.cli import SafeOutput, printable, say
 from gpt2.config import TrainConfig
-from gpt2.train.receipt import finite, set_aside, to_json, write_whole
+from gpt2.storage import finite, set_aside, to_json, write_whole
 
 
 class Metrics:

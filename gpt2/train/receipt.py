@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -29,6 +28,7 @@ import torch
 
 from gpt2.device import cpu_name
 from gpt2.dist import Distributed
+from gpt2.storage import set_aside, to_json, write_whole
 
 FORMAT = 2
 NAME = "receipt.json"
@@ -149,43 +149,6 @@ def hardware(device: torch.device) -> dict:
             "gpu_memory_bytes": gpu.total_memory, "driver": driver and driver[0],
         }  # fmt: skip
     return found
-
-
-def finite(value):
-    """A value of JSON with None for each number that is not finite, which strict JSON lacks."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def to_json(value, indent: int | None = None) -> str:
-    """Strict JSON; what JSON lacks as null or its text."""
-    return json.dumps(finite(value), indent=indent, default=str, allow_nan=False)
-
-
-def write_whole(path: Path, text: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_bytes(text.encode() if isinstance(text, str) else text)
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # on a full disk what it holds is wanted back
-            temporary.unlink()
-        raise
-
-
-def set_aside(path: Path, why: str) -> str:
-    """Renames what cannot be used to NAME.damaged, or .damaged.1 and so on; says so."""
-    names = (f"{path.name}.damaged{f'.{n}' * (n > 0)}" for n in range(1 << 30))
-    target = next(path.with_name(name) for name in names if not path.with_name(name).exists())
-    try:
-        path.rename(target)
-    except OSError as error:
-        return f"{why}; it cannot be set aside either: {error.strerror}"
-    return f"{why}; set aside as {target.name}"
 
 
 def _now() -> str:

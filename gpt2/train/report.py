@@ -12,21 +12,20 @@ https://github.com/karpathy/build-nanogpt, play.ipynb (FineWeb, HellaSwag).
 import base64
 import html
 import re
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median_high
 
 from gpt2.cli import printable
+from gpt2.storage import write_whole
 from gpt2.train.metrics import draw_curve, duration, points, read_log
-from gpt2.train.receipt import commit_of, read_receipt, write_whole
+from gpt2.train.receipt import commit_of, read_receipt
 
 OPENWEBTEXT = {"124M": 3.12, "350M": 2.84, "774M": 2.67, "1558M": 2.54}
 FINEWEB = {"124M": 3.2924}
 FINEWEB_VAL_TOKENS = 10_485_760  # the first of the validation shard, by custom
 HELLASWAG = {"124M": "29.45%", "350M": "37.52%", "774M": "43.20%", "1558M": "48.89%"}
 MOST_EVENTS = 20  # rows of the table of skipped steps
-PNG_AGE_S = 600.0  # drawing the PNG takes a second, so not at each checkpoint
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 56em; margin: 2em auto; padding: 0 1em; }
 th, td { text-align: left; vertical-align: top; padding: .25em 1em .25em 0; font-weight: normal;
@@ -36,28 +35,23 @@ object { max-width: 100%; }
 """
 
 
-def write_report(folder: str | Path, *, gpu_hour_price: float = 0.0, png: bool = True) -> None:
+def write_report(folder: str | Path, *, gpu_hour_price: float = 0.0) -> None:
     """Draws the report of a run folder; without matplotlib, or where the curve fails, without it.
 
-    gpu_hour_price: of one GPU; 0: not known. png: False, at checkpoints, draws loss.png only where
-    the launch (by its config.yaml) and the file are older than PNG_AGE_S.
+    gpu_hour_price: of one GPU; 0: not known.
     Raises OSError where it cannot be written, ImportError for report.html without markdown-it-py.
     """
     folder = Path(folder)
     lines, receipt, config, notes = _read(folder)
     title, picture = str(config.get("run_name", folder.name)), folder / "loss.png"
-    files = [path for path in (picture, folder / "config.yaml") if path.exists()]
-    age = time.time() - max((path.stat().st_mtime for path in files), default=0.0)
     curve = "![loss curve](loss.png)"
-    if not points(lines, "train/loss") + points(lines, "val/loss"):
-        curve = "No loss was logged."
-    elif png or age >= PNG_AGE_S:
+    if points(lines, "train/loss") + points(lines, "val/loss"):
         try:
             draw_curve(lines, picture, title, str(receipt.get("unit", "nats per token")))
         except (ImportError, ValueError) as error:
             curve = escape(f"No curve: {error}.")
-    elif not picture.exists():
-        curve = "The curve follows."
+    else:
+        curve = "No loss was logged."
     body = describe(lines, receipt, config, gpu_hour_price)
     markdown = "\n\n".join([f"# {escape(title)}", curve, *map(escape, notes), body]) + "\n"
     write_whole(folder / "report.md", markdown)
@@ -226,10 +220,9 @@ def _speed_and_cost(lines: list[dict], launches: list[dict], price: float) -> It
         return
     steps = [value for _, value in points(lines, "train/step_ms")]
     if steps and (least := launches[-1]["predicted"].get("step_ms")):
-        yield "predicted", (
-            f"at least {least:,.1f} ms a step, each part at the ceilings measured before the first "
-            f"one; it took {median_high(steps) / least:.2f} times that"
-        )
+        times = f"it took {median_high(steps) / least:.2f} times that"
+        what = "each part at the ceilings measured before the first one"
+        yield "predicted", f"at least {least:,.1f} ms a step, {what}; {times}"
     gpus = [x["seconds"] / 3600 * x["world_size"] for x in launches if x["device"] == "cuda"]
     yield "GPU hours", f"{sum(gpus):.3f}" if gpus else "0, on a CPU"
     if price and gpus:

@@ -8,6 +8,9 @@ RUN/receipt.json    the launches (gpt2.train.receipt)
 RUN/report.md, report.html, loss.png    drawn from these (gpt2.train.report)
 RUN/checkpoints/    gpt2.checkpoint; each carries the run id and the identity
 
+Training stands still only while a checkpoint's tensors are copied to host memory; a thread writes
+the one copy. A second checkpoint waits until the first is written.
+
 Only checkpoints are needed to go on, so only a checkpoint that cannot be written may end training;
 of everything else a failed write is told, and that is all. Files with other names are not ours.
 """
@@ -18,6 +21,7 @@ import os
 import socket
 import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median_high
@@ -29,12 +33,12 @@ from gpt2.cli import say, write_yaml
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
+from gpt2.storage import read_json, write_whole
 from gpt2.train.metrics import Metrics, points, read_metrics
-from gpt2.train.receipt import Receipt, write_whole
+from gpt2.train.receipt import Receipt
 from gpt2.train.report import write_report
-from gpt2.train.saver import Saver
 
-REPORT_EVERY_S = 30.0
+REPORT_EVERY_S = 120.0  # drawing it takes some 0.2 s
 LOCATIONS = ("data", "val_data", "init_from", "out_dir", "run_name", "resume", "device")
 """Options that say where something lies; what lies there is compared, not these words."""
 DATA_OPTIONS = (
@@ -48,10 +52,8 @@ class RunFolder:
     """The folder of one run, as a context that gives its lock back; for the main process."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.run_id, self.identity = Path(path), "", {}
         self._lock = None
-        self.run_id = ""
-        self.identity: dict = {}
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -139,9 +141,8 @@ class RunFolder:
 
     def _read_identity(self) -> dict:
         try:
-            found = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return found if isinstance(found, dict) else {}
-        except (OSError, ValueError, RecursionError):
+            return read_json(self.path / "run.json")
+        except (OSError, ValueError):
             return {}  # of an earlier version, or damaged: the checkpoints have it too
 
     # -- while the run writes ---------------------------------------------------------------------
@@ -150,8 +151,8 @@ class RunFolder:
         self, config: TrainConfig, first_step: int, group: Distributed, facts: dict,
         predicted: dict,
     ) -> None:  # fmt: skip
-        """Opens log, receipt and saver. facts, predicted: see gpt2.train.receipt."""
-        self.config, self.first_step, self.reported = config, first_step, time.monotonic()
+        """Opens log and receipt. facts, predicted: see gpt2.train.receipt."""
+        self.config, self.reported = config, time.monotonic()
         self.metrics = Metrics(self.path, config, asdict(config), first_step)
         self.say, self.log = self.metrics.say, self.metrics.log
         try:
@@ -163,35 +164,70 @@ class RunFolder:
             data=self.identity["data"], group=group, first_step=first_step, predicted=predicted,
             say=self.say,
         )  # fmt: skip
-        self.saver = Saver(
-            self.path, keep_last=config.keep_last,
-            keep_going=config.on_save_error == "continue",
-            on_saved=self._on_saved, on_failed=self._on_save_failed,
-        )  # fmt: skip
+        self._writer = ThreadPoolExecutor(1, "saver")
+        self._copy: checkpoint.Tensors | None = None  # of what is written, 12 bytes a parameter
+        self._pending: tuple[int, float, Future] | None = None  # step, held_ms, path and write_ms
         self.stopping = False  # whether the next checkpoint is the last one
 
     def save(
         self, step: int, model: GPT, optimizer: torch.optim.Optimizer, *,
         tokenizer: dict, state: dict, chat_template: str | None,
     ) -> None:  # fmt: skip
-        """Starts writing a checkpoint."""
+        """Copies a checkpoint's tensors, starts writing it and returns. Raises what wait raises."""
         meta = checkpoint.describe(
             model, tokenizer=tokenizer, train=asdict(self.config), state=state,
             chat_template=chat_template, run_id=self.run_id, identity=self.identity,
         )  # fmt: skip
-        self.saver.save(step, model, optimizer, meta)
+        started = time.perf_counter()
+        self.wait()  # for the one before: its copy is written over
+        self._copy = checkpoint.snapshot(model, optimizer, self._copy)
+        held_ms = (time.perf_counter() - started) * 1e3
+        self._pending = step, held_ms, self._writer.submit(self._write, step, meta)
+
+    def _write(self, step: int, meta: dict) -> tuple[Path, float]:
+        started, keep_last = time.perf_counter(), self.config.keep_last
+        path = checkpoint.write_checkpoint(self.path, step, self._copy, meta, keep_last=keep_last)
+        return path, (time.perf_counter() - started) * 1e3
+
+    def poll(self) -> None:
+        """Tells of a checkpoint that has been written meanwhile; waits for nothing."""
+        if self._pending is not None and self._pending[-1].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what save started is written and told of. Raises ValueError where the state is not
+        finite, OSError where it cannot be written and on_save_error is stop, or none comes later.
+        """
+        if self._pending is None:
+            return
+        (step, held_ms, future), self._pending = self._pending, None
+        place = f"step {step:>6}/{self.config.max_steps}"
+        try:
+            path, write_ms = future.result()
+        except OSError as error:
+            is_last = self.stopping or step == self.config.max_steps
+            if is_last or self.config.on_save_error == "stop":
+                raise
+            why = f"{error.strerror or error}; training goes on (on_save_error)"
+            self.say(f"{place}  NOT saved: {why}")
+            return
+        self.log(step, {"checkpoint/held_ms": held_ms, "checkpoint/write_ms": write_ms})
+        self.report(step)
+        times = f"held training {held_ms:.0f} ms, took {write_ms:.0f} ms"
+        self.say(f"{place}  saved {path}  ({times})")
 
     def go_back(self, step: int) -> None:
         """Sets aside what was saved and logged of later steps."""
-        self.saver.wait()
+        self.wait()
         checkpoint.set_aside(self.path, step)
         self.metrics.rewind(step)
 
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
         try:
-            self.saver.close()
+            self.wait()
         finally:
+            self._writer.shutdown()
             self.report(step, end)
             self.metrics.close()
         if end == "finished":
@@ -200,12 +236,12 @@ class RunFolder:
     def report(self, step: int, end: str = "running") -> None:
         """Brings receipt and, now and then, the report up to date."""
         self.receipt.update(step, end)
-        running, now = end == "running", time.monotonic()
-        if running and now - self.reported < REPORT_EVERY_S:
+        now = time.monotonic()
+        if end == "running" and now - self.reported < REPORT_EVERY_S:
             return
         self.reported = now
         try:
-            write_report(self.path, png=not running)
+            write_report(self.path)
         except (OSError, ImportError, ValueError) as error:
             self.say(f"no report: {error}")
 
@@ -217,22 +253,6 @@ class RunFolder:
         say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
         found = checkpoint.list_checkpoints(self.path)
         say(f"checkpoint: {found[-1] if found else 'none was needed'}")
-
-    def _on_saved(self, step: int, path: Path, times: dict) -> None:
-        self.log(step, times)
-        self.report(step)
-        self.say(
-            f"step {step:>6}/{self.config.max_steps}  saved {path}  (held training "
-            f"{times['checkpoint/held_ms']:.0f} ms, took {times['checkpoint/write_ms']:.0f} ms)"
-        )
-
-    def _on_save_failed(self, step: int, error: OSError) -> None:
-        if step == self.config.max_steps or self.stopping:
-            raise error  # there is no later one
-        self.say(
-            f"step {step:>6}/{self.config.max_steps}  NOT saved: {error.strerror or error}; "
-            "training goes on (on_save_error)"
-        )
 
 
 def identity_of(parts) -> dict:

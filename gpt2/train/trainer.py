@@ -212,7 +212,7 @@ class Trainer:
                 self._log(busy_s / steps, steps)
                 busy_s, steps = 0.0, 0
             if self.folder is not None:
-                self.folder.saver.poll()
+                self.folder.poll()
 
     def train_step(self, step: int) -> None:
         """One optimizer step, which the guard may keep from being applied."""
@@ -355,7 +355,7 @@ class Trainer:
         """Ends the run after a signal; what is to be saved has been handed to the saver."""
         if self.folder is not None:
             self.folder.stopping = True
-            self.folder.saver.wait()
+            self.folder.wait()
             found = checkpoint.list_checkpoints(self.folder.path)
             where = f"everything is in {found[-1]}" if found else "no step was finished"
             self.folder.say(f"stopped at step {self.step}; {where}; go on with --resume auto")
