@@ -12,9 +12,9 @@ from gpt2 import checkpoint
 from gpt2.evals import hellaswag, scoring
 from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
 from gpt2.evals.scoring import Single
+from gpt2.train.between import Interrupted
 from gpt2.train.metrics import read_metrics
 from gpt2.train.pretrain import pretrain
-from gpt2.train.signals import Interrupted
 
 from .conftest import losses
 

@@ -17,6 +17,7 @@ from gpt2.checkpoint import list_checkpoints, load_model
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
+from gpt2.train.between import Interrupted, StopSignals
 from gpt2.train.guard import ENOUGH, PATIENCE, Guard
 from gpt2.train.layouts import TreeSum
 from gpt2.train.metrics import read_metrics
@@ -24,7 +25,6 @@ from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 from gpt2.train.pretrain import pretrain
 from gpt2.train.run_folder import RunFolder
-from gpt2.train.signals import Interrupted, StopSignals
 
 from .conftest import losses
 
@@ -94,7 +94,7 @@ def test_what_is_ignored_at_the_start_stays_ignored():
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("gpt2.train.signals.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("gpt2.train.between.time.monotonic", lambda: now[0])
     with StopSignals() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         now[0] += 0.5  # torchrun passes on what its terminal has sent already

@@ -12,11 +12,11 @@ from gpt2.config import TrainConfig
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig
 from gpt2.tokenizer import ByteTokenizer
+from gpt2.train.between import learning_rate
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 from gpt2.train.pretrain import pretrain
-from gpt2.train.schedule import learning_rate
 
 from .conftest import losses
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt2.checkpoint import Checkpoint, list_checkpoints
-from gpt2.config import TrainConfig
+from gpt2.config import GPTConfig, TrainConfig
 from gpt2.data import Mixture
 from gpt2.data.loader import BatchSource
 from gpt2.device import Execution
@@ -38,12 +38,14 @@ from gpt2.lora import lora_config
 from gpt2.model import GPT
 from gpt2.ops import CPU_LOGITS
 from gpt2.tokenizer import Tokenizer
+from gpt2.train.between import Due
 from gpt2.train.layouts import Layout
 from gpt2.train.metrics import duration
-from gpt2.train.schedule import Due
 
 KEPT_FREE = 0.1  # of a GPU's memory: fragments, NCCL's buffers, and what others may still take
 MEASURE_S = 0.02  # how long each rate is measured
+V2_NAMES = "max", "current", "inactive_file"  # of a control group's limits and usage
+V1_NAMES = "limit_in_bytes", "usage_in_bytes", "total_inactive_file"
 CPU_TOKENS = 1 << 14  # of a micro batch that auto takes on a CPU; more is no faster there
 
 Need = Callable[[int], dict[str, int]]  # rows of a micro batch -> bytes at a step's peak, by parts
@@ -73,9 +75,9 @@ def preflight(
     gradients = 4 * _count(p for p in objective.parameters() if p.requires_grad)
     moments = 8 * _count(p for part in optimizer.param_groups for p in part["params"])
     # Adapters are saved alone; the copies to go back to are of all weights.
-    saved = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    going_back = 2 * (4 * _count(model.parameters()) + moments)
-    copies = saved + (going_back if config.guard == "rollback" else 0)
+    saved = copies = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if config.guard == "rollback":
+        copies += 2 * (4 * _count(model.parameters()) + moments)
     others = {"AdamW's moments": moments}
     if device.type == "cuda":
         host = available_bytes(torch.device("cpu"))
@@ -88,7 +90,7 @@ def preflight(
         others["AdamW's moments"] *= not optimizer.state
         free = available_bytes(device)
     else:
-        passes = _estimated(config, model, length, execution)
+        passes = partial(_estimated, config, model.config, length, execution.dtype.itemsize)
         others |= {"weights": weights, "gradients": gradients, "copies for checkpoints": copies}
         free = available_bytes(device) + weights + (moments if optimizer.state else 0)
 
@@ -117,7 +119,8 @@ def preflight(
             f"{steps:,} steps, by matmuls of {size(flops, 'FLOP')}/s and copies of "
             f"{size(bandwidth)}/s",
         ))  # fmt: skip
-    table.append(_check_disk(config, group, saved, Due(config, has_val).n_saves(first_step)))
+    is_saved = map(Due(config, has_val).save, range(first_step + 1, config.max_steps + 1))
+    table.append(_check_disk(config, group, saved, sum(is_saved)))
     return config, table, {"step_ms": step_s and step_s * 1e3, "peak_bytes": peak}
 
 
@@ -146,21 +149,18 @@ def _measured(config: TrainConfig, objective: nn.Module, rows: int, group, trial
     return lambda n: {"weights, gradients and a row": peaks[1], "further rows": (n - 1) * more}
 
 
-def _estimated(config: TrainConfig, model: GPT, length: int, execution: Execution) -> Need:
-    """What passes take, by the formula at the head of this file."""
-    shape, width = model.config, execution.dtype.itemsize
-
-    def passes(n: int) -> dict[str, int]:
-        stream = n * length * shape.n_embd  # numbers in it
-        block = stream * (8 + 14 * width)
-        activations = shape.n_layer * block
-        if config.activation_checkpointing:  # what enters each block, and one of them whole
-            activations = shape.n_layer * stream * (4 + width) + block
-        logits = n * length * shape.padded_vocab_size
-        at_once = 3 * logits if logits <= CPU_LOGITS else CPU_LOGITS  # else in chunks, in place
-        return {"activations": activations, "logits": 4 * at_once}
-
-    return passes
+def _estimated(
+    config: TrainConfig, shape: GPTConfig, length: int, width: int, n: int
+) -> dict[str, int]:
+    """What passes of n rows take, by the formula at the head of this file; width: of a dtype."""
+    stream = n * length * shape.n_embd  # numbers in it
+    block = stream * (8 + 14 * width)
+    activations = shape.n_layer * block
+    if config.activation_checkpointing:  # what enters each block, and one of them whole
+        activations = shape.n_layer * stream * (4 + width) + block
+    logits = n * length * shape.padded_vocab_size
+    at_once = 3 * logits if logits <= CPU_LOGITS else CPU_LOGITS  # else in chunks, in place
+    return {"activations": activations, "logits": 4 * at_once}
 
 
 def _choose(
@@ -172,8 +172,8 @@ def _choose(
 
     def fit(room: int, most: int) -> int:
         """The largest micro batch that fits on every rank, 0 where none does."""
-        divisors = [n for n in range(1, most + 1) if rows % n == 0]
-        fitting = [n for n in divisors if sum(need(n).values()) <= room]
+        dividing = (n for n in range(1, most + 1) if rows % n == 0)
+        fitting = (n for n in dividing if sum(need(n).values()) <= room)
         return min(group.gather(max(fitting, default=0)))
 
     largest = fit(free, rows)
@@ -236,31 +236,27 @@ def available_bytes(device: torch.device) -> int:
 
 
 def available_host_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Host memory that this process can still have: the kernel's estimate, within all limits."""
+    """Host memory that this process can still have: the kernel's estimate, within the limits of
+    its control groups and of those above them. Page cache can be given back."""
     free = 1024 * int(re.search(r"MemAvailable:\s*(\d+)", (proc / "meminfo").read_text())[1])
     groups = proc / "self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
-        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
-        if not controllers or "memory" in controllers.split(","):
-            root = cgroups / "memory" if controllers else cgroups
-            # In a container the path may lie outside of what is mounted: then the root is its own.
-            own = root / path.lstrip("/")
-            within = [folder for folder in (own, *own.parents) if folder.is_relative_to(root)]
-            free = min(free, *map(_left_in, within))
-    return max(int(free), 0)
-
-
-def _left_in(folder: Path) -> float:
-    """What a control group has left; infinite without a limit. Page cache can be given back."""
-    for limit, usage, cache in (
-        ("memory.max", "memory.current", "inactive_file"),  # of version 2, then 1
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):  # ValueError: of "max"
-            most, used = (int((folder / name).read_text()) for name in (limit, usage))
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            return most - used + int(stat.get(cache, 0))
-    return math.inf
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, names = cgroups, V2_NAMES
+        elif "memory" in controllers.split(","):
+            root, names = cgroups / "memory", V1_NAMES
+        else:
+            continue
+        # In a container the path may lie outside of what is mounted: then the root is its own.
+        own = root / path.lstrip("/")
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # ValueError: of "max"
+                most, used = (int((folder / f"memory.{name}").read_text()) for name in names[:2])
+                stat = (folder / "memory.stat").read_text().split()
+                cache = dict(zip(stat[::2], stat[1::2], strict=True)).get(names[2], 0)
+                free = min(free, most - used + int(cache))
+    return max(free, 0)
 
 
 @torch.no_grad()

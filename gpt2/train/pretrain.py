@@ -23,9 +23,9 @@ from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import read_hellaswag
 from gpt2.lora import add_lora
 from gpt2.model import GPT
+from gpt2.train.between import Interrupted, StopSignals
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
-from gpt2.train.signals import Interrupted, StopSignals
 from gpt2.train.trainer import Trainer
 
 EVAL_DATA = "data/eval"  # the folder of HellaSwag's file

@@ -33,13 +33,12 @@ from gpt2.dist import Distributed, Heartbeat
 from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import evaluation, guard
+from gpt2.train import between, guard
+from gpt2.train.between import Due, Interrupted, StopSignals, learning_rate
 from gpt2.train.layouts import make_layout
 from gpt2.train.objectives import Batch
 from gpt2.train.preflight import describe, preflight
 from gpt2.train.run_folder import RunFolder
-from gpt2.train.schedule import Due, learning_rate
-from gpt2.train.signals import Interrupted, StopSignals
 
 SHOWN = 2  # of an objective's metrics on the terminal; the others are only logged
 
@@ -366,7 +365,7 @@ class Trainer:
     def mean_losses(self) -> dict[str, float] | None:
         """Validation over eval_steps * tokens_per_step tokens; None where a signal came."""
         n_rows, steps = self.val_data.n_windows, self.config.eval_steps
-        return evaluation.mean_losses(
+        return between.mean_losses(
             self.layout, self.objective, self.val_feed, self.execution, self.group,
             n_rows=min(n_rows, steps * self.rows_per_step) if steps else n_rows,
             micro_batch_size=self.config.micro_batch_size, stop_asked=self.is_stop_asked,
@@ -398,7 +397,7 @@ class Trainer:
 
     def _sample(self) -> None:
         started = time.perf_counter()
-        text = evaluation.sample_text(self.layout, self.model, self.tokenizer)
+        text = between.sample_text(self.layout, self.model, self.tokenizer)
         self._tell({"sample": text}, f"sample: {text!r}", started)
 
     def _tell(self, values: dict, text: str, started: float) -> None:
