@@ -17,18 +17,25 @@ from gpt2.checkpoint import list_checkpoints, load_model
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.between import Interrupted, StopSignals
+from gpt2.train.between import HANDLED, Interrupted, StopSignals
 from gpt2.train.guard import ENOUGH, PATIENCE, Guard
 from gpt2.train.layouts import TreeSum
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
-from gpt2.train.pretrain import pretrain
+from gpt2.train.pretrain import open_data, pretrain
 from gpt2.train.run_folder import RunFolder
+from gpt2.train.trainer import Trainer
 
 from .conftest import losses
 
 ALONE = Distributed()
+
+
+@pytest.fixture
+def config(train_config) -> TrainConfig:
+    """6 steps with a checkpoint at the end alone."""
+    return replace(train_config, eval_every=0, save_every=0)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -39,57 +46,51 @@ def equal(a: dict, b: dict) -> bool:
     return all(torch.equal(a[name], b[name]) for name in a)
 
 
-def at_step(stop: int, act):
-    """Patches train_step to call act before it starts on a step, once."""
-    from gpt2.train.trainer import Trainer
+def saved_steps(config: TrainConfig) -> list[int]:
+    return [int(path.name.removeprefix("step_")) for path in list_checkpoints(config.folder)]
 
-    real, done = Trainer.train_step, []
+
+@pytest.fixture
+def at_step(monkeypatch):
+    """Makes a run call act(trainer) before it starts on a step, once."""
+    real, acts = Trainer.train_step, {}
 
     def train_step(self, step):
-        if step == stop and not done:
-            done.append(step)
-            act(self)
+        acts.pop(step, lambda trainer: None)(self)
         return real(self, step)
 
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Trainer, "train_step", train_step)
-    return patch
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    return acts.__setitem__
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-
-
-@pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_saves_the_step_and_the_same_command_goes_on(train_config, number, capfd):
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(train_config, at_step, capfd):
     whole = replace(train_config, run_name="whole", resume="auto")
-    pretrain(whole)
     cut = replace(whole, run_name="cut")
-    handlers = [signal.getsignal(n) for n in SIGNALS]
-    with at_step(4, lambda _: os.kill(os.getpid(), number)).context():
-        with pytest.raises(SystemExit) as left:
-            pretrain(cut)
-    assert left.value.code == 75
-    assert handlers == [signal.getsignal(n) for n in SIGNALS]
-    run = Path(cut.out_dir) / "cut"
-    assert [p.name for p in list_checkpoints(run)][-1] == "step_00000005"  # the step it came in
+    pretrain(whole)
+    at_step(4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        pretrain(cut)
+    assert left.value.code == 75 and saved_steps(cut)[-1] == 5  # the step it came in
     out, err = capfd.readouterr()
     assert "stopped at step 5" in out and "go on with --resume auto" in out
-    assert f"{signal.Signals(number).name}: saving after this step" in err
+    assert "SIGTERM: saving after this step" in err
     pretrain(cut)
-    assert losses(run) == losses(Path(cut.out_dir) / "whole")
-    assert equal(weights(run), weights(Path(cut.out_dir) / "whole"))
+    assert losses(cut.folder) == losses(whole.folder)
+    assert equal(weights(cut.folder), weights(whole.folder))
 
 
-def test_what_is_ignored_at_the_start_stays_ignored():
-    """nohup, and jobs in the background of a script."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as signals:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.received is None
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_is_noted_and_one_that_was_ignored_stays_ignored(number):
+    """nohup, and jobs in the background of a script, start with signals ignored."""
+    for handler, noted in ((signal.getsignal(number), number.name), (signal.SIG_IGN, None)):
+        before = signal.signal(number, handler)
+        try:
+            with StopSignals() as signals:
+                os.kill(os.getpid(), number)
+                assert signals.received == noted
+            assert signal.getsignal(number) == handler
+        finally:
+            signal.signal(number, before)
 
 
 def test_a_second_interrupt_stops_at_once(monkeypatch):
@@ -105,10 +106,9 @@ def test_a_second_interrupt_stops_at_once(monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_signal_during_validation_keeps_the_checkpoint_before_it(train_config):
-    config = replace(train_config, eval_steps=0, save_every=0, eval_every=3)
-    real = LanguageModeling.forward
-    calls = []
+def test_a_signal_during_validation_keeps_the_checkpoint_before_it(config, monkeypatch):
+    config = replace(config, eval_steps=0, eval_every=3)
+    real, calls = LanguageModeling.forward, []
 
     def forward(self, batch):
         if not self.training:
@@ -117,124 +117,105 @@ def test_a_signal_during_validation_keeps_the_checkpoint_before_it(train_config)
                 os.kill(os.getpid(), signal.SIGTERM)
         return real(self, batch)
 
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
         patch.setattr(LanguageModeling, "forward", forward)
-        with pytest.raises(Interrupted):
-            pretrain(config)
+        pretrain(config)
     assert len(calls) == 2  # it did not go through the rest of the split
-    run = Path(config.out_dir) / "run"
-    assert [p.name for p in list_checkpoints(run)] == ["step_00000003"]
+    assert saved_steps(config) == [3]
     pretrain(replace(config, resume="auto"))
-    assert len(losses(run, "val/loss")) == 2
+    assert len(losses(config.folder, "val/loss")) == 2
 
 
-def test_running_out_of_memory_in_validation_costs_nothing(train_config):
-    config = replace(train_config, save_every=0, eval_every=2, max_steps=4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gpt2.train.trainer.Trainer.mean_losses", raise_out_of_memory)
-        with pytest.raises(ValueError, match="lower micro_batch_size"):
-            pretrain(config)
-    assert checkpoint.read_checkpoint(Path(config.out_dir) / "run").step == 2
+def test_running_out_of_memory_in_validation_costs_nothing(config, monkeypatch):
+    def mean_losses(self):
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
-
-def raise_out_of_memory(self):
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-class Poisoned(LanguageModeling):
-    """A loss of NaN, with gradients of NaN, where a batch holds certain rows."""
-
-    rows: list[torch.Tensor] = []
-    factor = float("nan")
-
-    def forward(self, batch):
-        loss_sum, metrics = super().forward(batch)
-        for row in self.rows:
-            if (batch["idx"] == row).all(1).any():
-                loss_sum = loss_sum * self.factor
-        return loss_sum, metrics
+    monkeypatch.setattr(Trainer, "mean_losses", mean_losses)
+    with pytest.raises(ValueError, match="lower micro_batch_size"):
+        pretrain(replace(config, eval_every=2))
+    assert saved_steps(config) == [2]
 
 
 @pytest.fixture
-def poisoned(monkeypatch):
-    """Makes pretrain use Poisoned; give it the rows."""
+def poison(config, monkeypatch):
+    """poison(step, row) makes the loss and gradients of each batch with that row NaN."""
+    rows = []
+
+    class Poisoned(LanguageModeling):
+        def forward(self, batch):
+            loss_sum, metrics = super().forward(batch)
+            is_bad = any((batch["idx"] == row).all(1).any() for row in rows)
+            return loss_sum * (math.nan if is_bad else 1.0), metrics
+
+    def add(step: int, row: int) -> None:
+        data = open_data(config, "train", config.block_size)
+        batch = data.batch(step, config.tokens_per_step // config.block_size)[0]
+        rows.append(batch[row].clone())
+
     monkeypatch.setattr("gpt2.train.pretrain.LanguageModeling", Poisoned)
-    yield Poisoned
-    Poisoned.rows, Poisoned.factor = [], float("nan")
+    add.rows = rows
+    return add
 
 
-def row_of(config, step: int, row: int) -> torch.Tensor:
-    from gpt2.train.pretrain import open_data
-
-    data = open_data(config, "train", config.block_size)
-    return data.batch(step, config.tokens_per_step // config.block_size)[0][row].clone()
-
-
-def test_a_nan_costs_one_step_and_the_document_is_named(train_config, poisoned, capsys):
-    config = replace(train_config, eval_every=0, save_every=1, keep_last=0, max_steps=8)
-    poisoned.rows = [row_of(config, 3, 5)]
-    pretrain(config)
-    run = Path(config.out_dir) / "run"
-    by_step = {p.name: weights(p) for p in list_checkpoints(run)}
-    assert equal(by_step["step_00000003"], by_step["step_00000004"])
-    assert not equal(by_step["step_00000004"], by_step["step_00000005"])
-    saved = list_checkpoints(run)[2:4]
-    moments = [load_file(path / checkpoint.OPTIMIZER) for path in saved]
+def test_a_nan_costs_one_step_and_the_document_is_named(config, poison, capsys):
+    poison(3, 5)
+    pretrain(replace(config, save_every=1, keep_last=0, max_steps=8))
+    before, after, later = list_checkpoints(config.folder)[2:5]
+    assert equal(weights(before), weights(after)) and not equal(weights(after), weights(later))
+    moments = [load_file(path / checkpoint.OPTIMIZER) for path in (before, after)]
     assert equal(*moments) and all(v.isfinite().all() for v in moments[1].values())
-    lines = read_metrics(run / "metrics.jsonl")
+    lines = read_metrics(config.folder / "metrics.jsonl")
     (event,) = [line for line in lines if "guard/skipped" in line]
     assert event["step"] == 4 and event["guard/reason"].startswith("not finite")
     (named,) = event["guard/rows"]
     assert (named["rank"], named["row"], named["loss"]) == (0, 5, "nan")
     assert "train_000000.bin token" in named["documents"][0]
-    assert len(losses(run)) == 7 and all(map(math.isfinite, losses(run)))
+    assert len(losses(config.folder)) == 7 and all(map(math.isfinite, losses(config.folder)))
     assert "step      3  skipped: not finite" in capsys.readouterr().out
 
 
-def test_only_nans_end_the_run(train_config, poisoned):
-    config = replace(train_config, eval_every=0, save_every=0, max_steps=3 * PATIENCE)
-    poisoned.rows = [row_of(config, step, 0) for step in range(2, 30)]
+def test_only_nans_end_the_run(config, poison):
+    for step in range(2, 30):
+        poison(step, 0)
     with pytest.raises(ValueError, match="10 steps in a row were not finite, the last one step 11"):
-        pretrain(config)
-    run = Path(config.out_dir) / "run"  # the good steps before are not lost
-    assert checkpoint.newest_good(run).step == 12
-    assert all(p.isfinite().all() for p in weights(run).values())
+        pretrain(replace(config, max_steps=3 * PATIENCE))
+    assert saved_steps(config) == [12]  # the good steps before are not lost
+    assert all(p.isfinite().all() for p in weights(config.folder).values())
 
 
-def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
+def test_rollback_goes_back_and_skips_the_data(config, poison, at_step):
     """What follows equals a run that never had those batches."""
     config = replace(
-        train_config, eval_every=0, save_every=0, max_steps=12, guard="rollback", snapshot_every=3,
-        schedule="constant", warmup_steps=0,
+        config, max_steps=12, guard="rollback", snapshot_every=3, schedule="constant",
+        warmup_steps=0,
     )  # fmt: skip
-    poisoned.rows = [row_of(config, 7, 2)]
+    poison(7, 2)
     pretrain(config)
-    run = Path(config.out_dir) / "run"
-    events = [line for line in read_metrics(run / "metrics.jsonl") if "step" in line]
+    events = read_metrics(config.folder / "metrics.jsonl")
     (skipped,) = [line for line in events if "guard/skipped" in line]
     assert (skipped["step"], skipped["guard/step"]) == (3, 8)  # the steps between are trained anew
     assert [line["step"] for line in events if "train/loss" in line] == list(range(1, 13))
     assert [line["step"] for line in events if "guard/rolled_back_from" in line] == [3]
-    state = checkpoint.read_checkpoint(run).state
+    state = checkpoint.read_checkpoint(config.folder).state
     assert state["offset"] == 5 * 8  # rows: step 3 has the batch of step 8
     # By hand: three steps, then on with an offset.
-    poisoned.rows = []
+    poison.rows.clear()
     by_hand = replace(config, run_name="by_hand", max_steps=3)
     pretrain(by_hand)
-    with at_step(3, lambda trainer: setattr(trainer, "offset", 5 * 8)).context():
-        pretrain(replace(by_hand, max_steps=12, resume="auto"))
-    assert equal(weights(run), weights(Path(config.out_dir) / "by_hand"))
+    at_step(3, lambda trainer: setattr(trainer, "offset", 5 * 8))
+    pretrain(replace(by_hand, max_steps=12, resume="auto"))
+    assert equal(weights(config.folder), weights(by_hand.folder))
 
 
-def test_rollback_right_after_a_resume(train_config, poisoned):
+def test_rollback_right_after_a_resume(config, poison):
     """Before the first snapshot that is due there is that of the launch."""
-    config = replace(train_config, eval_every=0, save_every=0, max_steps=3, guard="rollback")
+    config = replace(config, max_steps=3, guard="rollback")
     pretrain(config)
-    poisoned.rows = [row_of(config, 4, 1)]
+    poison(4, 1)
     pretrain(replace(config, resume="auto", max_steps=6))
-    found = checkpoint.read_checkpoint(Path(config.out_dir) / "run")
+    found = checkpoint.read_checkpoint(config.folder)
     assert found.step == 6 and found.state["offset"] == 2 * 8  # back to step 3, past step 4's rows
-    lines = read_metrics(found.path.parent.parent / "metrics.jsonl")
+    lines = read_metrics(config.folder / "metrics.jsonl")
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]  # of what was left, none
 
@@ -244,28 +225,23 @@ def test_rollback_right_after_a_resume(train_config, poisoned):
     [(1, 3, [0, 0, 5, 5, 5, 5, 5, 5, 5]), (3, 2, [0, 4, 4])],  # back to step 3, and to step 4
 )
 def test_what_was_left_by_a_rollback_is_saved_anew(
-    train_config, poisoned, save_every, snapshot_every, offsets
+    config, poison, save_every, snapshot_every, offsets
 ):
-    config = replace(
-        train_config, eval_every=0, save_every=save_every, keep_last=0, max_steps=9,
-        guard="rollback", snapshot_every=snapshot_every,
-    )  # fmt: skip
-    poisoned.rows = [row_of(config, 7, 2)]
-    pretrain(config)
-    saved = list_checkpoints(Path(config.out_dir) / "run")
-    found = [checkpoint.read_checkpoint(path).state["offset"] for path in saved]
-    assert found == [8 * steps for steps in offsets]
+    options = dict(guard="rollback", save_every=save_every, snapshot_every=snapshot_every)
+    poison(7, 2)
+    pretrain(replace(config, keep_last=0, max_steps=9, **options))
+    saved = map(checkpoint.read_checkpoint, list_checkpoints(config.folder))
+    assert [found.state["offset"] for found in saved] == [8 * steps for steps in offsets]
 
 
-def test_stop_policy_saves_and_says_which_step(train_config, poisoned):
-    config = replace(train_config, eval_every=0, save_every=0, guard="stop")
-    poisoned.rows = [row_of(config, 3, 0)]
+def test_stop_policy_saves_and_says_which_step(config, poison):
+    config = replace(config, guard="stop")
+    poison(3, 0)
     with pytest.raises(ValueError, match="step 3 was skipped as not finite"):
         pretrain(config)
-    run = Path(config.out_dir) / "run"
-    assert checkpoint.read_checkpoint(run).step == 4
+    assert saved_steps(config) == [4]
     pretrain(replace(config, resume="auto"))
-    assert checkpoint.read_checkpoint(run).step == 6
+    assert saved_steps(config) == [4, 6]
 
 
 def judge(guard: Guard, step: int, loss: float, norm: float = 1.0) -> bool:
@@ -307,100 +283,80 @@ def test_a_resumed_guard_decides_as_the_uninterrupted_one():
 @pytest.mark.parametrize("micro_batches", [1, 2, 3, 6, 8, 12])
 def test_tree_sum_is_the_same_for_every_split(micro_batches):
     torch.manual_seed(1)
-    leaves = [[torch.randn(50) * 10**i, torch.randn(3, 4)] for i in range(micro_batches)]
+    leaves = [[torch.randn(50) * 10**i] for i in range(micro_batches)]
 
-    def subtree(rank: int, world_size: int) -> list[torch.Tensor]:
-        tree = TreeSum(micro_batches, rank, world_size)
-        per_rank = micro_batches // world_size
-        for leaf in leaves[rank * per_rank : (rank + 1) * per_rank]:
-            tree.add([t.clone() for t in leaf])
-        ((_, total),) = tree.stack
-        return total
-
-    def all_ranks(world_size: int) -> list[torch.Tensor]:
-        sums = [subtree(rank, world_size) for rank in range(world_size)]
+    def all_ranks(world_size: int) -> torch.Tensor:
+        sums, per_rank = [], micro_batches // world_size
+        for rank in range(world_size):
+            tree = TreeSum(micro_batches, rank, world_size)
+            for (leaf,) in leaves[rank * per_rank : (rank + 1) * per_rank]:
+                tree.add([leaf.clone()])
+            ((_, (total,)),) = tree.stack
+            sums.append(total)
         while len(sums) > 1:
-            pairs = zip(sums[::2], sums[1::2], strict=True)
-            sums = [[x + y for x, y in zip(a, b, strict=True)] for a, b in pairs]
+            sums = [x + y for x, y in zip(sums[::2], sums[1::2], strict=True)]
         return sums[0]
 
     power = micro_batches & -micro_batches
     expected = all_ranks(1)
+    torch.testing.assert_close(expected, sum(leaf for (leaf,) in leaves), rtol=1e-5, atol=1e-8)
     for world_size in (2, 4, 8):
         if world_size <= power:
-            found = all_ranks(world_size)
-            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            assert torch.equal(all_ranks(world_size), expected)
         else:
             with pytest.raises(ValueError, match="exact_reduction"):
-                subtree(0, world_size)
-    plain = [sum(leaf[i] for leaf in leaves) for i in (0, 1)]
-    assert all(torch.allclose(a, b, rtol=1e-5) for a, b in zip(plain, expected, strict=True))
+                all_ranks(world_size)
 
 
-def test_exact_reduction_trains_as_the_plain_sum_does(train_config):
-    pretrain(train_config)
-    pretrain(replace(train_config, run_name="exact", exact_reduction=True))
-    out = Path(train_config.out_dir)
-    assert losses(out / "exact") == pytest.approx(losses(out / "run"), rel=1e-5)
-
-
-def flip(path: Path, byte: int, bit: int) -> bytes:
-    good = path.read_bytes()
-    bad = bytearray(good)
-    bad[byte] ^= 1 << bit
-    path.write_bytes(bad)
-    return good
-
-
-def test_every_flipped_bit_is_noticed_and_the_one_before_is_used(train_config, capsys):
-    config = replace(train_config, eval_every=0, keep_last=0)
+def test_exact_reduction_trains_as_the_plain_sum_does(config):
+    exact = replace(config, run_name="exact", exact_reduction=True)
     pretrain(config)
-    run = Path(config.out_dir) / "run"
-    path = list_checkpoints(run)[-1]
-    generator = torch.Generator().manual_seed(5)
-    for file in sorted(path.iterdir()):
-        for _ in range(30):
-            size = file.stat().st_size
-            byte = int(torch.randint(size, (), generator=generator))
-            good = flip(file, byte, int(torch.randint(8, (), generator=generator)))
-            found = checkpoint.newest_good(run)
-            assert found.step == 3, (file.name, byte)
-            file.write_bytes(good[: size // 2])
-            assert checkpoint.newest_good(run).step == 3
-            file.write_bytes(good)
-    assert checkpoint.newest_good(run).step == 6
-    flip(path / "model.safetensors", 1000, 0)
+    pretrain(exact)
+    assert losses(exact.folder) == pytest.approx(losses(config.folder), rel=1e-5)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[1000] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(config, capsys):
+    config = replace(config, save_every=3, keep_last=0)
+    pretrain(config)
+    newest = list_checkpoints(config.folder)[-1]
+    flip(newest / "model.safetensors")
     capsys.readouterr()
     pretrain(replace(config, resume="auto"))
     out = capsys.readouterr().out
     assert "damaged, trying the one before it" in out and "model.safetensors" in out
     assert "from step 3" in out and "aside_step_00000006" in out
-    assert checkpoint.newest_good(run).step == 6
-    assert (run / "checkpoints" / "latest").resolve() == path.resolve()
-    for path in list_checkpoints(run):
-        flip(path / "optimizer.safetensors", 1000, 0)
+    assert checkpoint.newest_good(config.folder).step == 6
+    assert (config.folder / "checkpoints" / "latest").resolve() == newest.resolve()
+    for path in list_checkpoints(config.folder):
+        flip(path / "optimizer.safetensors")
     with pytest.raises(ValueError, match="all 2 checkpoints are damaged"):
         pretrain(replace(config, resume="auto"))
 
 
-def full_disk(*_, **__):
-    raise OSError(28, "No space left on device", "model.safetensors")
+def test_a_full_disk_stops_training_only_if_asked_to(config, monkeypatch, capsys):
+    config, real = replace(config, save_every=2), checkpoint.write_checkpoint
 
+    def full_at_4(run, step, *args, **options):
+        if step == 4:
+            raise OSError(28, "No space left on device", "model.safetensors")
+        return real(run, step, *args, **options)
 
-def test_a_full_disk_stops_training_only_if_asked_to(train_config, monkeypatch, capsys):
-    config = replace(train_config, eval_every=0, save_every=2, max_steps=6)
-    real = checkpoint.write_checkpoint
-    monkeypatch.setattr(
-        checkpoint, "write_checkpoint",
-        lambda run, step, *a, **k: (full_disk if step == 4 else real)(run, step, *a, **k),
-    )  # fmt: skip
+    monkeypatch.setattr(checkpoint, "write_checkpoint", full_at_4)
     pretrain(config)
     assert "NOT saved: No space left on device" in capsys.readouterr().out
-    run = Path(config.out_dir) / "run"
-    assert [p.name for p in list_checkpoints(run)] == ["step_00000002", "step_00000006"]
-    with pytest.raises(OSError, match="No space left"):
-        pretrain(replace(config, run_name="stops", on_save_error="stop"))
-    assert checkpoint.newest_good(Path(config.out_dir) / "stops").step == 2
+    assert saved_steps(config) == [2, 6]
+    stops = replace(config, run_name="stops", on_save_error="stop")
+    last = replace(config, run_name="last", max_steps=4)  # with no later one
+    for refused in (stops, last):
+        with pytest.raises(OSError, match="No space left"):
+            pretrain(refused)
+        assert saved_steps(refused) == [2]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypatch, capsys):
@@ -420,9 +376,8 @@ def test_training_goes_on_while_a_checkpoint_is_written(tiny, tmp_path, monkeypa
     with RunFolder(tmp_path) as folder:
         folder.begin(config, {"data": []}, None)
         folder.open(config, 0, ALONE, {}, {})
-        folder.save(
-            7, model, optimizer, tokenizer={"name": "byte"}, state={}, chat_template=None
-        )  # fmt: skip
+        options = dict(tokenizer={"name": "byte"}, state={}, chat_template=None)
+        folder.save(7, model, optimizer, **options)
         with torch.no_grad():
             for p in model.parameters():
                 p.zero_()

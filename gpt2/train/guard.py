@@ -66,19 +66,17 @@ class Guard:
         facts = self.group.sum(torch.stack([loss, norm_is_bad.to(loss.dtype)]))
         skip = ~(torch.isfinite(facts[0]) & (facts[0] <= limit)) | (facts[1] > 0)
         found = torch.stack([facts[0], grad_norm.to(loss.dtype), skip.to(loss.dtype)])
-        on_gpu = found.device.type == "cuda"
-        host = torch.empty(3, dtype=found.dtype, pin_memory=on_gpu)
+        host, done = host_memory(found), None
         host.copy_(found, non_blocking=True)
-        done = torch.cuda.Event() if on_gpu else None
-        if done is not None:
+        if found.is_cuda:
+            done = torch.cuda.Event()
             done.record()
         self._unread.append((step, limit, host, done))
         return found[2]
 
     def verdicts(self, *, all_steps: bool = False) -> list[Verdict]:
-        """What became of the steps judged so far, each told once.
-
-        Without the last one, whose numbers may still be on their way, unless all_steps.
+        """What became of the steps judged so far, each told once; without the last one, whose
+        numbers may still be on their way, unless all_steps.
 
         Raises GaveUp after PATIENCE steps in a row that were not finite.
         """
@@ -173,11 +171,12 @@ def suspects(
         for rank, part in enumerate(losses)
         for i, loss in enumerate(part)
     ]
-    bad = [row for row in rows if not math.isfinite(row["loss"])]
-    worst = sorted(rows, key=lambda row: -row["loss"])
-    what = "no row is bad in a second pass; those with the highest loss"
-    what, named = ("rows whose loss is not finite", bad) if bad else (what, worst)
-    for row in named[:SHOWN]:
+    what = "rows whose loss is not finite"
+    named = [row for row in rows if not math.isfinite(row["loss"])][:SHOWN]
+    if not named:
+        what = "no row is bad in a second pass; those with the highest loss"
+        named = sorted(rows, key=lambda row: -row["loss"])[:SHOWN]
+    for row in named:
         first, last = (
             data.provenance(step, row["row"], rows_per_step, token, offset=offset)
             for token in (0, data.block_size)
@@ -189,7 +188,7 @@ def suspects(
         ]
         if not math.isfinite(row["loss"]):
             row["loss"] = str(row["loss"])  # JSON has no NaN
-    return what, named[:SHOWN]
+    return what, named
 
 
 def spell(row: dict) -> str:
@@ -213,11 +212,11 @@ class Snapshots:
         """Copies the state of a step, unless that is kept already."""
         if self._kept and self._kept[-1][0] == step:
             return
+        state = list(_state(model, optimizer))
         memory = self._kept.pop(0)[1] if len(self._kept) == 2 else []
-        for i, tensor in enumerate(_state(model, optimizer)):
-            if i == len(memory):
-                memory.append(host_memory(tensor))
-            memory[i].copy_(tensor, non_blocking=True)
+        memory += map(host_memory, state[len(memory) :])  # all, or moments since the first step
+        for copy, tensor in zip(memory, state, strict=True):
+            copy.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
         self._kept.append((step, memory))
@@ -236,7 +235,7 @@ class Snapshots:
                 f"rolled back to step {step} {TRIES} times without getting past it: lower lr, or "
                 "go on from an earlier checkpoint with --resume PATH"
             )
-        if len(kept) < sum(1 for _ in _state(model, optimizer)):  # from before the first step
+        if len(kept) < len(list(_state(model, optimizer))):  # from before the first step
             optimizer.state.clear()
         for tensor, value in zip(_state(model, optimizer), kept, strict=True):
             tensor.copy_(value)
@@ -245,12 +244,7 @@ class Snapshots:
 
 def _state(model: GPT, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """All weights and moments, of what ranks share out this rank's part; in a fixed order."""
-    for tensor in model.parameters():
-        yield _local(tensor.detach())
-    for state in optimizer.state.values():
-        for tensor in state.values():
-            yield _local(tensor)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    moments = (tensor for state in optimizer.state.values() for tensor in state.values())
+    for tensor in (*model.parameters(), *moments):
+        tensor = tensor.detach()
+        yield tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -10,12 +10,9 @@ Nothing here ends training: what cannot be written is told once and written when
 output that nobody reads is dropped. Only W&B that cannot start is an error, before any step.
 """
 
-import contextlib
 import io
 import json
-import re
 import sys
-import time
 import warnings
 from datetime import timedelta
 from pathlib import Path
@@ -141,22 +138,17 @@ class Metrics:
 
 
 def _start_wandb(folder: Path, config: TrainConfig, description: dict):
-    """The run of W&B; a resumed run continues its own."""
+    """The run of W&B under the run's own id, so that a resumed run continues it."""
     try:
         import wandb
     except ImportError as error:
         raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
-    kept, safe, run_id = folder / "wandb_id", re.compile(r"[^A-Za-z0-9_-]+"), ""
-    with contextlib.suppress(OSError, ValueError):
-        run_id = safe.sub("-", kept.read_text("utf-8").strip())
-    run_id = run_id or f"{safe.sub('-', config.run_name)[:60]}-{time.time_ns():x}"
     try:
         run = wandb.init(
-            project=config.wandb_project, name=config.run_name[:128], id=run_id,
-            resume="allow", dir=folder, config=description,
+            project=config.wandb_project, name=config.run_name[:128],
+            id=description.get("run_id"), resume="allow", dir=folder, config=description,
         )  # fmt: skip
         run.define_metric("*", step_metric="step")  # W&B's own step may not go back: a rollback
-        write_whole(kept, run_id)
     except Exception as error:
         raise ValueError(
             f"W&B cannot start ({_first_line(error)}): run `wandb login`, set "

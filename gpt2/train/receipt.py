@@ -28,7 +28,7 @@ import torch
 
 from gpt2.device import cpu_name
 from gpt2.dist import Distributed
-from gpt2.storage import set_aside, to_json, write_whole
+from gpt2.storage import read_json, set_aside, to_json, write_whole
 
 FORMAT = 2
 NAME = "receipt.json"
@@ -79,15 +79,12 @@ def read_receipt(folder: str | Path) -> dict | None:
     Raises ValueError for a damaged one, OSError where it cannot be read.
     """
     path = Path(folder) / NAME
-    try:
-        content = json.loads(path.read_bytes().decode())
-        lists = [content["launches"], content.get("data", [])]
-        if not all(isinstance(x, list) and all(isinstance(y, dict) for y in x) for x in lists):
-            raise TypeError("launches and data must be lists of objects")
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged ({error!r})") from error
+    content = read_json(path)
+    for entries in (content.get("launches"), content.get("data", [])):
+        if not isinstance(entries, list) or not all(isinstance(x, dict) for x in entries):
+            raise ValueError(f"{path}: damaged: launches and data must be lists of objects")
     if content.get("format", 0) not in range(FORMAT + 1):
         raise ValueError(f"{path}: format {content['format']}, this version reads up to {FORMAT}")
     return content

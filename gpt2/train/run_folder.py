@@ -153,7 +153,8 @@ class RunFolder:
     ) -> None:  # fmt: skip
         """Opens log and receipt. facts, predicted: see gpt2.train.receipt."""
         self.config, self.reported = config, time.monotonic()
-        self.metrics = Metrics(self.path, config, asdict(config), first_step)
+        description = asdict(config) | {"run_id": self.run_id}
+        self.metrics = Metrics(self.path, config, description, first_step)
         self.say, self.log = self.metrics.say, self.metrics.log
         try:
             write_yaml(config, self.path / "config.yaml")
