@@ -9,8 +9,6 @@ fit; the tests under torchrun start it as a user would. Random moments come from
 """
 
 import argparse
-import importlib
-import itertools
 import json
 import os
 import random
@@ -23,15 +21,18 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+# What a run imports on its way, once, here, so that attempts are spent on running.
+import matplotlib.backends.backend_agg  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from gpt2 import checkpoint  # noqa: E402
@@ -39,15 +40,13 @@ from gpt2.cli import run_script  # noqa: E402
 from gpt2.config import TrainConfig  # noqa: E402
 from gpt2.data.prepare import prepare  # noqa: E402
 from gpt2.options import PrepareConfig  # noqa: E402
+from gpt2.train import pretrain as pretraining  # noqa: E402
 from gpt2.train.metrics import Metrics, read_metrics  # noqa: E402
 from gpt2.train.objectives import LanguageModeling  # noqa: E402
-from gpt2.train.pretrain import open_data, pretrain  # noqa: E402
+from tests.conftest import command_line  # noqa: E402
 
 torch.set_num_threads(1)
-# What a run imports on its way, once, here, so that attempts are spent on running.
-for name in ("torch._dynamo", "matplotlib.figure", "matplotlib.backends.backend_agg", "yaml",
-             "safetensors.torch", "triton_kernels"):  # fmt: skip
-    importlib.import_module(name)
+Result = tuple[int, int, str]  # how many attempts succeeded, of how many, and what to say
 
 
 def small_run(work: Path) -> TrainConfig:
@@ -74,14 +73,14 @@ def spawn(config: TrainConfig, ranks: int, log: Path) -> list[int]:
     for rank in range(ranks):
         if (pid := os.fork()) == 0:
             out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
+            for stream in (1, 2):
+                os.dup2(out, stream)
             if ranks > 1:
                 os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank),
                                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
             code = 1
             try:
-                run_script(lambda: pretrain(config))
+                run_script(lambda: pretraining.pretrain(config))
                 code = 0
             except SystemExit as left:
                 code = int(left.code or 0)
@@ -111,32 +110,17 @@ def reap(pids: list[int], patience_s: float = 120.0) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def run_of(config: TrainConfig) -> Path:
-    return Path(config.out_dir) / config.run_name
-
-
 def log_of(config: TrainConfig) -> list[dict]:
-    return read_metrics(run_of(config) / "metrics.jsonl")
+    return read_metrics(config.folder / "metrics.jsonl")
 
 
-def good_one(config: TrainConfig) -> checkpoint.Checkpoint | None:
-    return checkpoint.newest_good(run_of(config), say=lambda text: None)
+def good_one(config: TrainConfig, say=lambda text: None) -> checkpoint.Checkpoint | None:
+    return checkpoint.newest_good(config.folder, say=say)
 
 
 def names(config: TrainConfig) -> list[str]:
     """What is in the folder of a run's checkpoints."""
-    try:
-        return os.listdir(run_of(config) / "checkpoints")
-    except OSError:
-        return []
-
-
-def outcome(config: TrainConfig) -> tuple[dict, dict]:
-    """The losses by step and key, and the weights and moments of the last checkpoint."""
-    keys = ("train/loss", "val/loss", "train/grad_norm")
-    losses = {(x["step"], key): x[key] for x in log_of(config) for key in keys if key in x}
-    path = checkpoint.list_checkpoints(run_of(config))[-1]
-    return losses, tensors_of(path)
+    return [path.name for path in (config.folder / "checkpoints").glob("*")]
 
 
 def tensors_of(path: Path) -> dict:
@@ -148,51 +132,54 @@ def same(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def outcome(config: TrainConfig) -> tuple[dict, dict]:
+    """The losses by step and key, and the weights and moments of the last checkpoint."""
+    keys = ("train/loss", "val/loss", "train/grad_norm")
+    losses = {(x["step"], key): x[key] for x in log_of(config) for key in keys if key in x}
+    return losses, tensors_of(checkpoint.list_checkpoints(config.folder)[-1])
+
+
 def is_outcome(config: TrainConfig, expected: tuple[dict, dict]) -> bool:
     losses, tensors = outcome(config)
     return losses == expected[0] and same(tensors, expected[1])
 
 
 def uninterrupted(config: TrainConfig, ranks: int, log: Path) -> tuple[tuple, float]:
+    """The outcome of a run that nobody disturbs, and its seconds."""
     whole = replace(config, run_name=f"whole_{ranks}")
     started = time.monotonic()
     assert set(reap(spawn(whole, ranks, log))) == {0}, log.read_text()[-2000:]
     return outcome(whole), time.monotonic() - started
 
 
-# The attempts. Each returns (how many succeeded, of how many, what to say).
+# The attempts
 
 
-def kill(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def kill(work: Path, rng: random.Random, count: int) -> Result:
     """kill -9 at random moments of runs on 1 and 2 ranks, every second one aimed at a save."""
     config, log = small_run(work), work / "kill.log"
-    good = kills = in_save = runs = 0
+    good = in_save = runs = 0
     for ranks, share in ((1, count - count // 3), (2, count // 3)):
         expected, seconds = uninterrupted(config, ranks, log)
         done = 0
         while done < share:
-            runs += 1
+            runs, before, is_cut = runs + 1, done, True
             cut = replace(config, run_name=f"cut_{ranks}_{runs}")
-            here = 0
-            while True:
-                pids = spawn(cut, ranks, log)
-                if done + here < share:
-                    aimed = (done + here) % 2 == 0
+            while is_cut:
+                pids, is_cut = spawn(cut, ranks, log), False
+                if done < share:
+                    aimed = done % 2 == 0
                     hit = aimed and wait_for_save(cut, pids, rng)
                     if not aimed:
                         time.sleep(rng.random() * seconds)
-                    if is_running(victim := rng.choice(pids)):
+                    if is_cut := is_running(victim := rng.choice(pids)):
                         os.kill(victim, signal.SIGKILL)
-                        here, in_save = here + 1, in_save + hit
-                        reap(pids)
-                        continue
+                        done, in_save = done + 1, in_save + hit
                 reap(pids)
-                break
-            right = is_outcome(cut, expected)
-            kills, done, good = kills + here, done + here, good + here * right
-            shutil.rmtree(run_of(cut))
-    words = f"{runs} runs, {in_save} of {kills} kills while a checkpoint was being written"
-    return good, kills, f"losses, weights and moments bit-identical; {words}"
+            good += (done - before) * is_outcome(cut, expected)
+            shutil.rmtree(cut.folder)
+    words = f"{runs} runs, {in_save} of {count} kills while a checkpoint was being written"
+    return good, count, f"losses, weights and moments bit-identical; {words}"
 
 
 def wait_for_save(config: TrainConfig, pids: list[int], rng: random.Random) -> bool:
@@ -208,7 +195,7 @@ def wait_for_save(config: TrainConfig, pids: list[int], rng: random.Random) -> b
     return False
 
 
-def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def term(work: Path, rng: random.Random, count: int) -> Result:
     """SIGTERM at random moments: the checkpoint of the last finished step is there."""
     config, log, good, before = small_run(work), work / "term.log", 0, 0
     config = replace(config, save_every=0, eval_every=0, keep_last=1, max_steps=300)
@@ -229,10 +216,10 @@ def term(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     return good, count, f"exit status 75; {before} before the first step had begun"
 
 
-def disk(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def disk(work: Path, rng: random.Random, count: int) -> Result:
     """A disk that fills up, met by the check before a save and in the middle of writing."""
     log, good, usage = work / "disk.log", 0, shutil.disk_usage
-    for blind, policy in itertools.product((False, True), ("continue", "stop")):
+    for blind, policy in [(b, p) for b in (False, True) for p in ("continue", "stop")]:
         with small_disk(work, 3.2 if blind else 32) as folder:
             config = replace(
                 small_run(work), out_dir=str(folder), on_save_error=policy, keep_last=0,
@@ -245,7 +232,7 @@ def disk(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             if not blind:  # otherwise the pre-flight would refuse to start
                 while not any(n.startswith("step_") for n in names(config)):
                     time.sleep(0.001)
-                first = checkpoint.list_checkpoints(run_of(config))[0]
+                first = checkpoint.list_checkpoints(config.folder)[0]
                 size = sum(file.stat().st_size for file in first.iterdir())
                 (folder / "ballast").write_bytes(bytes(usage(folder).free - size // 2))
             codes, hidden = reap(pids), [n for n in names(config) if n.startswith(".")]
@@ -258,7 +245,7 @@ def disk(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 
 @contextmanager
-def small_disk(work: Path, megabytes: float):
+def small_disk(work: Path, megabytes: float) -> Iterator[Path]:
     """A file system of its own, where we may mount one."""
     folder = work / "small"
     folder.mkdir(exist_ok=True)
@@ -271,13 +258,13 @@ def small_disk(work: Path, megabytes: float):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def flip(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def flip(work: Path, rng: random.Random, count: int) -> Result:
     """One flipped bit or a truncation in a random file of the newest checkpoint."""
     config, good, truncated = replace(small_run(work), keep_last=2, run_name="flips"), 0, 0
     assert reap(spawn(config, 1, work / "flip.log")) == [0]
-    before, newest = checkpoint.list_checkpoints(run_of(config))
+    before, newest = checkpoint.list_checkpoints(config.folder)
     for _ in range(count):
-        file = rng.choice(sorted(newest.iterdir()))
+        file, said = rng.choice(sorted(newest.iterdir())), []
         content = file.read_bytes()
         if rng.random() < 0.1:
             changed, truncated = content[: rng.randrange(len(content))], truncated + 1
@@ -285,8 +272,7 @@ def flip(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
             changed = bytearray(content)
             changed[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         file.write_bytes(changed)
-        said = []
-        found = checkpoint.newest_good(run_of(config), say=said.append)
+        found = good_one(config, said.append)
         good += found is not None and found.path == before and file.name in said[0]
         file.write_bytes(content)
     assert good_one(config).path == newest
@@ -304,38 +290,31 @@ class Poisoned(LanguageModeling):
         return loss_sum * (float("nan") if bad else 1.0), metrics
 
 
-def nan(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def nan(work: Path, rng: random.Random, count: int) -> Result:
     """NaN in the loss and gradients of one row, on 1 and 2 ranks."""
-    log, good = work / "nan.log", 0
-    config = replace(small_run(work), eval_every=0, save_every=1, keep_last=0)
-    data = open_data(config, "train", config.block_size)
+    config, good = replace(small_run(work), eval_every=0, save_every=1, keep_last=0), 0
+    data = pretraining.open_data(config, "train", config.block_size)
     rows = config.tokens_per_step // config.block_size
-    import gpt2.train.pretrain as module
-
     for n in range(count):
         bad = replace(config, run_name=f"nan_{n}", max_steps=12)
         step, row = rng.randrange(1, 11), rng.randrange(rows)
         Poisoned.row = data.batch(step, rows)[0][row].clone()
-        module.LanguageModeling = Poisoned
-        try:
-            codes = reap(spawn(bad, 1 + n % 2, log))
-        finally:
-            module.LanguageModeling = LanguageModeling
-        paths = checkpoint.list_checkpoints(run_of(bad))
+        pretraining.LanguageModeling = Poisoned
+        codes = reap(spawn(bad, 1 + n % 2, work / "nan.log"))
+        pretraining.LanguageModeling = LanguageModeling
+        paths, place = checkpoint.list_checkpoints(bad.folder), data.provenance(step, row, rows)
         untouched = same(tensors_of(paths[step]), tensors_of(paths[step - 1]))
-        lines = log_of(bad)
-        events = [line for line in lines if "guard/skipped" in line]
-        place = data.provenance(step, row, rows)
+        where = f"{place.shard} token {place.offset} "
+        events = [line["guard/rows"] for line in log_of(bad) if "guard/skipped" in line]
         named = len(events) == 1 and any(
-            r["row"] == row and r["documents"][0].startswith(f"{place.shard} token {place.offset} ")
-            for r in events[0]["guard/rows"]
+            r["row"] == row and r["documents"][0].startswith(where) for r in events[0]
         )
         finite = all(v.isfinite().all() for v in outcome(bad)[1].values())
         good += set(codes) == {0} and untouched and named and finite and len(paths) == 12
     return good, count, "weights and moments untouched, the document named, one step lost"
 
 
-def lost(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def lost(work: Path, rng: random.Random, count: int) -> Result:
     """A rank killed or frozen, also the one that keeps the store: the other one names it."""
     good, longest = 0, 0.0
     for n in range(count):
@@ -362,12 +341,11 @@ def torchrun_and_kill(config: TrainConfig, rng: random.Random, kills: int, launc
 
     launches: of each host what to put before the command, and the options of torchrun.
     """
-    words = [f"--{k}={v}" for k, v in asdict(config).items() if v is not None and v != ""]
-    script, at = [str(ROOT / "scripts/train_gpt2.py"), *words], 0
-    with open(Path(config.out_dir).parent / "torchrun.log", "ab") as log:
+    script, at = ["--max-restarts=3", f"{ROOT}/scripts/train_gpt2.py", *command_line(config)], 0
+    with open(config.folder.parent.parent / "torchrun.log", "ab") as log:
         hosts = [
             subprocess.Popen([*prefix, sys.executable, "-m", "torch.distributed.run", *options,
-                              "--max-restarts=3", *script], stdout=log, stderr=log)
+                              *script], stdout=log, stderr=log)
             for prefix, options in launches
         ]  # fmt: skip
     while kills and all(host.poll() is None for host in hosts):
@@ -383,7 +361,7 @@ def torchrun_and_kill(config: TrainConfig, rng: random.Random, kills: int, launc
     return {host.wait(300) for host in hosts} == {0} and kills == 0
 
 
-def restart(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def restart(work: Path, rng: random.Random, count: int) -> Result:
     """A rank killed under torchrun --max-restarts, on one host."""
     config, good = replace(small_run(work), max_steps=120), 0
     expected, _ = uninterrupted(config, 2, work / "restart.log")
@@ -394,7 +372,7 @@ def restart(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
     return good, count, "2 kills each, 2 ranks, bit-identical"
 
 
-def hosts(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def hosts(work: Path, rng: random.Random, count: int) -> Result:
     """The same on two hosts, which are network namespaces; c10d rendezvous."""
     config, good = replace(small_run(work), max_steps=120), 0
     expected, _ = uninterrupted(config, 2, work / "hosts.log")
@@ -412,29 +390,28 @@ def hosts(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
 
 
 @contextmanager
-def two_hosts():
+def two_hosts() -> Iterator[list[list[str]]]:
     """Two network namespaces with a cable between them; yields what to put before a command."""
 
-    def ip(*words: str, check: bool = True) -> None:
-        subprocess.run(["ip", *words], check=check, capture_output=True)
+    def ip(words: str, check: bool = True) -> None:
+        subprocess.run(["ip", *words.split()], check=check, capture_output=True)
 
     spaces = ("gpt2-a", "gpt2-b")
     try:
         for space in spaces:
-            ip("netns", "add", space)
-        ip("link", "add", "gpt2-a0", "netns", spaces[0], "type", "veth", "peer", "name", "gpt2-b0",
-           "netns", spaces[1])  # fmt: skip
+            ip(f"netns add {space}")
+        ip("link add gpt2-a0 netns gpt2-a type veth peer name gpt2-b0 netns gpt2-b")
         for i, space in enumerate(spaces, 1):
-            ip("-n", space, "addr", "add", f"10.77.0.{i}/24", "dev", f"{space}0")
-            for device in (f"{space}0", "lo"):
-                ip("-n", space, "link", "set", device, "up")
+            ip(f"-n {space} addr add 10.77.0.{i}/24 dev {space}0")
+            ip(f"-n {space} link set {space}0 up")
+            ip(f"-n {space} link set lo up")
         yield [["ip", "netns", "exec", s, "env", f"GLOO_SOCKET_IFNAME={s}0"] for s in spaces]
     finally:
         for space in spaces:
-            ip("netns", "del", space, check=False)
+            ip(f"netns del {space}", check=False)
 
 
-def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]:
+def overhead(work: Path, rng: random.Random, count: int) -> Result:
     """The CPU recipe's wall time with save_every=50, against the same run without a save.
 
     One run saves every 100 steps, so that 50 steps with a save and 50 without come in turns and
@@ -447,10 +424,8 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
     )  # fmt: skip
     real = Metrics.log
     Metrics.log = lambda self, step, values: real(self, step, values | {"at": time.monotonic()})
-    try:
-        assert reap(spawn(config, 1, work / "overhead.log"), 600) == [0]
-    finally:
-        Metrics.log = real
+    assert reap(spawn(config, 1, work / "overhead.log"), 600) == [0]
+    Metrics.log = real
     lines = log_of(config)
     at = {line["step"]: line["at"] for line in lines if "train/loss" in line}
     held, write = (
@@ -462,46 +437,40 @@ def overhead(work: Path, rng: random.Random, count: int) -> tuple[int, int, str]
     ratio = statistics.median(a / b for a, b in pairs) - 1
     total = sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1
     step_ms = 20 * statistics.median(b for _, b in pairs)
-    words = (
+    return int(ratio < 0.02), 1, (
         f"wall time {ratio:+.2%} (median of {count} pairs of 50 steps of {step_ms:.1f} ms; their "
         f"sums {total:+.2%}); a save holds training for {held:.1f} ms and is "
         f"written in {write:.0f} ms"
-    )
-    return int(ratio < 0.02), 1, words
+    )  # fmt: skip
 
 
-ATTEMPTS = {  # name: (function, attempts)
-    "kill": (kill, 100), "term": (term, 50), "disk": (disk, 4), "flip": (flip, 1000),
-    "nan": (nan, 10), "lost": (lost, 6), "restart": (restart, 5), "hosts": (hosts, 3),
-    "overhead": (overhead, 20),
+ATTEMPTS = {  # of each the full number
+    kill: 100, term: 50, disk: 4, flip: 1000, nan: 10, lost: 6, restart: 5, hosts: 3, overhead: 20,
 }  # fmt: skip
 
 
 def main() -> int:
+    by_name = {attempt.__name__: attempt for attempt in ATTEMPTS}
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*ATTEMPTS, []], help="default: all")
+    parser.add_argument("names", nargs="*", choices=[*by_name, []], help="default: all")
     parser.add_argument("--count", type=int, help="attempts of each; default: the full number")
     parser.add_argument("--seed", type=int, default=20261121)
     parser.add_argument("--out", type=Path, help="write the table as JSON")
-    options = parser.parse_args()
-    table, failed = {}, False
+    options, table = parser.parse_args(), {}
     print(f"seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="chaos") as work:
-        for name in options.names or ATTEMPTS:
-            attempt, count = ATTEMPTS[name]
-            started = time.monotonic()
-            good, of, words = attempt(
-                Path(work), random.Random(options.seed), options.count or count
-            )
+        for name in options.names or by_name:
+            attempt, started = by_name[name], time.monotonic()
+            count, rng = options.count or ATTEMPTS[attempt], random.Random(options.seed)
+            good, of, words = attempt(Path(work), rng, count)
             seconds = time.monotonic() - started
             table[name] = dict(what=attempt.__doc__.split("\n")[0], good=good, of=of, note=words,
                                seconds=round(seconds, 1))  # fmt: skip
-            failed |= good < of
             print(f"{name:<9} {good:>4} of {of:<4} {words} ({seconds:.0f} s)", flush=True)
     if options.out:
         facts = {"seed": options.seed, "torch": torch.__version__, "cpus": os.cpu_count()}
         options.out.write_text(json.dumps(facts | {"results": table}, indent=2) + "\n")
-    return int(failed)
+    return int(any(row["good"] < row["of"] for row in table.values()))
 
 
 if __name__ == "__main__":

@@ -92,6 +92,25 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+@pytest.fixture
+def at_step(monkeypatch):
+    """at_step(step, act) makes runs call act(trainer) before they start on a step, once."""
+    from gpt2.train.trainer import Trainer
+
+    real, acts = Trainer.train_step, {}
+
+    def train_step(self, step):
+        acts.pop(step, lambda trainer: None)(self)
+        return real(self, step)
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    return acts.__setitem__
+
+
+def interrupt(trainer) -> None:
+    raise KeyboardInterrupt
+
+
 def losses(run: Path, key: str = "train/loss") -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line[key] for line in lines if key in line]

@@ -50,19 +50,6 @@ def saved_steps(config: TrainConfig) -> list[int]:
     return [int(path.name.removeprefix("step_")) for path in list_checkpoints(config.folder)]
 
 
-@pytest.fixture
-def at_step(monkeypatch):
-    """Makes a run call act(trainer) before it starts on a step, once."""
-    real, acts = Trainer.train_step, {}
-
-    def train_step(self, step):
-        acts.pop(step, lambda trainer: None)(self)
-        return real(self, step)
-
-    monkeypatch.setattr(Trainer, "train_step", train_step)
-    return acts.__setitem__
-
-
 def test_a_signal_saves_the_step_and_the_same_command_goes_on(train_config, at_step, capfd):
     whole = replace(train_config, run_name="whole", resume="auto")
     cut = replace(whole, run_name="cut")
