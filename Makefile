@@ -1,7 +1,7 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
 # make slow    runs the tests that take minutes each
-# make chaos   kills, poisons and damages runs some hundred times and counts what is lost
+# make chaos   kills and damages runs some hundred times and counts what is lost
 # make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
 # make tune    on a machine with a GPU: times other tiles for the kernels than those shipped
 # The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.

@@ -18,37 +18,30 @@ from gpt2.train.pretrain import pretrain
 
 from .conftest import losses
 
+QUESTIONS = Path("data/eval/hellaswag_val.jsonl")
+
 
 @pytest.fixture
 def asking(train_config, tmp_path, monkeypatch):
     """A run that asks 20 questions with the 65 characters of Shakespeare every 3 steps."""
     monkeypatch.chdir(tmp_path)
-    write_questions(tmp_path / "data" / "eval")
-    return replace(train_config, hellaswag_every=3, micro_batch_size=2, eval_every=0, save_every=0)
-
-
-def write_questions(folder: Path) -> None:
-    folder.mkdir(parents=True)
+    QUESTIONS.parent.mkdir(parents=True)
+    endings = ["runs.", "sits still.", "ate", "is in"]
     rows = [
-        {"ctx": "A man " + "really " * (i % 3), "endings": ["runs.", "sits still.", "ate", "is in"],
-         "label": i % 4}
+        {"ctx": "A man " + "really " * (i % 3), "endings": endings, "label": i % 4}
         for i in range(20)
     ]  # fmt: skip
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (folder / "hellaswag_val.jsonl").write_text(text)
-
-
-def questions() -> Path:
-    return Path("data/eval/hellaswag_val.jsonl")
+    QUESTIONS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return replace(train_config, hellaswag_every=3, micro_batch_size=2, eval_every=0, save_every=0)
 
 
 def test_the_scores_are_those_of_the_checkpoints(asking, capsys):
     config = replace(asking, keep_last=0)
     pretrain(config)
-    out, run = capsys.readouterr().out, Path(config.out_dir) / "run"
+    out, run = capsys.readouterr().out, config.folder
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval/hellaswag" in line]
     assert [line["step"] for line in lines] == [3, 6]
-    examples = read_hellaswag(questions(), checkpoint.load_tokenizer(run), 32)
+    examples = read_hellaswag(QUESTIONS, checkpoint.load_tokenizer(run), 32)
     for line, path in zip(lines, checkpoint.list_checkpoints(run), strict=True):  # saved before
         found = hellaswag_accuracy(checkpoint.load_model(path), examples, Single())
         assert line["eval/hellaswag"] == found["acc_norm"]
@@ -56,8 +49,9 @@ def test_the_scores_are_those_of_the_checkpoints(asking, capsys):
         assert line["eval/hellaswag_examples"] == 20
     assert f"HellaSwag {found['acc_norm']:.2%} acc_norm" in out
     assert f"{found['acc_norm']:.2%}" in (run / "report.md").read_text()
-    pretrain(replace(asking, hellaswag_every=0, run_name="silent"))
-    assert losses(run) == losses(Path(config.out_dir) / "silent")  # asking changes nothing
+    silent = replace(asking, hellaswag_every=0, run_name="silent")
+    pretrain(silent)
+    assert losses(run) == losses(silent.folder)  # asking changes nothing
 
 
 def test_a_signal_while_asking_ends_it_at_once(asking, monkeypatch):
@@ -72,16 +66,15 @@ def test_a_signal_while_asking_ends_it_at_once(asking, monkeypatch):
     with pytest.raises(Interrupted):
         pretrain(asking)
     assert len(calls) == 1  # of several batches
-    run = Path(asking.out_dir) / "run"
-    assert checkpoint.read_checkpoint(run).step == 3
+    assert checkpoint.read_checkpoint(asking.folder).step == 3
     monkeypatch.setattr(hellaswag, "ending_losses", real)
     pretrain(replace(asking, resume="auto"))
-    lines = [x for x in read_metrics(run / "metrics.jsonl") if "eval/hellaswag" in x]
-    assert [x["step"] for x in lines] == [3, 6]
+    lines = read_metrics(asking.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines if "eval/hellaswag" in line] == [3, 6]
 
 
 def test_what_is_missing_is_said_before_anything_is_written(asking):
-    questions().write_text('{"ctx": "A", "endings": []}\n')
+    QUESTIONS.write_text('{"ctx": "A", "endings": []}\n')
     with pytest.raises(ValueError, match="hellaswag_val.jsonl: line 1: 'endings' must be 4 texts"):
         pretrain(asking)
     assert not Path(asking.out_dir).exists()
