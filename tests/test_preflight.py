@@ -202,7 +202,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(module, "measure_rates", lambda *args: (1e12, 1e12))
     run = Execution(torch.device("cuda"), torch.bfloat16)
     options = dict(run=run, group=Distributed(device=run.device))
-    self.fly = lambda c, trial=trial: fly(c, self.objective, trial=trial, **options)
+    self.fly = lambda c: fly(c, self.objective, trial=trial, **options)
     return self
 
 
@@ -219,16 +219,11 @@ def test_a_gpus_memory_is_measured_and_extended(config, gpu):
     assert gpu.fly(auto)[0].micro_batch_size == 1
 
 
-def test_what_ends_the_measurement_on_a_gpu(config, gpu, monkeypatch):
-    def interrupted(rows):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gpu.fly(config, interrupted)
-    assert all(p.grad is None for p in gpu.objective.parameters())
+def test_what_a_gpu_or_its_host_has_no_room_for(config, gpu, monkeypatch):
     gpu.row = 10**9
     with pytest.raises(ValueError, match="even micro_batch_size 1 does not fit"):
         gpu.fly(config)
+    assert all(p.grad is None for p in gpu.objective.parameters())
     monkeypatch.setattr(module, "available_host_bytes", lambda: 1000)
     with pytest.raises(ValueError, match="of host memory for each rank, 1 kB are usable"):
         gpu.fly(config)
