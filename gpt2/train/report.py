@@ -26,12 +26,13 @@ FINEWEB = {"124M": 3.2924}
 FINEWEB_VAL_TOKENS = 10_485_760  # the first of the validation shard, by custom
 HELLASWAG = {"124M": "29.45%", "350M": "37.52%", "774M": "43.20%", "1558M": "48.89%"}
 MOST_EVENTS = 20  # rows of the table of skipped steps
+CURVE = "![loss curve](loss.png)"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 56em; margin: 2em auto; padding: 0 1em; }
 th, td { text-align: left; vertical-align: top; padding: .25em 1em .25em 0; font-weight: normal;
          border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
 pre { background: #f4f4f2; padding: .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
-object { max-width: 100%; }
+img { max-width: 100%; }
 """
 
 
@@ -44,7 +45,7 @@ def write_report(folder: str | Path, *, gpu_hour_price: float = 0.0) -> None:
     folder = Path(folder)
     lines, receipt, config, notes = _read(folder)
     title, picture = str(config.get("run_name", folder.name)), folder / "loss.png"
-    curve = "![loss curve](loss.png)"
+    curve = CURVE
     if points(lines, "train/loss") + points(lines, "val/loss"):
         try:
             draw_curve(lines, picture, title, str(receipt.get("unit", "nats per token")))
@@ -82,10 +83,10 @@ def _to_html(title: str, markdown: str, picture: Path) -> str:
         from markdown_it import MarkdownIt
     except ImportError as error:
         raise ImportError("report.html needs markdown-it-py: pip install -e '.[train]'") from error
-    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
-    if (link := '<img src="loss.png" alt="loss curve" />') in body:
+    if CURVE in markdown:
         data = f"data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}"
-        body = body.replace(link, f'<object type="image/png" data="{data}">loss curve</object>', 1)
+        markdown = markdown.replace(CURVE, CURVE.replace(picture.name, data), 1)
+    body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><style>{STYLE}</style>'
         f"<title>{html.escape(printable(title))}</title></head>\n<body>\n{body}</body></html>\n"
