@@ -255,6 +255,7 @@ def test_spikes_are_skipped_and_a_new_level_is_learnt():
 
 def test_a_resumed_guard_decides_as_the_uninterrupted_one():
     values = [3.0 + 0.01 * math.sin(i * i) + (i % 50 == 40) for i in range(200)]
+    values[141:] = [2.0 * value for value in values[141:]]  # a new level, and a spike above it
     whole, cut = Guard(ALONE), Guard(ALONE)
     expected = [judge(whole, i, v) for i, v in enumerate(values)]
     decided = []

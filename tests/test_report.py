@@ -71,7 +71,9 @@ def test_git_state_is_that_of_this_tree(tmp_path, monkeypatch):
         pytest.skip("the tests do not run in a git repository")
     assert git_state()["commit"] == head.stdout.strip()
     # A copy inside of somebody else's repository is not theirs.
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    theirs = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "theirs"]):
+        subprocess.run([*theirs, *words], check=True)
     monkeypatch.setattr(receipts, "__file__", str(tmp_path / "receipt.py"))
     assert git_state() == {"commit": None, "dirty": None}
 
