@@ -21,17 +21,22 @@ from .conftest import losses
 QUESTIONS = Path("data/eval/hellaswag_val.jsonl")
 
 
-@pytest.fixture
-def asking(train_config, tmp_path, monkeypatch):
-    """A run that asks 20 questions with the 65 characters of Shakespeare every 3 steps."""
-    monkeypatch.chdir(tmp_path)
-    QUESTIONS.parent.mkdir(parents=True)
+def write_questions(folder: Path) -> None:
+    """20 of them, of the 65 characters of Shakespeare."""
+    folder.mkdir(parents=True)
     endings = ["runs.", "sits still.", "ate", "is in"]
-    rows = [
+    rows = (
         {"ctx": "A man " + "really " * (i % 3), "endings": endings, "label": i % 4}
         for i in range(20)
-    ]  # fmt: skip
-    QUESTIONS.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    )
+    (folder / QUESTIONS.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def asking(train_config, tmp_path, monkeypatch):
+    """A run that asks them every 3 steps."""
+    monkeypatch.chdir(tmp_path)
+    write_questions(tmp_path / QUESTIONS.parent)
     return replace(train_config, hellaswag_every=3, micro_batch_size=2, eval_every=0, save_every=0)
 
 

@@ -351,7 +351,7 @@ class Trainer:
             checkpoint.snapshot(self.model, self.optimizer, keep=False)
 
     def _leave(self) -> None:
-        """Ends the run after a signal; what is to be saved has been handed to the saver."""
+        """Ends the run after a signal; what is to be saved is being written."""
         if self.folder is not None:
             self.folder.stopping = True
             self.folder.wait()
