@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import storage
+from gpt2 import foreign, storage
 from gpt2.config import GPTConfig
 from gpt2.data.chat import TEMPLATES, jinja
+from gpt2.foreign import GPT2_ROWS, HEAD, TABLE
 from gpt2.model import GPT, parameter_shapes
 from gpt2.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
 
@@ -28,17 +29,16 @@ HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FIXED = {  # what the architecture here computes; a folder that says otherwise is refused
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }  # fmt: skip
-HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # The first four are compared with GPT-2's own; the others are of other kinds of tokenizers.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
                    "vocab.txt", "tokenizer.model", "spiece.model")  # fmt: skip
-GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
 CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
+PICKLE = "pytorch_model.bin"  # read where there is no safetensors file
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 ASSETS = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
@@ -61,7 +61,10 @@ def download(name: str) -> Path:
     repo = HUB_NAMES.get(name, name)
     try:
         files = ["*.json", "model*.safetensors", "chat_template.jinja", *TOKENIZER_FILES]
-        return Path(snapshot_download(repo, allow_patterns=files))
+        folder = Path(snapshot_download(repo, allow_patterns=files))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=[*files, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().split("\n")[0]
         words = f"cannot download {repo!r} from the Hugging Face hub ({reason}): check the name and"
@@ -86,16 +89,19 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
         model.n_tokens = min(read_tokenizer(folder).vocab_size, config.vocab_size)
     parameters = dict(model.named_parameters())
     for path in files:
-        for name, value in storage.read_tensors(path).items():
+        is_pickle = path.suffix == ".bin"
+        tensors = _read_pickle(path) if is_pickle else storage.read_tensors(path)
+        storage.check_finite(tensors if is_pickle else {}, path)
+        for name, value in tensors.items():
             if (name := _our_name(name)) == HEAD:
                 head = value
             elif name is not None:
                 value = value.t() if is_transposed(name) else value
                 parameters[name][: len(value)] = value
     table = parameters[TABLE][: config.vocab_size].cpu()
-    if head is not None and not torch.equal(head.float(), table):
-        words = "is a head of its own; GPT-2 here has the embedding as its head"
-        raise ValueError(f"{folder}: {HEAD} {words}")
+    foreign.check_tied({TABLE: table} | ({} if head is None else {HEAD: head}), folder)
+    activation = storage.read_json(folder / CONFIG).get("activation_function")
+    foreign.exact_gelu(model, activation == "gelu")
     return model
 
 
@@ -202,6 +208,8 @@ def write_hf(
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
         **special, "dtype": dtype,
     }  # fmt: skip
+    if foreign.exact_gelu(model):
+        config["activation_function"] = "gelu"
     special |= {"pad_token_id": eot}
     if c.block_size < 1024:  # pipeline goes on for 256 tokens, unless told
         special["max_length"] = c.block_size
@@ -310,23 +318,27 @@ def _our_name(name: str) -> str | None:
 
 def _weights(folder: Path) -> tuple[list[Path], storage.Found]:
     """The files with a folder's weights, which transformers would read, and what they hold."""
-    files, index, found = [folder / WEIGHTS], folder / f"{WEIGHTS}.index.json", {}
+    kinds = [name for name in (WEIGHTS, PICKLE) if any(folder.glob(f"{name}*"))] or [WEIGHTS]
+    files, index, found = [folder / kinds[0]], folder / f"{kinds[0]}.index.json", {}
     if not files[0].exists() and index.exists():
         weight_map = storage.read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise ValueError(f"{index}: weight_map must name files of this folder")
         files = [folder / name for name in sorted(set(names))]
-    elif not files[0].exists() and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
-        words = "a pickle, which is not read since it may run code"
-        raise ValueError(f"{pickles[0]}: {words}; transformers' save_pretrained writes {WEIGHTS}")
     for path in files:
-        for name, kind in storage.read_shapes(path).items():
+        is_pickle = path.suffix == ".bin"
+        shapes = foreign.shapes(_read_pickle(path)) if is_pickle else storage.read_shapes(path)
+        for name, kind in shapes.items():
             if (ours := _our_name(name)) in found:
                 raise ValueError(f"{path}: {name} is there twice")
             if ours is not None:
                 found[ours] = kind
     return files, found
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    return foreign.weights(foreign.read_pickle(path), path)
 
 
 def _is_gpt2s(path: Path, special: set[str]) -> bool:

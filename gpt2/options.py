@@ -24,7 +24,9 @@ class _Generation(Sampling):
 class _OfModel:
     """The first option of a class is that of its last base."""
 
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+    # A run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...), a file of
+    # nanoGPT, build-nanogpt or llm.c.
+    model: str
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,7 @@ def cut(path):
         (lambda d: (d / WEIGHTS).unlink(), "no such file.*model.safetensors"),
         (lambda d: cut(d / WEIGHTS), "model.safetensors: damaged or cut short"),
         (lambda d: (d / WEIGHTS).write_bytes(b"\x80\x02}."), "or not safetensors"),
-        (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "pytorch_model.bin: a pickle"),
+        (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "_model.bin: damaged"),
         (change_weights(head=torch.randn_like), "lm_head.weight is a head of its own"),
         (change_weights(bare=torch.clone), "weight is there twice"),
         (change_weights(table=lambda x: x[:, :1]), "wte.weight has shape .501, 1."),
