@@ -90,7 +90,10 @@ class PrepareConfig:
     text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
     jsonl: str = ""  # or a file of one JSON object a line, or a JSON list of them, or a folder
     parquet: str = ""  # or a parquet file, or a folder of them
-    hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
+    # Or a data set on the Hugging Face hub, as NAME or NAME:CONFIG, which is streamed; or a folder
+    # that datasets' save_to_disk wrote.
+    hf: str = ""
+    megatron: str = ""  # or NAME of Megatron's NAME.idx and NAME.bin, of GPT-2 tokens
     verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
     field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
     separator: str = "<|endoftext|>"  # of --text: what stands between documents; "": nothing does
@@ -108,11 +111,11 @@ class PrepareConfig:
     workers: int | None = None  # tokenizing threads; 0: none besides the main; default: one a CPU
 
     def __post_init__(self):
-        sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
+        sources = ("name", "text", "jsonl", "parquet", "hf", "megatron", "verify")
         if sum(bool(getattr(self, s)) for s in sources) != 1:
             raise ValueError(
                 "give either the NAME of a data set or one of --text, --jsonl, --parquet, --hf, "
-                "--verify"
+                "--megatron, --verify"
             )
         if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
@@ -126,6 +129,10 @@ class PrepareConfig:
             raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
+        if self.megatron and self.tokenizer not in ("", "gpt2"):
+            raise ValueError(
+                f"megatron: it holds GPT-2 tokens, not the {self.tokenizer} tokenizer's"
+            )
         counts = "shard_tokens max_documents max_shards"
         check_numbers(self, at_least_1=counts, at_least_0="workers")
 
