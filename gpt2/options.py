@@ -150,6 +150,8 @@ class EvaluateConfig(_OfModel):
     detokenize: bool = True  # of WikiText: undo its splitting into words first, as GPT-2's paper
     tokens_per_batch: int = 8192  # fed to the model at once
     out: str = ""  # JSON file to write; default: evaluation_<checkpoint>.json in the run's folder
+    # JSON lines to write besides: what each example of hellaswag and lambada scored.
+    samples: str = ""
     # Of matmuls. Published figures are of float32 or tf32; bfloat16 is faster on a GPU and moves
     # scores a little.
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -162,6 +164,8 @@ class EvaluateConfig(_OfModel):
         check_numbers(self, at_least_1="limit stride tokens_per_batch")
         if self.data and "val" not in self.tasks:
             raise ValueError("data goes with the task val")
+        if self.samples and not {"hellaswag", "lambada"} & {*self.tasks}:
+            raise ValueError("samples are of the tasks hellaswag and lambada: name one of them")
 
 
 GGUF_DTYPES = ("f32", "f16", "q8_0")
