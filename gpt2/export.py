@@ -108,6 +108,11 @@ def limits(
         )
     if form == "hf":
         return
+    if tokenizer.name == "json":
+        raise ValueError(
+            "llama.cpp would have to know how this model's own tokenizer splits text, which only "
+            "its converter does: export with --format hf, and run convert_hf_to_gguf.py on that"
+        )
     if dtype == "q8_0" and c.n_embd % 32:
         raise ValueError(f"q8_0 packs 32 numbers at a time, n_embd is {c.n_embd}: take f16 or f32")
     if foreign.exact_gelu(model):

@@ -23,7 +23,15 @@ from gpt2.config import GPTConfig
 from gpt2.data.chat import TEMPLATES, jinja
 from gpt2.foreign import GPT2_ROWS, HEAD, TABLE
 from gpt2.model import GPT, parameter_shapes
-from gpt2.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from gpt2.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    byte_symbols,
+)
 
 HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -85,7 +93,7 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
         wanted[HEAD] = wanted[TABLE]
     storage.check_shapes(found, wanted, folder)
     model, head = GPT(config, kernels, device), None
-    with suppress(ValueError):  # without a tokenizer that is GPT-2's each row is a token
+    with suppress(ValueError, ImportError):  # without a tokenizer each row is a token
         model.n_tokens = min(read_tokenizer(folder).vocab_size, config.vocab_size)
     parameters = dict(model.named_parameters())
     for path in files:
@@ -122,8 +130,8 @@ def read_hf_config(folder: Path) -> GPTConfig:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder: GPT-2's, or bytes or characters as export_hf writes them. Raises
-    ValueError where it has another."""
+    """The tokenizer of a folder: GPT-2's, bytes or characters as export_hf writes them, or another
+    BPE of bytes in tokenizer.json. Raises ValueError where it has another, ImportError."""
     config, tokenizer = storage.read_json(folder / CONFIG), GPT2Tokenizer()
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files and (rows := config.get("vocab_size")) not in GPT2_ROWS:
@@ -134,9 +142,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
     if files == [folder / TOKENIZER] and (ours := _bytes_or_chars(files[0])):
         files, tokenizer = [], ours
+    if folder / TOKENIZER in files and not _is_gpt2s(folder / TOKENIZER, special):
+        try:
+            return JsonTokenizer(storage.read_json(folder / TOKENIZER), config.get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{folder / TOKENIZER}: {error}") from error
     for path in files:
         if not _is_gpt2s(path, special):
-            words = "only GPT-2's is supported, and bytes and characters as they are written here"
+            words = "GPT-2's is supported, and any BPE of bytes that has a tokenizer.json"
             raise ValueError(f"{path}: a tokenizer of its own; {words}")
     if (found := config.get("eos_token_id", tokenizer.eot)) not in (None, tokenizer.eot):
         words = f"the {tokenizer.name} tokenizer's is {tokenizer.eot}"
@@ -155,9 +168,9 @@ def read_chat_template(folder: Path) -> str | None:
         return None
     text = text or path.read_text(encoding="utf-8", errors="replace")
     for name, template in TEMPLATES.items():
-        if text == jinja(name) and not template.piecewise:
+        if not template.piecewise and text in (jinja(name), jinja(name, generation=False)):
             return name
-    words = "take it out to use the model without, or with one of the templates here"
+    words = "take it out, or name one of the templates here, or none, with --template"
     raise ValueError(f"{path}: a chat template of its own is not supported: {words}")
 
 
@@ -221,7 +234,7 @@ def write_hf(
         files[SETTINGS] = {
             "tokenizer_class": "GPT2Tokenizer" if is_gpt2s else "PreTrainedTokenizerFast",
             "model_max_length": c.block_size, "clean_up_tokenization_spaces": False,
-            **({} if eot is None else dict.fromkeys(names, END_OF_TEXT)),
+            **({} if eot is None else dict.fromkeys(names, tokenizer.decode([eot]))),
         }  # fmt: skip
         for name, asset in ASSETS.items() if is_gpt2s else ():
             (folder / name).write_bytes((resources.files("gpt2") / "assets" / asset).read_bytes())
@@ -251,15 +264,6 @@ def bare_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, to
     return tensors
 
 
-def byte_symbols() -> list[str]:
-    """The character by which a vocabulary of bytes writes each of the 256; source: GPT-2's
-    encoder.py, bytes_to_unicode."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in shown)
-    symbols = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
-    return [symbols[b] for b in range(256)]
-
-
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """A tokenizer as the tokenizers library reads it, with the same tokens for any text. Of a
     character that a tokenizer of characters does not have, both make an error."""
@@ -278,6 +282,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         vocab = {c: i for i, c in enumerate(tokenizer.chars)}
         decoder = {"type": "Fuse"}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    elif isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.content
     elif isinstance(tokenizer, ByteTokenizer):
         vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
         model = {"type": "BPE", **options, "vocab": vocab, "merges": []}
