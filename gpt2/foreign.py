@@ -115,7 +115,8 @@ def weights(content: dict, path: Path) -> dict[str, Tensor]:
     found, nbytes = {}, 0
     for name, value in content.items():
         name = str(name).removeprefix("_orig_mod.")
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        is_plain = isinstance(value, Tensor) and value.layout == torch.strided
+        if not is_plain or value.is_nested or value.is_meta:
             raise ValueError(f"{path}: {name:.60} is a {type(value).__name__}, not a dense tensor")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             found[name] = value

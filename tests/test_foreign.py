@@ -208,6 +208,8 @@ def lie(content, weights):
         (torch_file(lambda c, w: w.update({TABLE: w[TABLE].double()})), "dtype torch.float64"),
         (torch_file(lambda c, w: w.update(x=[1])), "x is a list, not a dense tensor"),
         (torch_file(lambda c, w: w.update(x=torch.eye(2).to_sparse())), "not a dense tensor"),
+        (torch_file(lambda c, w: w.update(x=torch.empty(2, device="meta"))), "not a dense tensor"),
+        (torch_file(lambda c, w: w.update(x=torch.ones(2, dtype=torch.complex64))), "unknown .'x'"),
         (torch_file(lie), "bytes of tensors in a file of .*: damaged"),
         (torch_file(lambda c, w: c.update(x=Evil())), "a pickle that names .*eval"),
         (torch_file(lambda c, w: c.update(x=re.compile("a"))), "a pickle that names re._compile"),

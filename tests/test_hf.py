@@ -147,6 +147,18 @@ def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch):
         gpt2.load_model("gpt2-xl")
 
 
+@pytest.mark.parametrize("name, calls", [(WEIGHTS, 1), ("model-1-of-2.safetensors", 1), ("x", 2)])
+def test_pickles_are_downloaded_where_there_is_nothing_else(tmp_path, monkeypatch, name, calls):
+    (tmp_path / name).touch()
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, allow_patterns: asked.append(allow_patterns) or str(tmp_path),
+    )
+    assert hf.download("someone/model") == tmp_path
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True][:calls]
+
+
 def change_config(**changes):
     return lambda folder: change_json(folder / "config.json", **changes)
 
