@@ -397,7 +397,7 @@ def _find(name: str | Path, adapters: Path | None = None) -> Path:
     is_owners = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) and not (exists or above)
     if str(name) in hf.HUB_NAMES or is_owners:
         return hf.download(str(name))
-    words = "not a model" if exists else "no such file or folder"
+    words = "not a model" if exists else "no such folder or file"
     words += f": a folder with {META}, checkpoints or {hf.CONFIG}, a file of nanoGPT, build-nanogpt"
     words += " or llm.c, or a name of the hub (gpt2, gpt2-medium ..., owner/name) is one"
     if files := [*Path(name).glob("*.pt")] if exists else []:
