@@ -26,7 +26,7 @@ from pathlib import Path
 
 import xxhash
 
-from gpt2 import hf, lora, storage, tokenizer
+from gpt2 import foreign, hf, lora, storage, tokenizer
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.model import GPT, parameter_shapes
 from gpt2.state import MODEL, OPTIMIZER, Optimizer, Tensors, restore, snapshot
@@ -53,6 +53,7 @@ class Checkpoint:
     base: dict | None = None  # what these are for: {"path", "xxh3_128"}
     run_id: str | None = None  # of the run that wrote it
     identity: dict | None = None  # of that run, and what its data is
+    exact_gelu: bool | None = None  # as nanoGPT's models have it; see gpt2.foreign
 
 
 def save_checkpoint(
@@ -67,6 +68,8 @@ def save_checkpoint(
 def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
     """What write_checkpoint writes beside the tensors; others: further fields of Checkpoint."""
     meta = {"model": asdict(model.config), "tokenizer": tokenizer, "train": train, "state": {}}
+    if foreign.exact_gelu(model):
+        meta["exact_gelu"] = True
     if lora.lora_config(model) is not None:
         meta |= {"lora": asdict(model.lora), "base": model.lora_base}
     return meta | others
@@ -269,8 +272,12 @@ def load_training_state(
         raise ValueError(f"{where}: holds no optimizer state, so it cannot be resumed")
     ours, theirs = (
         asdict(config) | {f"lora_{k}": getattr(a, k, None) for k in ("rank", "alpha", "layers")}
-        for config, a in ((model.config, here), (checkpoint.model, checkpoint.lora))
-    )
+        | {"exact_gelu": bool(exact)}
+        for config, a, exact in (
+            (model.config, here, foreign.exact_gelu(model)),
+            (checkpoint.model, checkpoint.lora, checkpoint.exact_gelu),
+        )
+    )  # fmt: skip
     # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
     names = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
     differ = [f"{k} {theirs[k]} (here {ours[k]})" for k in names]
@@ -288,7 +295,8 @@ def load_training_state(
 
 
 def load_model(path_or_name: str | Path, device="cpu", kernels="auto") -> GPT:
-    """A model from a checkpoint or run folder of ours, a Hugging Face folder, or its name there.
+    """A model from a checkpoint or run folder of ours, a Hugging Face folder, its name there, or a
+    file of nanoGPT, build-nanogpt or llm.c.
 
     Adapters, ours or peft's, give their base model with them merged in. n_tokens are the ids of the
     tokenizer, where that has fewer than the vocabulary has rows. Raises OSError (nothing there),
@@ -304,6 +312,8 @@ def _load(folder: Path, device, kernels, above: tuple[Path, ...]) -> GPT:
     above = (*above, folder.resolve())
     if _kind(folder) == "ours":
         return _read_newest(folder, lambda found: _load_ours(found, device, kernels, above))
+    if _kind(folder) == "file":
+        return foreign.load_file(folder, device, kernels)
     if _kind(folder) == "hf":
         return hf.load_hf(folder, device, kernels)
     base = _load(_find(lora.base_name(folder), folder), device, kernels, above)
@@ -317,6 +327,7 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
         path, wanted = where / MODEL, parameter_shapes(checkpoint.model)
         storage.check_shapes(storage.read_shapes(path), wanted, path)  # before memory is taken
         model = GPT(checkpoint.model, kernels, device)
+        foreign.exact_gelu(model, bool(checkpoint.exact_gelu))
         restore(where, model)
     else:
         base = _find(checkpoint.base["path"], where)
@@ -336,7 +347,9 @@ def load_tokenizer(path_or_name: str | Path) -> tokenizer.Tokenizer:
     found = _describing(path_or_name)
     if isinstance(found, Checkpoint):
         return tokenizer.from_dict(found.tokenizer)
-    return tokenizer.GPT2Tokenizer() if found is None else hf.read_tokenizer(found)
+    if found is None:
+        return tokenizer.GPT2Tokenizer()
+    return (foreign.file_tokenizer if found.is_file() else hf.read_tokenizer)(found)
 
 
 def load_chat_template(path_or_name: str | Path) -> str | None:
@@ -362,7 +375,10 @@ def describe_base(name: str | Path, model: GPT) -> dict:
 
 
 def _kind(path: Path) -> str | None:
-    """ours: a checkpoint or a run; hf: Hugging Face's GPT-2; adapters, as peft writes them."""
+    """ours: a checkpoint or a run; hf: Hugging Face's GPT-2; adapters, as peft writes them; file:
+    of whatever kind."""
+    if path.is_file():
+        return "file"
     if (path / META).exists() or (path / "checkpoints").is_dir():
         return "ours"
     kinds = {hf.CONFIG: "hf", lora.CONFIG: "adapters"}
@@ -381,9 +397,11 @@ def _find(name: str | Path, adapters: Path | None = None) -> Path:
     is_owners = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", str(name)) and not (exists or above)
     if str(name) in hf.HUB_NAMES or is_owners:
         return hf.download(str(name))
-    words = "not a model" if exists else "no such folder"
-    words += f": a folder with {META}, checkpoints or {hf.CONFIG}, or a name of the hub (gpt2, "
-    words += "gpt2-medium ..., owner/name) is one; pickles are not read, since they may run code"
+    words = "not a model" if exists else "no such folder or file"
+    words += f": a folder with {META}, checkpoints or {hf.CONFIG}, a file of nanoGPT, build-nanogpt"
+    words += " or llm.c, or a name of the hub (gpt2, gpt2-medium ..., owner/name) is one"
+    if files := [*Path(name).glob("*.pt")] if exists else []:
+        words += f"; {files[-1].name} may be: name the file"
     if adapters:
         words = f"{name}, the base of these adapters, is neither here nor in a folder above"
     raise OSError(errno.ENOENT, words, str(adapters or name))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import hf, lora, storage
+from gpt2 import foreign, hf, lora, storage
 from gpt2.checkpoint import (
     Checkpoint,
     load_chat_template,
@@ -108,8 +108,18 @@ def limits(
         )
     if form == "hf":
         return
+    if tokenizer.name == "json":
+        raise ValueError(
+            "llama.cpp would have to know how this model's own tokenizer splits text, which only "
+            "its converter does: export with --format hf, and run convert_hf_to_gguf.py on that"
+        )
     if dtype == "q8_0" and c.n_embd % 32:
         raise ValueError(f"q8_0 packs 32 numbers at a time, n_embd is {c.n_embd}: take f16 or f32")
+    if foreign.exact_gelu(model):
+        yield (
+            "this model computes the exact GELU, as nanoGPT does, and llama.cpp GPT-2's, which "
+            "approximates it by tanh: logits differ by about 1e-3"
+        )
     if c.block_size % ROUNDED:
         rounded = -(-c.block_size // ROUNDED) * ROUNDED
         yield (

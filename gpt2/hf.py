@@ -18,27 +18,35 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import storage
+from gpt2 import foreign, storage
 from gpt2.config import GPTConfig
 from gpt2.data.chat import TEMPLATES, jinja
+from gpt2.foreign import GPT2_ROWS, HEAD, TABLE
 from gpt2.model import GPT, parameter_shapes
-from gpt2.tokenizer import END_OF_TEXT, ByteTokenizer, CharTokenizer, GPT2Tokenizer, Tokenizer
+from gpt2.tokenizer import (
+    END_OF_TEXT,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    JsonTokenizer,
+    Tokenizer,
+    byte_symbols,
+)
 
 HUB_NAMES = {
     name: f"openai-community/{name}" for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 }
 FIXED = {  # what the architecture here computes; a folder that says otherwise is refused
-    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu"),
     "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }  # fmt: skip
-HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 # The first four are compared with GPT-2's own; the others are of other kinds of tokenizers.
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json",
                    "vocab.txt", "tokenizer.model", "spiece.model")  # fmt: skip
-GPT2_ROWS = range(GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
 CONFIG, SETTINGS, WEIGHTS = "config.json", "tokenizer_config.json", "model.safetensors"
+PICKLE = "pytorch_model.bin"  # read where there is no safetensors file
 TOKENIZER, TEMPLATE = "tokenizer.json", "chat_template.jinja"
 ASSETS = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
 
@@ -61,7 +69,10 @@ def download(name: str) -> Path:
     repo = HUB_NAMES.get(name, name)
     try:
         files = ["*.json", "model*.safetensors", "chat_template.jinja", *TOKENIZER_FILES]
-        return Path(snapshot_download(repo, allow_patterns=files))
+        folder = Path(snapshot_download(repo, allow_patterns=files))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(repo, allow_patterns=[*files, "pytorch_model*.bin"]))
+        return folder
     except Exception as error:  # the hub client raises errors of many libraries
         reason = str(error).strip().split("\n")[0]
         words = f"cannot download {repo!r} from the Hugging Face hub ({reason}): check the name and"
@@ -82,20 +93,23 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
         wanted[HEAD] = wanted[TABLE]
     storage.check_shapes(found, wanted, folder)
     model, head = GPT(config, kernels, device), None
-    with suppress(ValueError):  # without a tokenizer that is GPT-2's each row is a token
+    with suppress(ValueError, ImportError):  # without a tokenizer each row is a token
         model.n_tokens = min(read_tokenizer(folder).vocab_size, config.vocab_size)
     parameters = dict(model.named_parameters())
     for path in files:
-        for name, value in storage.read_tensors(path).items():
+        is_pickle = path.suffix == ".bin"
+        tensors = _read_pickle(path) if is_pickle else storage.read_tensors(path)
+        storage.check_finite(tensors if is_pickle else {}, path)
+        for name, value in tensors.items():
             if (name := _our_name(name)) == HEAD:
                 head = value
             elif name is not None:
                 value = value.t() if is_transposed(name) else value
                 parameters[name][: len(value)] = value
     table = parameters[TABLE][: config.vocab_size].cpu()
-    if head is not None and not torch.equal(head.float(), table):
-        words = "is a head of its own; GPT-2 here has the embedding as its head"
-        raise ValueError(f"{folder}: {HEAD} {words}")
+    foreign.check_tied({TABLE: table} | ({} if head is None else {HEAD: head}), folder)
+    activation = storage.read_json(folder / CONFIG).get("activation_function")
+    foreign.exact_gelu(model, activation == "gelu")
     return model
 
 
@@ -116,8 +130,8 @@ def read_hf_config(folder: Path) -> GPTConfig:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder: GPT-2's, or bytes or characters as export_hf writes them. Raises
-    ValueError where it has another."""
+    """The tokenizer of a folder: GPT-2's, bytes or characters as export_hf writes them, or another
+    BPE of bytes in tokenizer.json. Raises ValueError where it has another, ImportError."""
     config, tokenizer = storage.read_json(folder / CONFIG), GPT2Tokenizer()
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if not files and (rows := config.get("vocab_size")) not in GPT2_ROWS:
@@ -128,9 +142,14 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     special = {END_OF_TEXT, str(pad.get("content") if isinstance(pad, dict) else pad)}
     if files == [folder / TOKENIZER] and (ours := _bytes_or_chars(files[0])):
         files, tokenizer = [], ours
+    if folder / TOKENIZER in files and not _is_gpt2s(folder / TOKENIZER, special):
+        try:
+            return JsonTokenizer(storage.read_json(folder / TOKENIZER), config.get("eos_token_id"))
+        except ValueError as error:
+            raise ValueError(f"{folder / TOKENIZER}: {error}") from error
     for path in files:
         if not _is_gpt2s(path, special):
-            words = "only GPT-2's is supported, and bytes and characters as they are written here"
+            words = "GPT-2's is supported, and any BPE of bytes that has a tokenizer.json"
             raise ValueError(f"{path}: a tokenizer of its own; {words}")
     if (found := config.get("eos_token_id", tokenizer.eot)) not in (None, tokenizer.eot):
         words = f"the {tokenizer.name} tokenizer's is {tokenizer.eot}"
@@ -149,9 +168,9 @@ def read_chat_template(folder: Path) -> str | None:
         return None
     text = text or path.read_text(encoding="utf-8", errors="replace")
     for name, template in TEMPLATES.items():
-        if text == jinja(name) and not template.piecewise:
+        if not template.piecewise and text in (jinja(name), jinja(name, generation=False)):
             return name
-    words = "take it out to use the model without, or with one of the templates here"
+    words = "take it out, or name one of the templates here, or none, with --template"
     raise ValueError(f"{path}: a chat template of its own is not supported: {words}")
 
 
@@ -202,6 +221,8 @@ def write_hf(
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
         **special, "dtype": dtype,
     }  # fmt: skip
+    if foreign.exact_gelu(model):
+        config["activation_function"] = "gelu"
     special |= {"pad_token_id": eot}
     if c.block_size < 1024:  # pipeline goes on for 256 tokens, unless told
         special["max_length"] = c.block_size
@@ -213,7 +234,7 @@ def write_hf(
         files[SETTINGS] = {
             "tokenizer_class": "GPT2Tokenizer" if is_gpt2s else "PreTrainedTokenizerFast",
             "model_max_length": c.block_size, "clean_up_tokenization_spaces": False,
-            **({} if eot is None else dict.fromkeys(names, END_OF_TEXT)),
+            **({} if eot is None else dict.fromkeys(names, tokenizer.decode([eot]))),
         }  # fmt: skip
         for name, asset in ASSETS.items() if is_gpt2s else ():
             (folder / name).write_bytes((resources.files("gpt2") / "assets" / asset).read_bytes())
@@ -243,15 +264,6 @@ def bare_tensors(model: GPT, dtype: torch.dtype = torch.float32) -> dict[str, to
     return tensors
 
 
-def byte_symbols() -> list[str]:
-    """The character by which a vocabulary of bytes writes each of the 256; source: GPT-2's
-    encoder.py, bytes_to_unicode."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = (b for b in range(256) if b not in shown)
-    symbols = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
-    return [symbols[b] for b in range(256)]
-
-
 def tokenizer_json(tokenizer: Tokenizer) -> dict:
     """A tokenizer as the tokenizers library reads it, with the same tokens for any text. Of a
     character that a tokenizer of characters does not have, both make an error."""
@@ -270,6 +282,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict:
         vocab = {c: i for i, c in enumerate(tokenizer.chars)}
         decoder = {"type": "Fuse"}
         model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+    elif isinstance(tokenizer, JsonTokenizer):
+        return tokenizer.content
     elif isinstance(tokenizer, ByteTokenizer):
         vocab = {symbol: i for i, symbol in enumerate(byte_symbols())}
         model = {"type": "BPE", **options, "vocab": vocab, "merges": []}
@@ -310,23 +324,27 @@ def _our_name(name: str) -> str | None:
 
 def _weights(folder: Path) -> tuple[list[Path], storage.Found]:
     """The files with a folder's weights, which transformers would read, and what they hold."""
-    files, index, found = [folder / WEIGHTS], folder / f"{WEIGHTS}.index.json", {}
+    kinds = [name for name in (WEIGHTS, PICKLE) if any(folder.glob(f"{name}*"))] or [WEIGHTS]
+    files, index, found = [folder / kinds[0]], folder / f"{kinds[0]}.index.json", {}
     if not files[0].exists() and index.exists():
         weight_map = storage.read_json(index).get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise ValueError(f"{index}: weight_map must name files of this folder")
         files = [folder / name for name in sorted(set(names))]
-    elif not files[0].exists() and (pickles := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
-        words = "a pickle, which is not read since it may run code"
-        raise ValueError(f"{pickles[0]}: {words}; transformers' save_pretrained writes {WEIGHTS}")
     for path in files:
-        for name, kind in storage.read_shapes(path).items():
+        is_pickle = path.suffix == ".bin"
+        shapes = foreign.shapes(_read_pickle(path)) if is_pickle else storage.read_shapes(path)
+        for name, kind in shapes.items():
             if (ours := _our_name(name)) in found:
                 raise ValueError(f"{path}: {name} is there twice")
             if ours is not None:
                 found[ours] = kind
     return files, found
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    return foreign.weights(foreign.read_pickle(path), path)
 
 
 def _is_gpt2s(path: Path, special: set[str]) -> bool:

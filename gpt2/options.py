@@ -24,7 +24,9 @@ class _Generation(Sampling):
 class _OfModel:
     """The first option of a class is that of its last base."""
 
-    model: str  # a run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...)
+    # A run folder, a checkpoint, a Hugging Face folder or name (gpt2, gpt2-medium, ...), a file of
+    # nanoGPT, build-nanogpt or llm.c.
+    model: str
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,10 @@ class PrepareConfig:
     text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
     jsonl: str = ""  # or a file of one JSON object a line, or a JSON list of them, or a folder
     parquet: str = ""  # or a parquet file, or a folder of them
-    hf: str = ""  # or a data set on the Hugging Face hub, as NAME or NAME:CONFIG; it is streamed
+    # Or a data set on the Hugging Face hub, as NAME or NAME:CONFIG, which is streamed; or a folder
+    # that datasets' save_to_disk wrote.
+    hf: str = ""
+    megatron: str = ""  # or NAME of Megatron's NAME.idx and NAME.bin, of GPT-2 tokens
     verify: str = ""  # or check this prepared folder: headers, sizes and hashes of its shards
     field: str = "text"  # of --jsonl, --parquet and --hf: the field that holds the text
     separator: str = "<|endoftext|>"  # of --text: what stands between documents; "": nothing does
@@ -106,11 +111,11 @@ class PrepareConfig:
     workers: int | None = None  # tokenizing threads; 0: none besides the main; default: one a CPU
 
     def __post_init__(self):
-        sources = ("name", "text", "jsonl", "parquet", "hf", "verify")
+        sources = ("name", "text", "jsonl", "parquet", "hf", "megatron", "verify")
         if sum(bool(getattr(self, s)) for s in sources) != 1:
             raise ValueError(
                 "give either the NAME of a data set or one of --text, --jsonl, --parquet, --hf, "
-                "--verify"
+                "--megatron, --verify"
             )
         if self.val_fraction is not None and not 0.0 < self.val_fraction < 1.0:
             raise ValueError(f"val_fraction must lie in (0, 1), got {self.val_fraction}")
@@ -124,6 +129,10 @@ class PrepareConfig:
             raise ValueError("separator goes with text")
         if self.split != "train" and not self.hf:
             raise ValueError("split goes with hf")
+        if self.megatron and self.tokenizer not in ("", "gpt2"):
+            raise ValueError(
+                f"megatron: it holds GPT-2 tokens, not the {self.tokenizer} tokenizer's"
+            )
         counts = "shard_tokens max_documents max_shards"
         check_numbers(self, at_least_1=counts, at_least_0="workers")
 
@@ -141,6 +150,8 @@ class EvaluateConfig(_OfModel):
     detokenize: bool = True  # of WikiText: undo its splitting into words first, as GPT-2's paper
     tokens_per_batch: int = 8192  # fed to the model at once
     out: str = ""  # JSON file to write; default: evaluation_<checkpoint>.json in the run's folder
+    # JSON lines to write besides: what each example of hellaswag and lambada scored.
+    samples: str = ""
     # Of matmuls. Published figures are of float32 or tf32; bfloat16 is faster on a GPU and moves
     # scores a little.
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
@@ -153,6 +164,8 @@ class EvaluateConfig(_OfModel):
         check_numbers(self, at_least_1="limit stride tokens_per_batch")
         if self.data and "val" not in self.tasks:
             raise ValueError("data goes with the task val")
+        if self.samples and not {"hellaswag", "lambada"} & {*self.tasks}:
+            raise ValueError("samples are of the tasks hellaswag and lambada: name one of them")
 
 
 GGUF_DTYPES = ("f32", "f16", "q8_0")

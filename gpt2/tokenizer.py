@@ -1,4 +1,5 @@
-"""Text to token ids and back: GPT-2's BPE (through tiktoken), bytes, characters.
+"""Text to token ids and back: GPT-2's BPE (through tiktoken), bytes, characters, and the BPE that a
+Hugging Face folder has in its tokenizer.json.
 
 The GPT-2 vocabulary lies in gpt2/assets and is checked by hash, so nothing is ever downloaded. A
 tokenizer is written into data manifests and checkpoints as a small dict (to_dict, from_dict), so
@@ -6,6 +7,7 @@ that a model is always sampled with the tokenizer that it was trained with.
 """
 
 import functools
+import json
 import re
 from abc import ABC, abstractmethod
 from importlib import resources
@@ -158,6 +160,72 @@ class CharTokenizer(Tokenizer):
         return {"name": self.name, "chars": self.chars}
 
 
+class JsonTokenizer(Tokenizer):
+    """A BPE of bytes that is described by a tokenizer.json, by the tokenizers library.
+
+    Special tokens are found in text only where allow_special turns <|endoftext|> into eot. Raises
+    ValueError for another kind of tokenizer, ImportError without that library.
+    """
+
+    name = "json"
+
+    def __init__(self, content: dict, eot: int | None):
+        try:
+            import tokenizers
+        except ImportError as error:
+            words = "a tokenizer.json of its own needs tokenizers: pip install tokenizers"
+            raise ImportError(words) from error
+        self.content = content
+        symbols = {symbol: bytes([byte]) for byte, symbol in enumerate(byte_symbols())}
+        try:
+            added, vocab = content.get("added_tokens") or [], content["model"]["vocab"]
+            ids = vocab | {token["content"]: token["id"] for token in added}
+            pre = content["pre_tokenizer"]
+            levels = [p for p in pre.get("pretokenizers", [pre]) if p["type"] == "ByteLevel"]
+            after = (content.get("post_processor") or {}).get("type", "ByteLevel")
+            right = content["model"]["type"] == "BPE" and not content["model"].get("dropout")
+            right &= symbols.keys() <= vocab.keys() and after == "ByteLevel" and len(levels) == 1
+            right &= not levels[0]["add_prefix_space"] and content["decoder"]["type"] == "ByteLevel"
+            ordinary = [token for token in added if not token["special"]]
+            plain = content | {"added_tokens": ordinary, "truncation": None, "padding": None}
+            self._library = tokenizers.Tokenizer.from_str(json.dumps(plain))
+            self.vocab_size = max(ids.values()) + 1
+            right &= min(ids.values()) == 0 and self.vocab_size <= 2 * len(ids)
+        except Exception as error:  # the library raises its errors as Exception
+            raise ValueError(f"not a tokenizer that is understood ({error!r:.150})") from error
+        if not right:
+            raise ValueError(
+                "a tokenizer of another kind than BPE of all 256 bytes with ids from 0 on, without "
+                "dropout, a space before the text or tokens around it"
+            )
+        self._pieces = [b""] * self.vocab_size
+        for token, i in ids.items():
+            bytewise = token in vocab and symbols.keys() >= {*token}
+            self._pieces[i] = b"".join(map(symbols.get, token)) if bytewise else token.encode()
+        if eot is not None and not (type(eot) is int and 0 <= eot < self.vocab_size):
+            raise ValueError(f"eos_token_id {eot!r:.40} of config.json is none of its tokens")
+        self.eot = eot
+
+    def _encode(self, text: str) -> list[int]:
+        return self._library.encode(well_formed(text), add_special_tokens=False).ids
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        self._check(ids)
+        return b"".join(self._pieces[i] for i in ids)
+
+    def to_dict(self) -> dict:
+        return {"name": self.name, "json": self.content, "eot": self.eot}
+
+
+def byte_symbols() -> list[str]:
+    """The character by which a vocabulary of bytes writes each of the 256; source: GPT-2's
+    encoder.py, bytes_to_unicode."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = (b for b in range(256) if b not in shown)
+    symbols = {b: chr(b) for b in shown} | {b: chr(256 + i) for i, b in enumerate(others)}
+    return [symbols[b] for b in range(256)]
+
+
 def from_dict(description: dict) -> Tokenizer:
     """The tokenizer that to_dict described. Raises ValueError for one that is not known."""
     match description:
@@ -167,7 +235,10 @@ def from_dict(description: dict) -> Tokenizer:
             return ByteTokenizer()
         case {"name": "char", "chars": str(chars)}:
             return CharTokenizer(chars)
-    raise ValueError(f"unknown tokenizer {str(description)[:80]}: expected gpt2, byte or char")
+        case {"name": "json", "json": dict(content), "eot": eot}:
+            return JsonTokenizer(content, eot)
+    words = "expected gpt2, byte, char or json"
+    raise ValueError(f"unknown tokenizer {str(description)[:80]}: {words}")
 
 
 @functools.cache

@@ -5,6 +5,7 @@
     python scripts/prepare_data.py --text notes/ --tokenizer char --out data/notes
     python scripts/prepare_data.py --jsonl wiki/ --field text --val wiki/val.jsonl.xz
     python scripts/prepare_data.py --hf roneneldan/TinyStories --split train --val validation
+    python scripts/prepare_data.py --megatron my-gpt2_text_document
     python scripts/prepare_data.py --verify data/notes          # checks every byte of its shards
 
 The same command again goes on where an interrupted one stopped, and does nothing when it is done.

@@ -1,6 +1,8 @@
 """Exports in llama.cpp, `transformers serve` and lm-eval. test_export.py (slow) installs them and
 runs this file; where they are: pytest -o addopts= -o filterwarnings= tests/export_programs.py"""
 
+import json
+import lzma
 import math
 import random
 import signal
@@ -8,6 +10,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
 
 import httpx
 import openai
@@ -17,9 +21,13 @@ from llama_cpp import Llama
 
 import gpt2
 from gpt2.data.chat import encode_prompt
+from gpt2.evals.scoring import Single
+from gpt2.evals.suite import evaluate
+from gpt2.options import EvaluateConfig
 from tests.test_export import CHARS, HOSTILE, TOKENIZERS, make_run, run_export
 
 QUESTIONS = ["Why?", "Name a color.", "Is 2+2 = 4? \n", "Who\n\nare you?"]
+ROOT = Path(__file__).parent.parent
 SERVE = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
 
 
@@ -136,3 +144,58 @@ def test_lm_eval_scores_the_log_likelihoods_of_ours(tmp_path):
             rows = model(torch.tensor([b]))[0, :, :50257].log_softmax(-1)
         wanted = sum(float(rows[i - 1, b[i]]) for i in range(len(a), len(b)))
         assert math.isclose(value, wanted, rel_tol=1e-4)
+
+
+def test_lm_eval_has_the_figures_of_evaluate_example_for_example(
+    tmp_path, shared_data, monkeypatch
+):
+    """With the tasks of benchmarks/lm_eval, on the first examples of the real files."""
+    evaluator = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    tokenizer, n = TOKENIZERS["gpt2"], 200
+    out = run_export(make_run(tmp_path, "gpt2", None, block_size=256), tmp_path / "out")
+    model = gpt2.load_model(out, kernels="torch").eval()
+    lines = {}
+    for task in ("hellaswag", "lambada"):
+        [path] = (shared_data / task).glob("*.jsonl.xz")
+        lines[task] = [json.loads(line) for line in islice(lzma.open(path), n)]
+    for row in lines["lambada"][::2]:  # what the model likes best, where that is a word
+        idx = torch.tensor([tokenizer.encode(row["context"])])
+        with torch.no_grad():
+            word = tokenizer.decode([int(model(idx)[0, -1, :50257].argmax())])
+        row["continuation"] = word.strip() if word[0] == " " and word.isascii() else "no"
+    monkeypatch.chdir(tmp_path)
+    for task, name in (("hellaswag", "hellaswag_val"), ("lambada", "lambada_test")):
+        Path(f"data/eval/{task}").mkdir(parents=True)
+        text = "".join(json.dumps(row) + "\n" for row in lines[task])
+        Path(f"data/eval/{task}/{name}.jsonl").write_text(text)
+    tasks = ("hellaswag", "lambada")
+    options = dict(tasks=tasks, samples="ours.jsonl", out="ours.json", device="cpu")
+    evaluate(EvaluateConfig(model=str(out), **options), Single())
+    found = evaluator.simple_evaluate(
+        model=HFLM(pretrained=str(out), dtype="float32", device="cpu", batch_size=4),
+        tasks=[f"gpt2_{task}" for task in tasks], log_samples=True, bootstrap_iters=0,
+        task_manager=TaskManager(include_path=str(ROOT / "benchmarks" / "lm_eval")),
+    )  # fmt: skip
+    ours = json.loads(Path("ours.json").read_text())["results"]
+    samples = [json.loads(line) for line in Path("ours.jsonl").read_text().splitlines()]
+    for task in tasks:
+        theirs = sorted(found["samples"][f"gpt2_{task}"], key=lambda sample: sample["doc_id"])
+        mine = [sample for sample in samples if sample["task"] == task]
+        assert len(mine) == len(theirs) == n
+        for a, b in zip(mine, theirs, strict=True):
+            losses = [a[key] for key in a if key.startswith("loss")]
+            wanted = [-float(response[0]) for response in b["filtered_resps"]]
+            assert losses == pytest.approx(wanted, rel=1e-4)
+            assert a["acc"] == b["acc"]
+            assert task == "lambada" or a["acc_norm_characters"] == b["acc_norm"]
+        figures = found["results"][f"gpt2_{task}"]
+        assert 0.1 < ours[task]["acc"] == pytest.approx(figures["acc,none"])
+    assert ours["hellaswag"]["acc_norm_characters"] == pytest.approx(
+        found["results"]["gpt2_hellaswag"]["acc_norm,none"]
+    )
+    assert ours["lambada"]["perplexity"] == pytest.approx(
+        found["results"]["gpt2_lambada"]["perplexity,none"], rel=1e-4
+    )

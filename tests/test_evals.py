@@ -57,8 +57,12 @@ def random_examples(n: int, seed: int = 0) -> list[Example]:
         return [draw.randrange(256) for _ in range(draw.randint(low, high))]
 
     return [
-        Example(row(1, 30), [row(1, 18) for _ in range(4)], draw.randrange(4)) for _ in range(n)
-    ]
+        Example(
+            row(1, 30), [row(1, 18) for _ in range(4)], draw.randrange(4),
+            tuple(draw.randint(1, 90) for _ in range(4)), number=i,
+        )
+        for i in range(n)
+    ]  # fmt: skip
 
 
 def write_lines(path, rows) -> None:
@@ -67,7 +71,10 @@ def write_lines(path, rows) -> None:
 
 def test_hellaswag_equals_transformers_example_for_example(pair):
     theirs, ours = pair
-    same_length = [replace(e, context=(e.context * 20)[:20]) for e in random_examples(6, seed=3)]
+    same_length = random_examples(6, seed=3)
+    same_length = [
+        replace(e, context=(e.context * 20)[:20], number=40 + e.number) for e in same_length
+    ]
     examples = [*random_examples(40), *same_length]
     expected = torch.tensor(
         [[their_losses(theirs, e.context + x, len(x)).sum() for x in e.endings] for e in examples]
@@ -78,12 +85,18 @@ def test_hellaswag_equals_transformers_example_for_example(pair):
             losses, counts = ending_losses(ours, examples[part])
         assert_close(losses, expected[part].float(), rtol=1e-5, atol=1e-4)
         assert counts.equal(lengths[part].float())
-    labels = torch.tensor([e.label for e in examples])
-    assert hellaswag_accuracy(ours, examples, Single(), tokens_per_batch=300) == {
-        "acc": (expected.argmin(1) == labels).double().mean().item(),
-        "acc_norm": ((expected / lengths).argmin(1) == labels).double().mean().item(),
-        "examples": 46, "cut": 0,
-    }  # fmt: skip
+    labels, samples = torch.tensor([e.label for e in examples]), {}
+    characters = torch.tensor([e.characters for e in examples])
+    hits = torch.stack(
+        [x.argmin(1) == labels for x in (expected, expected / lengths, expected / characters)], 1
+    ).double()
+    found = hellaswag_accuracy(ours, examples, Single(), tokens_per_batch=300, samples=samples)
+    means = dict(
+        zip(("acc", "acc_norm", "acc_norm_characters"), hits.mean(0).tolist(), strict=True)
+    )
+    assert found == means | {"examples": 46, "cut": 0} and len({*means.values()}) == 3
+    rows = torch.tensor([samples[i] for i in range(46)])
+    assert_close(rows, torch.cat([hits, expected], 1).float(), rtol=1e-5, atol=1e-4)
 
 
 def test_both_formats_of_both_tasks_and_the_space_before_the_ending(tmp_path):
@@ -97,13 +110,16 @@ def test_both_formats_of_both_tasks_and_the_space_before_the_ending(tmp_path):
     write_lines(path, [original, without_ctx, {**original, "label": "3", "query": "Roof: A man"}])
     examples = read_hellaswag(path, t, 1024)
     endings = [t.encode(f" {ending}") for ending in original["endings"]]
-    assert examples == [Example(t.encode("A man sits on a roof. he"), endings, 3)] * 3
+    assert examples == [
+        Example(t.encode("A man sits on a roof. he"), endings, 3, (11, 15, 13, 17), number=i)
+        for i in range(3)
+    ]
     lzma.open(tmp_path / "a.jsonl.xz", "w").write(path.read_bytes())
     assert read_hellaswag(tmp_path / "a.jsonl.xz", t, 1024) == examples
     rows = {"text": "He said\nno to Shane"}, {"context": "He said\nno to", "continuation": "Shane"}
     write_lines(path, rows)
     first, second = read_lambada(path, t, 1024)
-    assert first == second and t.decode(first.word) == " Shane"
+    assert replace(first, number=1) == second and t.decode(first.word) == " Shane"
     [cut, _] = read_lambada(path, ByteTokenizer(), 9)
     assert cut.cut and bytes(cut.context) == b"o to" and bytes(cut.word) == b" Shane"
 
@@ -156,7 +172,7 @@ def test_a_model_of_nan_has_no_score_and_one_that_diverged_an_infinite_one(count
     assert validation_loss(model, data, Single())["perplexity"] == math.inf
     model.transformer.ln_f.weight.data[3] = math.nan
     found = hellaswag_accuracy(model, random_examples(8), Single()) | word() | text()
-    for key in ("acc", "acc_norm", "perplexity", "token_perplexity"):
+    for key in ("acc", "acc_norm", "acc_norm_characters", "perplexity", "token_perplexity"):
         assert math.isnan(found[key])
 
 
@@ -246,7 +262,7 @@ def test_validation_loss_is_the_mean_over_every_window_once(counting):
 
 def test_batches_keep_their_budget():
     ends = [3, 9, 1, 20, 5] * 10
-    examples = [Example([1] * (p + 1), [[1] * e] * 4, 0) for p, e in enumerate(ends)]
+    examples = [Example([1] * (p + 1), [[1] * e] * 4, 0, (e,) * 4) for p, e in enumerate(ends)]
     batches = pack(examples[::-1], 600)
     assert [example for batch in batches for example in batch] == examples
     for batch in batches:

@@ -79,19 +79,27 @@ def make_data(folder: Path, tokens: np.ndarray, tokenizer) -> str:
 
 def test_every_task_table_and_json(script, run, tmp_path, data_dir):
     status, out, err = script(
-        "evaluate", run, "--tasks", *TASKS, "--data_dir", data_dir, "--device", "cpu"
-    )
+        "evaluate", run, "--tasks", *TASKS, "--data_dir", data_dir, "--device", "cpu",
+        "--samples", tmp_path / "s.jsonl",
+    )  # fmt: skip
     assert status == 0, err
     written = json.loads((run / "evaluation_step_00000007.json").read_text())
     results = written["results"]
     assert written["step"] == 7 and written["tokenizer"] == "byte" and written["ranks"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    lines = {task: [x for x in lines if x["task"] == task] for task in ("hellaswag", "lambada")}
+    assert [x["number"] for x in lines["hellaswag"]] == [*range(30)]
+    for task, rows in lines.items():
+        for key in results[task].keys() & {"acc", "acc_norm", "acc_norm_characters"}:
+            assert results[task][key] == pytest.approx(sum(x[key] for x in rows) / len(rows))
     assert results["hellaswag"]["examples"] == 30 and results["lambada"]["examples"] == 20
     # The raw test texts of both WikiTexts are one.
     wikitext = [{**results[t], "seconds": 0} for t in ("wikitext2", "wikitext103")]
     assert wikitext[0] == wikitext[1] and wikitext[0]["words"] == 3 + 40 * 9
     assert results["val"]["tokens"] == 7 * 64
     shown = table(str(run), results)
-    assert out.endswith(f"\n{shown}\nresults: {run / 'evaluation_step_00000007.json'}\n")
+    assert out.endswith(f"\n{shown}\nresults: {run / 'evaluation_step_00000007.json'}\n"
+                        f"samples: {tmp_path / 's.jsonl'}, 50 examples\n")  # fmt: skip
     assert "GPT-3, published" in shown and "Radford et al. (2019), table 3" in shown
 
     raw = script(
@@ -198,6 +206,8 @@ def test_bad_options(script, run, tmp_path, data_dir):
     status, _, err = script("evaluate", run, "--tasks", "squad")
     assert status == 2 and "squad" in err
     assert "no val shards" in error("val", "--data", data_dir)
+    status, _, err = script("evaluate", run, "--tasks", "val", "--samples", "x")
+    assert status == 2 and "samples are of the tasks" in err
     text = data_dir / "wikitext2" / "wiki.test.raw"
     assert "wiki.test.raw is a file: --data takes a folder" in error("val", "--data", text)
     other = make_run(tmp_path / "other", CharTokenizer("abc"), block_size=8)
@@ -223,7 +233,7 @@ def test_a_missing_file_that_cannot_be_fetched_names_its_place(tmp_path, monkeyp
 
 def test_a_download_becomes_the_file_only_when_it_is_whole(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(b'{"a": 1}\n'))
-    assert read_examples(find_file("hellaswag", tmp_path), dict) == [{"a": 1}]
+    assert read_examples(find_file("hellaswag", tmp_path), lambda *found: found) == [({"a": 1}, 0)]
     rows = [{"text": "= T = \n"}, {"text": " text \n"}]
     hub = SimpleNamespace(load_dataset=lambda *_, **__: rows)
     monkeypatch.setattr("gpt2.evals.files.train_extra", lambda *_: hub)
@@ -237,15 +247,17 @@ def test_what_is_published_is_shown_and_every_column_lines_up():
     lines = table("m", {task: dict.fromkeys(keys, 0.5) for task, keys in SHOWN.items()}).split("\n")
     rows = lines[2 : 2 + len(shown)]
     assert len({len(row) for row in lines[1 : 2 + len(shown)]}) == 1 and len(rows[0]) <= 110
-    [row] = [row for row in rows if row.startswith("hellaswag acc norm %")]
-    assert row.split()[4:] == "50.00 29.45 37.52 43.20 48.89 33.70 43.60 51.00 54.70".split()
+    assert any(row.startswith("hellaswag acc norm chars %") for row in rows)
+    [row] = [row for row in rows if row.startswith("hellaswag acc norm tokens %")]
+    assert row.split()[5:] == "50.00 29.45 37.52 43.20 48.89 33.70 43.60 51.00 54.70".split()
 
 
 @pytest.mark.ddp
 def test_two_ranks_give_exactly_the_counts_of_one(script, run, tmp_path, data_dir, free_port):
     options = [run, "--tasks", *TASKS, "--data_dir", data_dir, *CPU, "--tokens_per_batch", "600"]
-    options.append("--out")
+    options += ["--samples", tmp_path / "samples.jsonl", "--out"]
     assert script("evaluate", *options, tmp_path / "1.json")[0] == 0
+    samples = (tmp_path / "samples.jsonl").read_text()
     torchrun = "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port)
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, SCRIPTS / "evaluate.py", *options, tmp_path / "2.json"],
@@ -253,11 +265,13 @@ def test_two_ranks_give_exactly_the_counts_of_one(script, run, tmp_path, data_di
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1
+    assert done.stdout.count("samples.jsonl, 50 examples") == 1
+    assert (tmp_path / "samples.jsonl").read_text() == samples
     one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in (1, 2))
     # Of val there is one batch: the second rank runs along and counts nothing.
     assert (one["ranks"], two["ranks"], one["results"]["val"]["tokens"]) == (1, 2, 7 * 64)
     for task in TASKS:
         for key, value in one["results"][task].items():
-            exact = key in ("acc", "acc_norm") or not isinstance(value, float)
+            exact = key.startswith("acc") or not isinstance(value, float)
             same = value if exact else pytest.approx(value, rel=1e-12)
             assert key == "seconds" or two["results"][task][key] == same, (task, key)

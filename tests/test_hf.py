@@ -12,8 +12,10 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import gpt2
 from gpt2 import hf
-from gpt2.checkpoint import load_chat_template, load_tokenizer
+from gpt2.checkpoint import load_chat_template, load_tokenizer, save_checkpoint
 from gpt2.config import PRESETS, GPTConfig
+from gpt2.data.chat import jinja
+from gpt2.export import limits
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.train.objectives import LanguageModeling
 
@@ -145,6 +147,18 @@ def test_names_of_the_hub_are_downloaded(tmp_path, monkeypatch):
         gpt2.load_model("gpt2-xl")
 
 
+@pytest.mark.parametrize("name, calls", [(WEIGHTS, 1), ("model-1-of-2.safetensors", 1), ("x", 2)])
+def test_pickles_are_downloaded_where_there_is_nothing_else(tmp_path, monkeypatch, name, calls):
+    (tmp_path / name).touch()
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda repo, allow_patterns: asked.append(allow_patterns) or str(tmp_path),
+    )
+    assert hf.download("someone/model") == tmp_path
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True][:calls]
+
+
 def change_config(**changes):
     return lambda folder: change_json(folder / "config.json", **changes)
 
@@ -196,7 +210,7 @@ def cut(path):
         (lambda d: (d / WEIGHTS).unlink(), "no such file.*model.safetensors"),
         (lambda d: cut(d / WEIGHTS), "model.safetensors: damaged or cut short"),
         (lambda d: (d / WEIGHTS).write_bytes(b"\x80\x02}."), "or not safetensors"),
-        (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "pytorch_model.bin: a pickle"),
+        (lambda d: (d / WEIGHTS).rename(d / "pytorch_model.bin"), "_model.bin: damaged"),
         (change_weights(head=torch.randn_like), "lm_head.weight is a head of its own"),
         (change_weights(bare=torch.clone), "weight is there twice"),
         (change_weights(table=lambda x: x[:, :1]), "wte.weight has shape .501, 1."),
@@ -232,7 +246,7 @@ def small(tmp_path):
     [
         (lambda d: change_json(d / "vocab.json", dog=1), "vocab.json: a tokenizer of its own"),
         (lambda d: cut(d / "merges.txt"), "merges.txt: a tokenizer of its own"),
-        (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: a tokenizer of its"),
+        (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenizer that"),
         (lambda d: (d / "spiece.model").write_text(""), "spiece.model: a tokenizer of its own"),
         (lambda d: (d / "added_tokens.json").write_text('{"<|user|>": 50257}'), "added_tokens"),
         (lambda d: change_json(d / "config.json", eos_token_id=7), "eos_token_id is 7"),
@@ -270,3 +284,93 @@ def test_rows_beyond_the_tokenizer_are_kept_and_never_generated(tmp_path, rows):
     assert load_file(tmp_path / "out" / WEIGHTS)["wte.weight"].shape == (rows, 8)
     vocab = resources.files("gpt2") / "assets" / "encoder.json"
     assert (tmp_path / "out" / "vocab.json").read_bytes() == vocab.read_bytes()
+
+
+def train_bpe(folder, **options):
+    """A BPE of bytes of its own, with its end of text first, as the tokenizers library makes it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["</s>"], initial_alphabet=alphabet
+    )
+    text = (resources.files("gpt2") / "assets" / "tiny_shakespeare.txt").read_text()
+    theirs.train_from_iterator([text[:50_000]], trainer)
+    theirs.add_tokens(["[NAME]"])
+    theirs.save(str(folder / "tokenizer.json"))
+    return theirs
+
+
+def test_a_tokenizer_json_of_its_own_is_used_and_goes_through_checkpoints_and_exports(tmp_path):
+    config = replace(SMALL, vocab_size=512)
+    save_theirs(tmp_path, config)
+    theirs, ours = train_bpe(tmp_path), []
+    change_json(tmp_path / "config.json", eos_token_id=0)
+    model = gpt2.load_model(tmp_path, kernels="torch")
+    assert model.n_tokens == 501 and theirs.get_vocab_size() == 501
+    ours.append(load_tokenizer(tmp_path))
+    save_checkpoint(tmp_path / "run", 1, model, tokenizer=ours[0].to_dict(), train={})
+    ours.append(load_tokenizer(tmp_path / "run"))
+    hf.export_hf(model, tmp_path / "out", ours[1])
+    ours.append(load_tokenizer(tmp_path / "out"))
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in ("To be, or not", "it's\t\n\n  \u4e2d\U0001f600\xe9 [NAME]x", "", "<|endoftext|>"):
+        wanted = theirs.encode(text).ids
+        assert again(text)["input_ids"] == wanted
+        for tokenizer in ours:
+            assert tokenizer.encode(text) == wanted and tokenizer.decode(wanted) == text
+    assert {t.eot for t in ours} == {0} and again.eos_token == ours[0].decode([0]) == "</s>"
+    assert 0 not in ours[0].encode("</s>")
+    assert ours[0].encode("a<|endoftext|>", allow_special=True)[-1] == 0
+    with pytest.raises(ValueError, match="how this model's own tokenizer splits text.*--format hf"):
+        list(limits(model, ours[0], None, "gguf", "f32"))
+
+
+def change_json_at(*keys, value):
+    def change(content):
+        *way, last = keys
+        for key in way:
+            content = content[key]
+        content[last] = value
+
+    return change
+
+
+PREFIX = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+WORDS = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}
+AROUND = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {}}
+
+
+@pytest.mark.parametrize(
+    "change, eos, message",
+    [
+        (change_json_at("model", "dropout", value=0.1), 0, "another kind than BPE"),
+        (change_json_at("pre_tokenizer", value=PREFIX), 0, "another kind than BPE"),
+        (change_json_at("pre_tokenizer", value=None), 0, "not a tokenizer that is understood"),
+        (change_json_at("post_processor", value=AROUND), 0, "another kind than BPE"),
+        (lambda c: c["model"]["vocab"].pop("!"), 0, "another kind than BPE"),
+        (change_json_at("added_tokens", 1, "id", value=10**9), 0, "another kind than BPE"),
+        (change_json_at("model", "merges", value=[["a", "zzz"]]), 0, "that is understood .*zzz"),
+        (change_json_at("model", value=WORDS), 0, "another kind than BPE"),
+        (lambda c: None, 501, "eos_token_id 501 of config.json is none of its tokens"),
+        (lambda c: None, [0], "eos_token_id .0. of config.json is none of its tokens"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_json_that_is_not_understood_is_refused(tmp_path, change, eos, message):
+    save_theirs(tmp_path, replace(SMALL, vocab_size=512))
+    train_bpe(tmp_path)
+    change_json(tmp_path / "config.json", eos_token_id=eos)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    change(content)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{tmp_path}/tokenizer.json: .*{message}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("generation", [True, False])
+def test_a_folders_chat_template_is_used_where_it_is_one_of_ours(small, generation):
+    (small / "chat_template.jinja").write_text(jinja("alpaca_2", generation))
+    assert load_chat_template(small) == "alpaca_2"

@@ -18,6 +18,7 @@ LAYERS = [
     ["gpt2.cli", "gpt2.dist"],
     ["gpt2.ops", "gpt2.data"],
     ["gpt2.model"],
+    ["gpt2.foreign"],
     ["gpt2.generate", "gpt2.text", "gpt2.hf", "gpt2.lora"],
     ["gpt2.state"],
     ["gpt2.checkpoint"],

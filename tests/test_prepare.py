@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import struct
 import sys
 import tarfile
 import time
@@ -93,6 +94,12 @@ def write_form(form: str, rows: list[str], folder: Path, monkeypatch) -> dict:
         write_parquet(folder / "a.parquet", rows[:120])
         write_parquet(folder / "b.parquet", rows[120:])
         return {"parquet": folder}
+    if form == "saved":
+        save_to_disk(rows, folder / "mine")
+        return {"hf": folder / "mine"}
+    if form == "megatron":
+        write_megatron([[*GPT2.encode(t), EOT] for t in rows], folder / "a")
+        return {"megatron": folder / "a.idx"}
     if form in ("text", "marked", "texts"):
         n = 50 if form == "texts" else len(rows)
         between = "\n<|endoftext|>\n\n" if form == "marked" else "\n"
@@ -119,8 +126,29 @@ def zstd(content: bytes) -> bytes:
     return pytest.importorskip("pyarrow").compress(content, "zstd", asbytes=True)
 
 
+def save_to_disk(rows: list[str], folder: Path) -> None:
+    hub = pytest.importorskip("datasets")
+    hub.disable_progress_bars()
+    columns = {"text": rows, "id": list(range(len(rows)))}
+    hub.Dataset.from_dict(columns).save_to_disk(str(folder), num_shards=2)
+
+
+def write_megatron(documents: list[list[int]], name: Path, dtype="<u2", code=8, version=1) -> None:
+    """As its preprocess_data.py does; each document is two sequences, so that they are joined."""
+    cuts = [len(d) // 2 for d in documents]
+    halves = [h for d, c in zip(documents, cuts, strict=True) for h in (d[:c], d[c:])]
+    lengths = np.array([len(h) for h in halves], "<i4")
+    places = (np.cumsum(lengths) - lengths).astype("<i8") * np.dtype(dtype).itemsize
+    starts = np.arange(0, len(halves) + 1, 2).astype("<i8")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", version, code, len(halves), len(starts))
+    parts = head, lengths.tobytes(), places.tobytes(), starts.tobytes()
+    name.with_suffix(".idx").write_bytes(b"".join(parts))
+    tokens = np.array([t for h in halves for t in h], "<i8")
+    name.with_suffix(".bin").write_bytes(tokens.astype(dtype).tobytes())
+
+
 @pytest.mark.parametrize(
-    "form", ["jsonl", "jsonl.gz", "jsonl.zst", "json.json", "json.xz", "parquet", "hf"]
+    "form", ["jsonl", "jsonl.gz", "jsonl.zst", "json.json", "json.xz", "parquet", "saved", "hf"]
 )
 def test_rows_of_every_form_are_the_same_shards(tmp_path, monkeypatch, form):
     rows = [*texts(500), "", "\u4e2d\u6587 \U0001f600"]
@@ -143,6 +171,101 @@ def test_rows_of_every_form_are_the_same_shards(tmp_path, monkeypatch, form):
         assert {s["tokens"] for s in shards[:-1]} <= {2000}
     reference = make(tmp_path, "reference", jsonl=tmp_path / "plain", shard_tokens=2000)
     assert hashes(out) == hashes(reference)
+
+
+@pytest.mark.parametrize("dtype, code, name", [("<u2", 8, "a"), ("<i4", 4, "a.bin")])
+def test_documents_of_megatron_keep_their_tokens(tmp_path, dtype, code, name):
+    rows = [[*GPT2.encode(t), EOT] for t in texts(300)]
+    rows[3:3] = [[], [EOT], [11, EOT, 12, 13]]  # empty ones are left out; not all end with EOT
+    write_megatron(rows, tmp_path / "a", dtype, code)
+    write_megatron([[1, 2, 3]], tmp_path / "b")
+    out = make(tmp_path, megatron=tmp_path / name, val=tmp_path / "b", workers=2)
+    rows = [row for row in rows if row not in ([], [EOT])]
+    wanted = [[EOT, *(row[:-1] if row[-1] == EOT else row)] for row in rows]
+    assert stream(out, "train") == [token for row in wanted for token in row]
+    assert stream(out, "val") == [EOT, 1, 2, 3]
+    manifest = read_manifest(out)
+    assert manifest["tokenizer"] == {"name": "gpt2"} and manifest["left_out"]["no text"][0] == 2
+    assert manifest["splits"]["train"]["documents"] == 301
+    half = make(tmp_path, "half", megatron=tmp_path / name)
+    assert 10 < read_manifest(half)["splits"]["val"]["documents"] < 60  # a tenth
+
+
+def change_idx(at: int, value: bytes):
+    def change(path: Path) -> None:
+        content = bytearray((path / "a.idx").read_bytes())
+        content[at : at + len(value)] = value
+        (path / "a.idx").write_bytes(content)
+
+    return change
+
+
+def cut(name: str):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (cut("a.bin"), "a.idx: sequence 20 has .* tokens from byte .*, a.bin has .* cut short"),
+        (cut("a.idx"), "need .* bytes, it has"),
+        (lambda d: (d / "a.idx").write_bytes(b""), "not an index of Megatron"),
+        (change_idx(0, b"TNTIDX"), "not an index of Megatron: it begins with b'TNTIDX"),
+        (change_idx(9, b"\2"), "version 2, not"),
+        (change_idx(17, b"\7"), "dtype code 7; those read are 4 .<i4., 8 .<u2."),
+        (change_idx(18, b"\xff" * 8), "need .* bytes, it has"),
+        (change_idx(18, bytes(8)), "0 sequences, 10 documents: too few"),
+        (change_idx(34, b"\xff" * 4), "sequence 1 has -1 tokens"),
+        (change_idx(34 + 80, b"\xff" * 7 + b"\x7f"), "sequence 1 has .* from byte 92233720"),
+        (change_idx(34 + 240 + 8, b"\xff"), "its documents are not made of 20 sequences"),
+        (lambda d: write_megatron([[7, 50257]], d / "a"), "document 1 holds the token 50257"),
+        (lambda d: write_megatron([[-7, 5]], d / "a", "<i4", 4), "document 1 holds the token -7"),
+        (lambda d: (d / "a.bin").unlink(), "NAME.idx and NAME.bin: .*a.bin"),
+    ],
+)  # fmt: skip
+def test_damaged_data_of_megatron_are_refused_by_name(tmp_path, spoil, message):
+    write_megatron([[1, 2, 3, EOT]] * 10, tmp_path / "a")
+    spoil(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises((ValueError, OSError), match=f"(?=.*{tmp_path}/a).*{message}"):
+        make(tmp_path, megatron=tmp_path / "a")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "spoil, options, message",
+    [
+        (None, {"split": "test"}, "no split 'test'; it has train"),
+        (None, {"field": "story"}, "no field 'story'; its fields are 'text', 'id'"),
+        (None, {"field": "id"}, "field 'id' holds int, not text"),
+        (lambda d: next(d.glob("*1-of*.arrow")).write_bytes(b"A"), {}, "not a folder of save_to"),
+        (lambda d: (d / "state.json").write_text("{"), {}, "not a folder of save_to_disk"),
+        (lambda d: [f.unlink() for f in d.glob("*.arrow")], {}, ".arrow files are missing"),
+    ],
+)  # fmt: skip
+def test_damaged_folders_of_save_to_disk_are_refused_by_name(tmp_path, spoil, options, message):
+    save_to_disk(texts(20), tmp_path / "in")
+    if spoil:
+        spoil(tmp_path / "in")
+    with pytest.raises(ValueError, match=f"{tmp_path}/in.*{message}"):
+        make(tmp_path, hf=tmp_path / "in", **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_splits_of_save_to_disk_and_the_option_for_it(tmp_path, monkeypatch):
+    hub = pytest.importorskip("datasets")
+    parts = {n: hub.Dataset.from_dict({"text": texts(k)}) for n, k in (("a", 40), ("b", 5))}
+    hub.DatasetDict(parts).save_to_disk(str(tmp_path / "in"))
+    monkeypatch.chdir(tmp_path)
+    out = prepare(PrepareConfig(hf="in", split="a", val="b"))
+    assert out == Path("data/in") and read_manifest(out)["source"] == str(tmp_path / "in")
+    assert documents_of(stream(out, "train")) == texts(40)
+    assert documents_of(stream(out, "val")) == texts(5)
+    with pytest.raises(ValueError, match="no split 'c'; it has a, b"):
+        prepare(PrepareConfig(hf="in", split="c"))
+    for kind in ("text", "jsonl", "parquet"):
+        with pytest.raises(ValueError, match="in: a folder of datasets' save_to_disk: use --hf in"):
+            prepare(PrepareConfig(**{kind: "in"}))
 
 
 def write_parquet(path: Path, rows: list[str]) -> None:
@@ -318,7 +441,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(
-    "form", ["bad rows", "text", "marked", "texts", "parquet", "hf", "first"]
+    "form", ["bad rows", "text", "marked", "texts", "parquet", "saved", "megatron", "hf", "first"]
 )  # fmt: skip
 def test_interrupted_anywhere_it_ends_the_same(tmp_path, monkeypatch, form):
     options = write_form(form, texts(400), tmp_path / "in", monkeypatch) | {"shard_tokens": 1500}
@@ -593,7 +716,9 @@ def test_byte_order_marks_and_archives_of_one_file(tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     members = {"__MACOSX/._a.txt": "Mac OS X", "corpus/": "", "corpus/a.txt": text}
     (tmp_path / "a.zip").write_bytes(zipped(**members))
-    for name in ("bom.txt", "a.zip"):
+    pzstd = b"\x50\x2a\x4d\x18\4\0\0\0size" + zstd(text.encode())
+    (tmp_path / "a.txt.zst").write_bytes(pzstd)
+    for name in ("bom.txt", "a.zip", "a.txt.zst"):
         assert hashes(make(tmp_path, f"out {name}", text=tmp_path / name)) == expected
 
 
@@ -692,6 +817,7 @@ def test_missing_files_and_bad_options(tmp_path):
         (dict(text="a", val="b", val_fraction=0.1), "not both"),
         (dict(text="a", field="b"), "field goes with"),
         (dict(jsonl="a", split="b"), "split goes with hf"),
+        (dict(megatron="a", tokenizer="byte"), "it holds GPT-2 tokens, not the byte tok"),
         (dict(jsonl="a", separator="b"), "separator goes with text"),
         (dict(jsonl="a", val_fraction=1.0), r"must lie in \(0, 1\)"),
         (dict(jsonl="a", workers=-1), "workers must not be negative, got -1"),

@@ -96,8 +96,10 @@ def test_damaged_npy_and_raw(tmp_path):
     (tmp_path / "cut.npy").write_bytes((tmp_path / "good.npy").read_bytes()[:-2])
     (tmp_path / "text.npy").write_text("hello, this is no array")
     (tmp_path / "odd.bin").write_bytes(b"abc")
+    (np.arange(500, dtype="<u4") + 65400).tofile(tmp_path / "train.bin")  # as nanoGPT's, of uint32
     for name, message in [
         ("floats.npy", "float64"), ("wide.npy", "uint32, with tokens of another width"),
+        ("train.bin", "every second number .* is 0 or 1: numbers of 32, with tokens of another"),
         ("cut.npy", "cut short"), ("text.npy", "not a .npy"), ("odd.bin", "3 bytes"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=message):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gpt2.config import suggest
 from gpt2.data.files import JSON_SUFFIXES, TEXT_SUFFIXES, find_files, opened, train_extra
+from gpt2.data.foreign import EOT, MegatronDocuments, is_saved, megatron_files, saved_rows
 from gpt2.data.readers import HubRows, JsonRows, ParquetRows, TextFiles
 from gpt2.data.shard_writer import as_splits, file_hashes
 from gpt2.data.shards import open_shards
@@ -23,7 +24,6 @@ from gpt2.options import PrepareConfig
 FEW_TEXTS = 100
 VAL_FRACTION = 0.1  # of one's own data
 WIKITEXT_ARTICLE = r" = [^=]"  # a first-level heading, as in " = Robert Boulter = "
-EOT = 50256  # in shards of the hub, which are all GPT-2 tokens
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,14 @@ def make_source(config: PrepareConfig) -> Source:
     fraction = VAL_FRACTION if config.val_fraction is None else config.val_fraction
     if config.name:
         source = _registered(find_dataset(config.name))
+    elif is_saved(config.hf):
+        splits = [split for split in (config.split, config.val) if split]
+        readers = [saved_rows(config.hf, split, config.field) for split in splits]
+        source = Source(_with_rules(readers, ByHash(fraction)))
+    elif config.megatron:
+        names = [name for name in (config.megatron, config.val) if name]
+        readers = [MegatronDocuments(megatron_files(name)) for name in names]
+        source = Source(_with_rules(readers, ByHash(fraction)))
     elif config.hf:
         repo, _, name = config.hf.partition(":")
         splits = [split for split in (config.split, config.val) if split]
@@ -203,6 +211,8 @@ def _local(config: PrepareConfig, fraction: float) -> Source:
         else (config.jsonl, JsonRows, JSON_SUFFIXES, "JSON") if config.jsonl
         else (config.parquet, ParquetRows, (".parquet",), "parquet")
     )  # fmt: skip
+    if is_saved(path):
+        raise ValueError(f"{path}: a folder of datasets' save_to_disk: use --hf {path}")
     files = find_files(path, suffixes, what, say=print)
     val = find_files(config.val, suffixes, what, say=print) if config.val else []
     resolved = {v.resolve() for v in val}

@@ -50,13 +50,15 @@ class Chunk(NamedTuple):
 
 
 def encode_pieces(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, *, separate: bool, as_bytes: bool, workers: int
-) -> Iterator[tuple[Chunk, Encoded]]:
+    pieces: Iterable[Piece], tokenizer: Tokenizer, *, separate: bool, as_bytes: bool, workers: int,
+    as_tokens: bool = False,
+) -> Iterator[tuple[Chunk, Encoded]]:  # fmt: skip
     """The whole way; separate: end-of-text before each document; the rest as in the parts below."""
-    cut = find_cut if tokenizer.name == "gpt2" else cut_anywhere
+    cut = find_cut if tokenizer.name == "gpt2" and not as_tokens else cut_anywhere
     chunks = make_chunks(pieces, CHUNK_CHARS, cut)
     eot = tokenizer.eot if separate else None
-    return encode_chunks(chunks, make_encode(tokenizer, as_bytes), eot=eot, workers=workers)
+    encode = make_encode(tokenizer, as_bytes, as_tokens)
+    return encode_chunks(chunks, encode, eot=eot, workers=workers)
 
 
 def find_cut(text: str, limit: int) -> int:
@@ -139,11 +141,14 @@ def _place(at: Position) -> str:
     return f"file or row {at.items + 1:,}, character {at.chars:,}"
 
 
-def make_encode(tokenizer: Tokenizer, as_bytes: bool = False) -> Encode:
+def make_encode(tokenizer: Tokenizer, as_bytes: bool = False, as_tokens: bool = False) -> Encode:
     """The function text -> tokens (n,) uint16; it raises ValueError for what has no token.
 
     as_bytes: the characters of the text are bytes; otherwise the byte tokenizer takes UTF-8's.
+    as_tokens: they are tokens already.
     """
+    if as_tokens:
+        return lambda text: np.frombuffer(text.encode("utf-16-le"), "<u2")
     if tokenizer.name == "gpt2":
         # Skips the list of Python ints that encode_ordinary makes.
         encode = tokenizer.encoding.encode_to_numpy

@@ -123,7 +123,8 @@ def _unpacked(path: Path, raw: io.BufferedReader) -> io.IOBase:
         return gzip.open(raw)
     if magic.startswith(b"BZh"):
         return bz2.open(raw)
-    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+    skippable = magic[1:4] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5  # a frame of pzstd's
+    if magic.startswith(b"\x28\xb5\x2f\xfd") or skippable:
         return train_extra("pyarrow", "zstd files").input_stream(raw, compression="zstd")
     if not magic.startswith(b"PK\x03\x04"):
         return raw

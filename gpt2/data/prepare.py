@@ -36,6 +36,7 @@ from typing import NoReturn
 import gpt2.tokenizer as tok
 from gpt2.data.datasets import Dataset, UrlText, fetch_shards, find_dataset, make_source
 from gpt2.data.encode import default_workers, encode_pieces
+from gpt2.data.foreign import MegatronDocuments, is_saved
 from gpt2.data.readers import hub_commit
 from gpt2.data.shard_writer import ShardWriter, as_splits, write_json
 from gpt2.data.shards import open_shards, read_manifest
@@ -56,9 +57,11 @@ def prepare(config: PrepareConfig) -> Path:
     """
     start = time.monotonic()
     dataset = find_dataset(config.name) if config.name else None
-    path = Path(config.text or config.jsonl or config.parquet).resolve()
-    name = dataset.source if dataset else config.hf or str(path)
-    hub = config.hf.replace("/", "_").replace(":", "_")
+    hf = "" if is_saved(config.hf) else config.hf
+    local = config.text or config.jsonl or config.parquet or config.megatron or config.hf
+    path = Path(local).resolve()
+    name = dataset.source if dataset else hf or str(path)
+    hub = hf.replace("/", "_").replace(":", "_")
     out = Path(config.out or Path("data") / (config.name or hub or path.name.split(".")[0]))
     tokens = dataset is not None and dataset.kind == "shards"
     job = (_Tokens if tokens else _Texts)(config, dataset, name)
@@ -196,9 +199,12 @@ class _Texts:
 
     def _tokenize(self, folder: Path, pieces, checkpoint) -> None:
         source, saved = self.source, time.monotonic()
-        as_bytes = any(isinstance(reader, UrlText) for reader, _ in source.parts)
+        as_bytes, as_tokens = (
+            any(isinstance(reader, kind) for reader, _ in source.parts)
+            for kind in (UrlText, MegatronDocuments)
+        )
         chunks = encode_pieces(pieces, self.tokenizer, separate=source.separate, as_bytes=as_bytes,
-                               workers=self.workers)  # fmt: skip
+                               as_tokens=as_tokens, workers=self.workers)  # fmt: skip
         progress = Progress(folder.name.removesuffix(".partial"), self._counts()[1])
         # After each chunk; what a later, interrupted chunk has written does not count.
         state = None

@@ -233,7 +233,7 @@ class ParquetRows(LocalFiles):
                 with pq.ParquetFile(path) as file:
                     names = file.schema_arrow.names
                     for name in set(columns or ()) - set(names):
-                        raise ValueError(_no_field(name, names, path))
+                        raise ValueError(no_field(name, names, path))
                     done, rows, size = 0, file.metadata.num_rows, path.stat().st_size
                     for batch in file.iter_batches(256, columns=columns):
                         done += len(batch)
@@ -389,7 +389,7 @@ def _row_of(row, name: str, where: str) -> Row | BadRow:
         text = f"{where} is a {type(row).__name__}, not an object with fields"
         return BadRow("not an object", text)
     if name not in row:
-        return BadRow(f"no field {name!r}", _no_field(name, list(row), where))
+        return BadRow(f"no field {name!r}", no_field(name, list(row), where))
     if not isinstance(row[name], str | None):
         kind = type(row[name]).__name__
         text = f"{where}: field {name!r} holds {kind}, not text; name another --field"
@@ -397,5 +397,5 @@ def _row_of(row, name: str, where: str) -> Row | BadRow:
     return Row(row[name] or "", where=where)
 
 
-def _no_field(name: str, names: list[str], where: str | Path) -> str:
+def no_field(name: str, names: list[str], where: str | Path) -> str:
     return f"{where}: no field {name!r}; its fields are {', '.join(map(repr, names))}"

@@ -237,6 +237,9 @@ def _open_bin(path: Path) -> Shard:
             f"{MAGIC}: damaged, or another program's file (nanoGPT's, which have no header, are "
             "named train.bin and val.bin)"
         )
+    pairs = np.frombuffer(head, "<u2", len(head) // 4 * 2).reshape(-1, 2)
+    if len(head) == HEADER_BYTES and pairs[:, 1].max() <= 1 < pairs[:, 0].max():
+        raise _other_width(path, "every second number of 16 bits is 0 or 1: numbers of 32")
     return Shard(str(path), 0, size // 2)  # nanoGPT
 
 

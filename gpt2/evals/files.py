@@ -73,8 +73,8 @@ def find_file(task: str, data_dir: str | Path, tokenizer: Tokenizer | None = Non
         reason = str(error).partition("\n")[0]
         raise OSError(
             errno.ENOENT,
-            f"{task} needs this file (or with .xz, .gz, .bz2), and {source} cannot be fetched "
-            f"({reason}): put it there, or name its folder with --data_dir",
+            f"{task} needs this file (or with .xz, .gz, .bz2, .zst), and {source} cannot be "
+            f"fetched ({reason}): put it there, or name its folder with --data_dir",
             str(path),
         ) from error
     os.replace(partial, path)
@@ -88,21 +88,22 @@ def evenly(items: Sequence[Item], limit: int | None) -> list[Item]:
 
 
 def read_examples(
-    path: str | Path, encode: Callable[[dict], Item], limit: int | None = None
+    path: str | Path, encode: Callable[[dict, int], Item], limit: int | None = None
 ) -> list[Item]:
-    """encode(object) for the lines of a .jsonl file, or evenly spaced ones where limit is less.
+    """encode(object, its number from 0 on) for the lines of a .jsonl file, or evenly spaced ones
+    where limit is less.
 
     Raises OSError, and encode's ValueError with the line.
     """
     with opened(Path(path)) as (stream, _):
         rows, found = list(json_lines(Path(path), stream)), []
-    for where, row in evenly(rows, limit):
+    for number, (where, row) in evenly([*enumerate(rows)], limit):
         if isinstance(row, ValueError):
             raise row
         if not isinstance(row, dict):
             raise ValueError(f"{where} is a {type(row).__name__}, not an object with fields")
         try:
-            found.append(encode(row))
+            found.append(encode(row, number))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     if not found:

@@ -24,11 +24,13 @@ from gpt2.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Passage:
-    """One passage as tokens, without its last word, and the word; cut: its beginning is lost."""
+    """One passage as tokens, without its last word, and the word; cut: its beginning is lost;
+    number: its place in the file."""
 
     context: list[int]
     word: list[int]
     cut: bool = False
+    number: int = 0
 
     @property
     def endings(self) -> list[list[int]]:
@@ -44,7 +46,7 @@ def read_lambada(
     Raises OSError, and ValueError with the line where one has no passage or cannot be encoded.
     """
 
-    def encode(row: dict) -> Passage:
+    def encode(row: dict, number: int) -> Passage:
         context, word = row.get("context"), row.get("continuation")
         if isinstance(row.get("text"), str):
             context, _, word = row["text"].rstrip().rpartition(" ")
@@ -52,7 +54,7 @@ def read_lambada(
             raise ValueError("needs a passage of several words in 'text', or 'context' and "
                              "'continuation'")  # fmt: skip
         kept, [tokens], cut = encode_example(tokenizer, context, [word.strip()], block_size)
-        return Passage(kept, tokens, cut)
+        return Passage(kept, tokens, cut, number)
 
     return read_examples(path, encode, limit)
 
@@ -62,12 +64,12 @@ def lambada(
 ) -> dict[str, float] | None:
     """acc (0 to 1), perplexity of the word, examples, and cut, over all ranks.
 
-    options, NaN: as in gpt2.evals.hellaswag.
+    options, NaN: as in gpt2.evals.hellaswag; samples gets whether it is a hit, and the loss.
     """
 
     def score(batch: list[Passage]) -> Tensor:
         losses, hits = word_scores(model, batch)
-        return torch.stack([hits.sum().double(), losses.double().sum()])
+        return torch.stack([hits, losses], 1)
 
     means, cut = mean_scores(model, passages, group, score, **options), sum(p.cut for p in passages)
     return means and dict(acc=means[0], perplexity=exp(means[1]), examples=len(passages), cut=cut)

@@ -128,12 +128,27 @@ def token_losses(model: GPT, scored: Tails) -> Tensor:
 
 def mean_scores(
     model: GPT, examples: Sequence[Item], group: Distributed,
-    score: Callable[[list[Item]], Tensor], *, tokens_per_batch: int = TOKENS_PER_BATCH, **options,
+    score: Callable[[list[Item]], Tensor], *, tokens_per_batch: int = TOKENS_PER_BATCH,
+    samples: dict[int, list[float]] | None = None, **options,
 ) -> list[float] | None:  # fmt: skip
-    """score(batch) -> (n,) sums over a batch's examples, as means over all; options: of spread."""
+    """The means over all examples of score(batch) -> (B, n); options: of spread.
+
+    samples: gets what each example scored, by its number, of all ranks.
+    """
     if not examples:
         raise ValueError("there is nothing to evaluate: give at least one example")
-    sums = spread(model, pack(examples, tokens_per_batch), group, score, **options)
+    mine = {}
+
+    def total(batch: list[Item]) -> Tensor:
+        found = score(batch).double()
+        if samples is not None:
+            mine.update(zip((e.number for e in batch), found.tolist(), strict=True))
+        return found.sum(0)
+
+    sums = spread(model, pack(examples, tokens_per_batch), group, total, **options)
+    if samples is not None:
+        for part in group.gather(mine):
+            samples.update(part)
     return sums and [value / len(examples) for value in sums]
 
 

@@ -17,13 +17,18 @@ from gpt2.data.mixture import find_tokenizer, open_split
 from gpt2.device import device_name
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file, read_text
-from gpt2.evals.hellaswag import hellaswag_accuracy, read_hellaswag
+from gpt2.evals.hellaswag import MEASURES, N_ENDINGS, hellaswag_accuracy, read_hellaswag
 from gpt2.evals.lambada import lambada, read_lambada
 from gpt2.evals.perplexity import detokenize, perplexity, validation_loss
 from gpt2.evals.table import table
 from gpt2.model import GPT
 from gpt2.options import EvaluateConfig
 from gpt2.tokenizer import Tokenizer
+
+# What the numbers of an example are called in a line of --samples.
+SAMPLES = {
+    "hellaswag": (*MEASURES, *(f"loss_{i}" for i in range(N_ENDINGS))), "lambada": ("acc", "loss"),
+}  # fmt: skip
 
 
 def evaluate(config: EvaluateConfig, group: Distributed) -> None:
@@ -38,6 +43,7 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         step, recorded, path = found.step, found.train, run / f"evaluation_{found.path.name}.json"
     except OSError:
         step, recorded, path = None, {}, Path(f"evaluation_{Path(config.model).name}.json")
+    path = Path(config.out) if config.out else path
 
     def find() -> dict[str, Path]:
         names = [task for task in config.tasks if task != "val"]
@@ -54,12 +60,12 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
             f"{config.model} has a vocabulary of {model.config.vocab_size}, its {tokenizer.name} "
             f"tokenizer one of {tokenizer.vocab_size}"
         )
-    results = {}
+    results, samples = {}, {task: {} for task in ("hellaswag", "lambada") if config.samples}
     for task in config.tasks:
         started = time.perf_counter()
         same = [t for t in results if t.startswith("wikitext") and paths[t] == paths.get(task)]
         result = dict(results[same[0]]) if same else _run(
-            task, paths.get(task), model, tokenizer, group, config, recorded
+            task, paths.get(task), model, tokenizer, group, config, recorded, samples.get(task)
         )  # fmt: skip
         if any(isinstance(value, float) and math.isnan(value) for value in result.values()):
             raise ValueError(
@@ -79,28 +85,39 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         "torch": torch.__version__, "kernels": model.ops.name, "tokenizer": tokenizer.name,
         "results": results,
     }  # fmt: skip
-    path = Path(config.out) if config.out else path
+    _write(path, json.dumps(content, indent=1) + "\n")
+    print(f"results: {path}")
+    if config.samples:
+        lines = [
+            json.dumps(dict(zip(SAMPLES[task], values, strict=True), task=task, number=n)) + "\n"
+            for task, found in samples.items() for n, values in sorted(found.items())
+        ]  # fmt: skip
+        _write(Path(config.samples), "".join(lines))
+        print(f"samples: {config.samples}, {len(lines):,} examples")
+
+
+def _write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
-    print(f"results: {path}")
 
 
 def _run(
     task: str, path: Path | None, model: GPT, tokenizer: Tokenizer, group: Distributed,
-    config: EvaluateConfig, recorded: dict,
+    config: EvaluateConfig, recorded: dict, samples: dict[int, list[float]] | None,
 ) -> dict:  # fmt: skip
-    """One task. recorded: the options of the model's training, empty where not known."""
+    """One task. recorded: the options of the model's training, empty where not known. samples: gets
+    what each example scored."""
     block_size, bf16 = model.config.block_size, config.dtype == "bfloat16"
     autocast = partial(torch.autocast, group.device.type, torch.bfloat16) if bf16 else nullcontext
     common = {"autocast": autocast, "tokens_per_batch": config.tokens_per_batch}
     if task == "hellaswag":
         examples = read_hellaswag(path, tokenizer, block_size, config.limit)
-        return hellaswag_accuracy(model, examples, group, **common)
+        return hellaswag_accuracy(model, examples, group, samples=samples, **common)
     if task == "lambada":
         passages = read_lambada(path, tokenizer, block_size, config.limit)
-        return lambada(model, passages, group, **common)
+        return lambada(model, passages, group, samples=samples, **common)
     if task == "val":  # the run's val/loss: on its data, or others, in the way it was trained
         data = config.data or str(recorded.get("data", ""))
         if not data:

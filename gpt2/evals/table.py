@@ -36,9 +36,12 @@ PUBLISHED: dict[tuple[str, str], tuple[tuple[float | None, ...], str]] = {
 _TEXT = {"word_perplexity": "", "token_perplexity": "", "bits_per_byte": ""}
 # What the table shows of each task, and how: a percentage or a number.
 SHOWN = {
-    "hellaswag": {"acc_norm": "%", "acc": "%"}, "wikitext2": _TEXT, "wikitext103": _TEXT,
+    "hellaswag": {"acc_norm": "%", "acc_norm_characters": "%", "acc": "%"},
+    "wikitext2": _TEXT, "wikitext103": _TEXT,
     "lambada": {"acc": "%", "perplexity": ""}, "val": {"loss": "", "perplexity": ""},
 }  # fmt: skip
+# What acc_norm is divided by: build-nanogpt and llm.c count tokens, lm-eval characters.
+NAMES = {"acc_norm": "acc norm tokens", "acc_norm_characters": "acc norm chars"}
 
 
 def table(name: str, results: dict[str, dict]) -> str:
@@ -51,7 +54,7 @@ def table(name: str, results: dict[str, dict]) -> str:
 
     rows, sources = [("", "this model", SIZES)], []
     for task, key, unit in [(t, *s) for t in SHOWN if t in results for s in SHOWN[t].items()]:
-        label = " ".join([task, *key.split("_"), *unit])
+        label = " ".join([task, NAMES.get(key, key.replace("_", " ")), *unit])
         values, source = PUBLISHED.get((task, key), ((), ""))
         published = [number(v, unit) for v in (*values, *[None] * (len(SIZES) - len(values)))]
         rows.append((label, number(results[task][key] * (100 if unit else 1), unit), published))
