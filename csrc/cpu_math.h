@@ -47,7 +47,7 @@ INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  const int32_t power = (int32_t(n) + 127) << 23;
+  const uint32_t power = uint32_t(int32_t(n) + 127) << 23;
   float scale;
   std::memcpy(&scale, &power, sizeof scale);
   return p * scale;

@@ -115,7 +115,6 @@ def test_kernel_choice(monkeypatch):
     monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
     with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
         select_ops("triton", "cpu")
-    assert "CUDA" in select_ops("auto", "cuda").reason
 
 
 def pair() -> list[GPT]:

@@ -117,6 +117,12 @@ class Trainer:
                 "at a step counts in steps of one size: keep it, or write weights without @step"
             )
 
+    def choose_products(self) -> None:
+        """Times the matrix products of a CPU (gpt2.cpu), unless a checkpoint has named them."""
+        if self.choice is not None and not self.choice.products:
+            rows = self.config.tokens_per_step // self.group.world_size
+            self.take_products(self.group.on_main(lambda: choose(self.model, rows)))
+
     def take_products(self, products: dict[str, str]) -> None:
         """Computes with those that were chosen when the run began: others would round otherwise."""
         if self.choice is not None:
@@ -125,9 +131,7 @@ class Trainer:
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
         """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
         batch where that is auto."""
-        if self.choice is not None and not self.choice.products:
-            rows = self.config.tokens_per_step // self.group.world_size
-            self.take_products(self.group.on_main(lambda: choose(self.model, rows)))
+        self.choose_products()
         self.config, self.resources, self.predicted = preflight(
             self.config, self.objective, self.optimizer, self.train_data, self.execution,
             self.group, trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
