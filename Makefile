@@ -14,9 +14,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 RUN := runs/shakespeare_char
-# Waiting threads sleep soon instead of spinning: on a busy CPU steps are several times faster, on a
-# quiet one as fast (docs/LOG.md).
-export GOMP_SPINCOUNT ?= 1000
 
 # make gpu needs PyTorch for CUDA, pytest, xxhash and matplotlib, no installation; everything it finds
 # lies in OUT. NANOGPT=PATH compares with that checkout too.

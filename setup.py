@@ -2,7 +2,7 @@
 it.
 
 They are optional: without a C++ compiler the install goes on, gpt2.data uses its numpy twin and
-gpt2.ops torch's linear layers.
+gpt2.cpu torch's operations.
 """
 
 import sys
@@ -26,6 +26,8 @@ DEV = [
 WARNINGS = ["-O3", "-Wall", "-Wextra"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it has no kernel (csrc)
 
+CPU_KERNELS = ["cpu_bindings", "cpu_kernels", "cpu_attention", "decode_linear"]
+
 setup(
     name="gpt2-triton",
     version="0.1.0",
@@ -44,8 +46,9 @@ setup(
             optional=True,
         ),
         Pybind11Extension(
-            "gpt2._decode_linear",
-            ["csrc/decode_linear.cpp"],
+            "gpt2._cpu_kernels",
+            [f"csrc/{name}.cpp" for name in CPU_KERNELS],
+            depends=["csrc/cpu_kernels.h", "csrc/cpu_math.h"],
             cxx_std=17,
             extra_compile_args=[*WARNINGS, *OPENMP],
             extra_link_args=OPENMP,

@@ -42,7 +42,7 @@ class Setup:
     """What is the same for all contestants."""
 
     preset: str
-    rows: int  # of T = the preset's block_size tokens in one forward pass
+    rows: int  # of T tokens in one forward pass
     accum: int  # forward passes in a step
     device: str
     dtype: str  # bfloat16 or float32, of matmuls
@@ -51,10 +51,12 @@ class Setup:
     data: str  # folder with train_000000.bin
     nanogpt: str  # a checkout, for the contestant of that name
     options: Sequence[str] = ()  # further options of TrainConfig, as name=value
+    length: int = 0  # of rows, if not the preset's block_size
 
     @property
     def shape(self) -> GPTConfig:
-        return PRESETS[self.preset]
+        shape = PRESETS[self.preset]
+        return replace(shape, block_size=self.length or shape.block_size)
 
     @property
     def tokens(self) -> int:
@@ -91,6 +93,7 @@ class OurTrainer:
     def __init__(self, setup: Setup):
         config = TrainConfig(
             preset=setup.preset, data=setup.data, tokens_per_step=setup.tokens,
+            block_size=setup.shape.block_size,
             micro_batch_size=setup.rows, max_steps=1_000_000, lr=LR, weight_decay=WEIGHT_DECAY,
             beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP, eval_every=0, save_every=0,
             device=setup.device, dtype=setup.dtype, kernels=setup.kernels,
@@ -103,11 +106,11 @@ class OurTrainer:
             config = replace(config, **coerce(TrainConfig, options, "--option"))
         group = dist.start(config.device)
         parts = pretraining(config, group)
-        ops = parts.objective.model.ops
         self.trainer = Trainer(
             config, parts.objective, parts.train_data, None, parts.tokenizer, group
         )
-        self.details = {"kernels": f"{ops.name} ({ops.reason})"}
+        self.trainer.choose_products()
+        self.details = {"kernels": parts.objective.model.ops.describe()}
 
     @property
     def waited_s(self) -> float:

@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -84,6 +85,8 @@ def measure(name: str, setup: Setup, steps: int, profile: bool, launched: float)
     record["data_wait_share"] = (contestant.waited_s - waited) / took
     if device.type == "cuda":
         record["peak_bytes"] = torch.cuda.max_memory_allocated()
+    else:
+        record["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if profile:
         record["profile"] = profile_steps(contestant.step, min(PROFILED, steps), device)
     return record | {"last_loss": contestant.close()}
@@ -282,7 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"])
     parser.add_argument("--no-compile", dest="compile", action="store_false", default=None)
-    parser.add_argument("--kernels", default="auto", choices=["auto", "triton", "torch"])
+    parser.add_argument("--kernels", default="auto", choices=["auto", "triton", "cpp", "torch"])
     parser.add_argument("--option", action="append", default=[], help="of the trainer, NAME=VALUE")
     parser.add_argument("--nanogpt", default="", help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--alone", action="store_true", help="the trainer without the others")
@@ -305,7 +308,7 @@ def main() -> None:
         ceilings = common.measure_ceilings()
         torch.cuda.empty_cache()
     else:
-        print("on a CPU: MFU, peak memory, idle time, floors and bars are not applicable")
+        print("on a CPU: MFU, idle time, floors and bars are not applicable")
     with tempfile.TemporaryDirectory() as folder:
         results = [measure_model(m, args, ceilings, Path(folder)) for m in args.model]
     text, panels = report(results), {}

@@ -1,5 +1,4 @@
-// Linear layers for a decode step on a CPU, where x has a few rows only: the module
-// gpt2._decode_linear. Only gpt2/ops.py imports it.
+// Linear layers for a decode step on a CPU, where x has a few rows only.
 //
 //     y (M, N) = x (M, K) w (N, K)^T + bias (N),   float32, all contiguous
 //
@@ -14,9 +13,8 @@
 //
 // Threads are OpenMP's. torch links libgomp.so.1 too and is loaded first, so they are its threads.
 
-#include <pybind11/pybind11.h>
+#include "cpu_kernels.h"
 
-#include <cstdint>
 #include <stdexcept>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -26,8 +24,6 @@
 #else
 #define HAS_KERNEL 0
 #endif
-
-namespace py = pybind11;
 
 namespace {
 
@@ -89,36 +85,26 @@ AVX2 void columns(const float* x, const float* w, const float* bias, float* y, i
   if (M - m == 1) tile<1, COLUMNS>(x + m * K, w, bias, y + m * N, N, K, far);
 }
 
-AVX2 void linear(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
-                 int64_t K, int64_t n_threads) {
+}  // namespace
+
+AVX2 void decode_linear(const float* x, const float* w, const float* bias, float* y, int64_t M,
+                        int64_t N, int64_t K, int n_threads) {
   const int64_t far = N / STREAMS;
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
   for (int64_t n = 0; n < far; ++n) columns<STREAMS>(x, w, bias, y, M, N, K, n, far);
   for (int64_t n = far * STREAMS; n < N; ++n) columns<1>(x, w, bias, y, M, N, K, n, 0);
 }
 
-bool is_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+bool has_decode_linear() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
 #else
-void linear(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t) {
+}  // namespace
+
+void decode_linear(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t,
+                   int) {
   throw std::runtime_error("not supported on this CPU");
 }
 
-bool is_supported() { return false; }
+bool has_decode_linear() { return false; }
 #endif
-
-const float* input(uintptr_t address) { return reinterpret_cast<const float*>(address); }
-
-}  // namespace
-
-PYBIND11_MODULE(_decode_linear, m) {
-  m.doc() = "Linear layers with few rows; see csrc/decode_linear.cpp.";
-  m.def("is_supported", &is_supported, "Whether this CPU has the instructions (AVX2 and FMA).");
-  m.def(
-      "linear",
-      [](uintptr_t x, uintptr_t w, uintptr_t bias, uintptr_t y, int64_t M, int64_t N, int64_t K,
-         int64_t n_threads) {
-        py::gil_scoped_release release;
-        linear(input(x), input(w), input(bias), reinterpret_cast<float*>(y), M, N, K, n_threads);
-      },
-      "y = x w^T + bias on the addresses of float32 tensors; bias 0 for none.");
-}

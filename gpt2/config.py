@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Switch = Literal["auto", "on", "off"]
-Kernels = Literal["auto", "triton", "torch"]
+Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
 
 
@@ -290,7 +290,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
 
     run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name

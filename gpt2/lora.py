@@ -57,11 +57,11 @@ class LoRALinear(nn.Linear):
         self.lora_B = nn.Linear(config.rank, self.out_features, bias=False, device=device)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # as peft and nn.Linear begin
         nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.dropout, self.on = config.scale, config.dropout, True
+        self.scale, self.dropout, self.on, self.ops = config.scale, config.dropout, True, linear.ops
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # (..., out)
+        y = self.ops.linear(x, self.weight, self.bias)  # (..., out)
         if not self.on:
             return y
         # F.dropout and not nn.Dropout: GPT.set_dropout must not change it.

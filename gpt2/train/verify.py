@@ -61,6 +61,7 @@ def verify_run(options: VerifyConfig) -> bool:
         say(f"repeating   steps {first + 1:,} to {wanted[-1][1]:,}, on {group.world_size} ranks")
         data = (parts.train_data, None, parts.tokenizer)
         trainer = Trainer(parts.config, parts.objective, *data, group)
+        trainer.take_products(receipt.get("products") or {})
         if start is not None:
             trainer.resume(start)
         tolerance, why = _tolerance(options, launch, trainer.execution, group)
