@@ -252,6 +252,8 @@ class TrainConfig:
     micro_batch_size: int | Literal["auto"] = 32
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    # Or muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at lr.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4  # peak learning rate
     min_lr: float = 0.0  # learning rate at max_steps
     # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
@@ -375,6 +377,9 @@ class FineTuneConfig(TrainConfig):
     # The layers that get adapters: some of c_attn, c_proj (both), c_fc, attn.c_proj, mlp.c_proj.
     lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
 
+    # muon suits weights that it has trained itself: those that AdamW pretrained, such as GPT-2's,
+    # end worse with it than with AdamW (arXiv 2605.10468); with adapters the harm is less.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     epochs: float = 3.0  # how often each row is seen, where max_steps is 0
     max_steps: int = 0  # optimizer steps; 0: as many as epochs need
     warmup_steps: int = 0  # steps in which lr rises linearly to its peak

@@ -18,7 +18,7 @@ from gpt2.config import TrainConfig
 from gpt2.data import TokenLoader, write_shard
 from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.layouts import ShardedAdamW
+from gpt2.train.layouts import ShardedMuonAdamW
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
@@ -181,18 +181,18 @@ def test_what_cannot_be_shared_out(tiny, train_config):
     with pytest.raises(ValueError, match="exact_reduction .* needs sharding none, not full"):
         replace(train_config, exact_reduction=True, sharding="full")
     with pytest.raises(ValueError, match="28 tensors of this model do not go round 29 ranks"):
-        sharded_adamw(GPT(tiny, "torch"), 0, 29)
+        sharded_optimizer(GPT(tiny, "torch"), 0, 29)
 
 
-def sharded_adamw(model: GPT, rank: int, world_size: int) -> ShardedAdamW:
+def sharded_optimizer(model: GPT, rank: int, world_size: int) -> ShardedMuonAdamW:
     group = Distributed(rank, world_size, torch.device("cpu"))
-    return make_optimizer(model, TrainConfig(), lambda *a, **k: ShardedAdamW(group, *a, **k))
+    return make_optimizer(model, TrainConfig(), lambda *a, **k: ShardedMuonAdamW(group, *a, **k))
 
 
 def test_moments_are_shared_out_equally(tiny):
     model = GPT(replace(tiny, n_layer=8), "torch")
     parts = [
-        [p for g in sharded_adamw(model, rank, 4).param_groups for p in g["params"]]
+        [p for g in sharded_optimizer(model, rank, 4).param_groups for p in g["params"]]
         for rank in range(4)
     ]
     assert sorted(id(p) for part in parts for p in part) == sorted(map(id, model.parameters()))

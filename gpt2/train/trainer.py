@@ -72,7 +72,7 @@ class Trainer:
         self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
-        self.layout = make_layout(config, objective, group, self.execution.compiled)
+        self.layout = make_layout(config, objective, group, self.execution)
         self.optimizer = self.layout.optimizer
         adapters = lora_config(self.model)
         self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
