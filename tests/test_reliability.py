@@ -166,8 +166,11 @@ def row_of(config, step: int, row: int) -> torch.Tensor:
     return data.batch(step, config.tokens_per_step // config.block_size)[0][row].clone()
 
 
-def test_a_nan_costs_one_step_and_the_document_is_named(train_config, poisoned, capsys):
-    config = replace(train_config, eval_every=0, save_every=1, keep_last=0, max_steps=8)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_nan_costs_one_step_and_the_document_is_named(train_config, poisoned, capsys, optimizer):
+    config = replace(
+        train_config, optimizer=optimizer, eval_every=0, save_every=1, keep_last=0, max_steps=8
+    )
     poisoned.rows = [row_of(config, 3, 5)]
     pretrain(config)
     run = Path(config.out_dir) / "run"
@@ -197,11 +200,12 @@ def test_only_nans_end_the_run(train_config, poisoned):
     assert all(p.isfinite().all() for p in weights(run).values())
 
 
-def test_rollback_goes_back_and_skips_the_data(train_config, poisoned):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rollback_goes_back_and_skips_the_data(train_config, poisoned, optimizer):
     """What follows equals a run that never had those batches."""
     config = replace(
-        train_config, eval_every=0, save_every=0, max_steps=12, guard="rollback", snapshot_every=3,
-        schedule="constant", warmup_steps=0,
+        train_config, optimizer=optimizer, eval_every=0, save_every=0, max_steps=12,
+        guard="rollback", snapshot_every=3, schedule="constant", warmup_steps=0,
     )  # fmt: skip
     poisoned.rows = [row_of(config, 7, 2)]
     pretrain(config)
