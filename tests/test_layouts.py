@@ -103,8 +103,8 @@ def test_two_ranks_give_the_losses_of_one(train_config, free_port, tmp_path):
 def test_layouts_train_alike(train_config, free_port, tmp_path, optimizer):
     """Losses, weights, moments and checkpoints; a step that is skipped; going on in another."""
     base = replace(
-        train_config, optimizer=optimizer, micro_batch_size=2, schedule="constant", warmup_steps=0, save_every=1,
-        keep_last=0, sample_every=3, eval_every=3, hellaswag_every=3,
+        train_config, optimizer=optimizer, micro_batch_size=2, schedule="constant",
+        warmup_steps=0, save_every=1, keep_last=0, sample_every=3, eval_every=3, hellaswag_every=3,
     )  # fmt: skip
     write_questions(tmp_path / "eval")
     poisoned = [row_of(base, 3, 5)]
