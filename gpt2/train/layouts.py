@@ -15,7 +15,8 @@ full gathers float32 weights and leaves bf16 to autocast: so its arithmetic is t
 layouts, for twice the bytes that gathering bf16 would take. Without activation_checkpointing
 autograd keeps those bf16 copies of a pass, 2 bytes a parameter. Gradients are reduced after every
 micro step, since one that waits for the last is whole on every rank. A model is made whole on each
-device before it is shared out: 4 bytes a parameter must fit.
+device before it is shared out: 4 bytes a parameter must fit. Muon needs whole matrices: a batch of
+them at a time is gathered, each rank does some, and takes its part of what comes out.
 
 Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
 """

@@ -35,7 +35,7 @@ from gpt2.state import MOMENTUM, is_shared_out, part_of
 
 BETA = 0.95  # of the momentum
 NEWTON_SCHULZ, STEPS = (3.4445, -4.775, 2.0315), 5
-BATCH = 1 << 24  # numbers in a batch, so that little memory is needed besides; larger is no faster
+BATCH = 1 << 24  # numbers in a batch at most: it bounds the memory that a step needs besides
 PACKED = ("c_attn.weight", "c_attn.lora_B.weight")  # q, k and v, one below the other
 
 
