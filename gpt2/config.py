@@ -252,11 +252,13 @@ class TrainConfig:
     micro_batch_size: int | Literal["auto"] = 32
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    # muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at one lr.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4  # peak learning rate
     min_lr: float = 0.0  # learning rate at max_steps
     # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
     schedule: Schedule = "cosine"
-    weight_decay: float = 0.1  # AdamW's, on matrices and embeddings
+    weight_decay: float = 0.1  # of matrices and embeddings, decoupled
     beta1: float = 0.9  # AdamW's
     beta2: float = 0.95  # AdamW's
     grad_clip: float = 1.0  # largest global gradient norm; 0 switches clipping off
@@ -279,8 +281,8 @@ class TrainConfig:
     # The same bits for 1, 2, 4 ... ranks, at the same micro_batch_size; see gpt2.train.layouts.
     exact_reduction: bool = False
 
-    # What several ranks share out, instead of each having all of it: nothing (DDP); optimizer:
-    # AdamW's moments (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.layouts.
+    # What several ranks share out, instead of each having all of it: nothing (DDP); optimizer: its
+    # moments and work (ZeRO-1); full: weights and gradients too (FSDP2). See gpt2.train.layouts.
     sharding: Literal["none", "optimizer", "full"] = "none"
     # Keep only the inputs of each block, and compute the rest again in the backward pass: less
     # memory, about a third more arithmetic.
@@ -375,11 +377,14 @@ class FineTuneConfig(TrainConfig):
     # The layers that get adapters: some of c_attn, c_proj (both), c_fc, attn.c_proj, mlp.c_proj.
     lora_targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
 
+    # muon is for weights that it has pretrained: those that AdamW has, such as GPT-2's, fine-tune
+    # worse with it than with AdamW (arXiv 2605.10468), with adapters less so.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     epochs: float = 3.0  # how often each row is seen, where max_steps is 0
     max_steps: int = 0  # optimizer steps; 0: as many as epochs need
     warmup_steps: int = 0  # steps in which lr rises linearly to its peak
     schedule: Schedule = "linear"  # how lr falls after the warmup
-    weight_decay: float = 0.0  # AdamW's, on matrices and embeddings
+    weight_decay: float = 0.0  # of matrices and embeddings, decoupled
     beta2: float = 0.999  # AdamW's
     eval_every: int = 100  # steps between validations; 0 switches them off
     eval_steps: int = 0  # validation tokens in units of tokens_per_step; 0 takes the whole split

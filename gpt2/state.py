@@ -1,7 +1,7 @@
 """What is saved of a model and its optimizer: tensors by file and name, to and from host memory.
 
 model.safetensors       float32 weights under Hugging Face's names, without padding
-optimizer.safetensors   AdamW's moments and step, as <parameter>/<state>
+optimizer.safetensors   AdamW's moments and step, Muon's momentum, as <parameter>/<state>
 adapter_model.safetensors   instead of model.safetensors where LoRA adapters are trained
 
 Where ranks share tensors out (gpt2.train.layouts), files hold whole ones.
@@ -19,6 +19,7 @@ from gpt2.storage import read_checked
 
 MODEL, OPTIMIZER = "model.safetensors", "optimizer.safetensors"
 MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"  # AdamW's names of its state
+MOMENTUM = "momentum_buffer"  # Muon's
 Tensors = dict[str, dict[str, Tensor]]  # file name -> tensor name -> tensor in host memory
 Optimizer = torch.optim.Optimizer
 
@@ -54,17 +55,28 @@ def restore(folder: Path, model: GPT, optimizer: Optimizer | None = None) -> Non
         parameter.copy_(_placed(weights[prefix + name], parameter))
     if optimizer is None:
         return
-    wanted = {f"{name}/{key}": shape for name, shape in shapes.items() for key in MOMENTS}
-    wanted |= {f"{name}/{STEP}": () for name in shapes}
+    wanted = {
+        f"{name}/{key}": () if key == STEP else shapes[name]
+        for name, p in saved.items()
+        for key in state_names(optimizer, p)
+    }
     moments = read_checked(folder / OPTIMIZER, wanted, ("F32",))
     own = {p for group in optimizer.param_groups for p in group["params"]}
     for name, p in saved.items():
         if p in own:
-            state = optimizer.state[p]
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(p).copy_(_placed(moments[f"{name}/{key}"], p))
-            # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
-            state[STEP] = moments[f"{name}/{STEP}"].to(p.device, copy=True)
+            for key in state_names(optimizer, p):
+                value = moments[f"{name}/{key}"]
+                # Fused AdamW wants its step where the parameter is. A copy: it counts in place.
+                optimizer.state[p][key] = (
+                    value.to(p.device, copy=True)
+                    if key == STEP
+                    else torch.zeros_like(p).copy_(_placed(value, p))
+                )
+
+
+def state_names(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """What an optimizer of gpt2.train.optim keeps of a parameter."""
+    return (MOMENTUM,) if parameter in optimizer.matrices else (*MOMENTS, STEP)
 
 
 def host_memory(like: Tensor) -> Tensor:
@@ -83,7 +95,7 @@ def _tensors(model: GPT, optimizer: Optimizer | None) -> Iterator[tuple[str, str
     """(file, name, tensor) of all that is saved; a collective where ranks share it out."""
 
     def whole(name: str, tensor: Tensor) -> Tensor:
-        return _unpadded(name, tensor.full_tensor() if _is_shared_out(tensor) else tensor, model)
+        return _unpadded(name, tensor.full_tensor() if is_shared_out(tensor) else tensor, model)
 
     file, prefix, saved = _saved(model)
     for name, parameter in saved.items():
@@ -101,7 +113,8 @@ def _unpadded(name: str, tensor: Tensor, model: GPT) -> Tensor:
     return tensor[: model.config.vocab_size] if is_table else tensor
 
 
-def _is_shared_out(tensor: Tensor) -> bool:
+def is_shared_out(tensor: Tensor) -> bool:
+    """Whether ranks have parts of it."""
     return hasattr(tensor, "full_tensor")  # a DTensor; importing that takes long
 
 
@@ -109,8 +122,11 @@ def _placed(value: Tensor, like: Tensor) -> Tensor:
     """value with the padding of a parameter; of one that ranks share out, this rank's part."""
     whole = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     whole[: len(value)] = value
-    if _is_shared_out(like):
-        from torch.distributed.tensor import distribute_tensor
+    return part_of(whole, like) if is_shared_out(like) else whole
 
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-    return whole
+
+def part_of(whole: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which every rank has, shared out as another one is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

@@ -27,9 +27,9 @@ def save(run, step, model, optimizer=None, **options):
     return checkpoint.save_checkpoint(run, step, model, optimizer, **options)
 
 
-def trained(config):
+def trained(config, optimizer="adamw"):
     model = GPT(config, "torch")
-    optimizer = make_optimizer(model, TrainConfig())
+    optimizer = make_optimizer(model, TrainConfig(optimizer=optimizer))
     for _ in range(2):
         model(torch.randint(0, 65, (2, 32))).logsumexp(-1).sum().backward()
         optimizer.step()
@@ -58,9 +58,9 @@ def rewrite_tensors(path, file, change):
     rewrite(path, meta | {"files": meta["files"] | {file: new}})
 
 
-@pytest.mark.parametrize("number", [1, 2])
-def test_round_trip_is_exact(tiny, tmp_path, number):
-    model, optimizer = trained(tiny)
+@pytest.mark.parametrize("number, kind", [(1, "adamw"), (2, "adamw"), (2, "muon")])
+def test_round_trip_is_exact(tiny, tmp_path, number, kind):
+    model, optimizer = trained(tiny, kind)
     identity = {"data": [{"path": "x", "hash": "y"}]}
     path = save(tmp_path, 7, model, optimizer, run_id="a", identity=identity)
     if number == 1:  # as earlier versions wrote it
@@ -70,10 +70,11 @@ def test_round_trip_is_exact(tiny, tmp_path, number):
     assert (saved.step, saved.model, saved.tokenizer) == (7, tiny, {"name": "byte"})
     assert (saved.run_id, saved.identity) == (("a", identity) if number == 2 else (None, None))
     other = GPT(tiny, "torch")
-    other_optimizer = make_optimizer(other, TrainConfig())
+    other_optimizer = make_optimizer(other, TrainConfig(optimizer=kind))
     load_training_state(saved, other, other_optimizer)
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q), name
+        assert optimizer.state[p].keys() == other_optimizer.state[q].keys(), name
         for key, value in optimizer.state[p].items():
             assert torch.equal(value, other_optimizer.state[q][key]), (name, key)
     idx = torch.randint(0, 65, (1, 9))
@@ -83,6 +84,9 @@ def test_round_trip_is_exact(tiny, tmp_path, number):
     assert set(weights) == set(dict(model.named_parameters()))
     assert weights["transformer.wte.weight"].shape == (65, 32)
     assert moments["transformer.wte.weight/exp_avg"].shape == (65, 32)
+    assert (
+        (f"{FC}/momentum_buffer" in moments) == (f"{FC}/exp_avg" not in moments) == (kind == "muon")
+    )
 
 
 def test_keeps_the_newest_and_touches_nothing_else(tiny, tmp_path):

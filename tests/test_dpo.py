@@ -27,6 +27,7 @@ from .test_sft import ROOT, run_of, same_as_whole, same_on_two_ranks, save_base
 from .test_sft_data import write
 
 LORA = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1)
+MUON = dict(optimizer="muon")
 
 
 def save_start(run: Path, template="user_assistant", **shape) -> str:
@@ -74,7 +75,7 @@ def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
     assert ("parameters are trained: rank 4, scale 2" in printed) == (options is LORA)
 
 
-@pytest.mark.parametrize("options", [LORA, {}], ids=["lora", "full"])
+@pytest.mark.parametrize("options", [LORA, {}, LORA | MUON], ids=["lora", "full", "lora muon"])
 def test_resume_continues_bit_for_bit(config, options):
     """With the reference of the start, not of the checkpoint, and with the adapters' dropout."""
     file = TENSORS if options else "model.safetensors"
@@ -89,9 +90,10 @@ def test_resume_continues_bit_for_bit(config, options):
         LORA | {"lora_dropout": 0.0},
         pytest.param(LORA | {"lora_dropout": 0.0, "sharding": "full"}, marks=pytest.mark.slow),
         pytest.param(LORA | {"lora_dropout": 0.0, "sharding": "optimizer"}, marks=pytest.mark.slow),
+        LORA | MUON | {"lora_dropout": 0.0, "sharding": "full"},
         pytest.param({"sharding": "full"}, marks=pytest.mark.slow),
     ],
-    ids=["lora", "lora full", "lora optimizer", "full"],
+    ids=["lora", "lora full", "lora optimizer", "lora muon full", "full"],
 )
 def test_two_ranks_give_the_losses_of_one(config, free_port, options):
     """Adapters, their switch and a batch trimmed differently on each rank."""

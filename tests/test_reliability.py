@@ -144,9 +144,10 @@ def poison(config, monkeypatch):
     return add
 
 
-def test_a_nan_costs_one_step_and_the_document_is_named(config, poison, capsys):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_nan_costs_one_step_and_the_document_is_named(config, poison, capsys, optimizer):
     poison(3, 5)
-    pretrain(replace(config, save_every=1, keep_last=0, max_steps=8))
+    pretrain(replace(config, optimizer=optimizer, save_every=1, keep_last=0, max_steps=8))
     before, after, later = list_checkpoints(config.folder)[2:5]
     assert equal(weights(before), weights(after)) and not equal(weights(after), weights(later))
     moments = [load_file(path / checkpoint.OPTIMIZER) for path in (before, after)]
@@ -170,11 +171,12 @@ def test_only_nans_end_the_run(config, poison):
     assert all(p.isfinite().all() for p in weights(config.folder).values())
 
 
-def test_rollback_goes_back_and_skips_the_data(config, poison, at_step):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_rollback_goes_back_and_skips_the_data(config, poison, at_step, optimizer):
     """What follows equals a run that never had those batches."""
     config = replace(
-        config, max_steps=12, guard="rollback", snapshot_every=3, schedule="constant",
-        warmup_steps=0,
+        config, optimizer=optimizer, max_steps=12, guard="rollback", snapshot_every=3,
+        schedule="constant", warmup_steps=0,
     )  # fmt: skip
     poison(7, 2)
     pretrain(config)

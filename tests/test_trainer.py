@@ -70,9 +70,9 @@ def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resume_continues_bit_for_bit(train_config, dropout):
-    whole = replace(train_config, dropout=dropout, run_name="whole")
+@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2}, {"optimizer": "muon"}])
+def test_resume_continues_bit_for_bit(train_config, changes):
+    whole = replace(train_config, run_name="whole", **changes)
     pretrain(whole)
     # The same run, interrupted after the checkpoint of step 3: the schedule must not know.
     cut = replace(whole, run_name="cut")
@@ -113,7 +113,17 @@ def test_a_finished_run_resumes_to_nothing(train_config, capsys):
     assert "from step 6" in out
 
 
-def test_micro_batches_do_not_change_the_result(train_config):
+@pytest.mark.parametrize("before, now", [("adamw", "muon"), ("muon", "adamw")])
+def test_resume_with_another_optimizer(train_config, before, now):
+    pretrain(replace(train_config, optimizer=before, max_steps=3))
+    with pytest.raises(ValueError, match=f"moments of optimizer {before}, not {now}: resume with"):
+        pretrain(replace(train_config, optimizer=now, resume="auto"))
+    pretrain(replace(train_config, optimizer=before, resume="auto"))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_micro_batches_do_not_change_the_result(train_config, optimizer):
+    train_config = replace(train_config, optimizer=optimizer)
     for rows in (1, 2, 8):
         pretrain(replace(train_config, micro_batch_size=rows, run_name=f"rows{rows}"))
     runs = [losses(Path(train_config.out_dir) / f"rows{rows}") for rows in (1, 2, 8)]
@@ -138,8 +148,9 @@ def test_whole_val_split_counts_every_token_once(train_config, shakespeare):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
-def test_compiled_training_gives_the_same_losses(train_config):
-    config = replace(train_config, max_steps=3, eval_every=0, save_every=0)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_compiled_training_gives_the_same_losses(train_config, optimizer):
+    config = replace(train_config, optimizer=optimizer, max_steps=3, eval_every=0, save_every=0)
     pretrain(replace(config, run_name="eager"))
     pretrain(replace(config, run_name="compiled", compile="on"))
     runs = [losses(Path(config.out_dir) / name) for name in ("eager", "compiled")]

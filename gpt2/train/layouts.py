@@ -1,6 +1,7 @@
 """Where weights, gradients and moments lie: one process, or one of the layouts of several.
 
-TrainConfig.sharding, and bytes a parameter on each of W ranks (weights, gradients, moments):
+TrainConfig.sharding, and bytes a parameter on each of W ranks (weights, gradients, moments, of
+which Muon has 4 instead of 8 for the blocks' matrices):
 
 none       4 + 4 + 8        every rank has everything (DDP)
 optimizer  4 + 4 + 8 / W    each rank updates some parameters and sends them to the others (ZeRO-1)
@@ -14,7 +15,8 @@ full gathers float32 weights and leaves bf16 to autocast: so its arithmetic is t
 layouts, for twice the bytes that gathering bf16 would take. Without activation_checkpointing
 autograd keeps those bf16 copies of a pass, 2 bytes a parameter. Gradients are reduced after every
 micro step, since one that waits for the last is whole on every rank. A model is made whole on each
-device before it is shared out: 4 bytes a parameter must fit.
+device before it is shared out: 4 bytes a parameter must fit. Muon needs whole matrices: a batch of
+them at a time is gathered, each rank does some, and takes its part of what comes out.
 
 Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
 """
@@ -30,27 +32,28 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import TrainConfig
+from gpt2.device import Execution
 from gpt2.dist import Distributed
 from gpt2.model import Block
-from gpt2.state import MOMENTS, STEP
-from gpt2.train.optim import make_optimizer, parameter_groups
+from gpt2.state import STEP, state_names
+from gpt2.train.optim import MuonAdamW, make_optimizer, parameter_groups
 
 T = TypeVar("T")
 
 
 def make_layout(
-    config: TrainConfig, objective: nn.Module, group: Distributed, compiled: bool
+    config: TrainConfig, objective: nn.Module, group: Distributed, execution: Execution
 ) -> "Layout":
     """The layout that config names; one process alone has nothing to share out.
 
     objective: on the group's device; sharding full makes its parameters DTensors, in place.
-    compiled: with torch.compile. Raises ValueError where the number of ranks does not fit.
+    Raises ValueError where the number of ranks does not fit.
     """
     if config.exact_reduction:
-        return ExactSum(config, objective, group, compiled)
+        return ExactSum(config, objective, group, execution)
     sharded = {"none": Layout, "optimizer": ShardedOptimizer, "full": FullySharded}
     kind = sharded[config.sharding] if group.world_size > 1 else Layout
-    return kind(config, objective, group, compiled)
+    return kind(config, objective, group, execution)
 
 
 class Layout:
@@ -65,12 +68,12 @@ class Layout:
     sharded = False
 
     def __init__(
-        self, config: TrainConfig, objective: nn.Module, group: Distributed, compiled: bool
+        self, config: TrainConfig, objective: nn.Module, group: Distributed, execution: Execution
     ):
         self.config, self.group, self.ddp = config, group, None
-        self._wrap(objective, compiled)
+        self._wrap(objective, execution.compiled)
         self.params = [p for g in parameter_groups(objective.model, config) for p in g["params"]]
-        self.optimizer = self._make_optimizer(objective)
+        self.optimizer = make_optimizer(objective.model, config, self._kind(), execution.dtype)
 
     def divide_step(self, micro_steps: int) -> None:
         """Says how many micro steps make up a step, before the first one.
@@ -112,8 +115,8 @@ class Layout:
         self.train_forward = torch.compile(train) if compiled else train
         self.eval_forward = torch.compile(evaluate) if compiled else evaluate
 
-    def _make_optimizer(self, objective: nn.Module) -> torch.optim.AdamW:
-        return make_optimizer(objective.model, self.config)
+    def _kind(self) -> Callable[..., MuonAdamW]:
+        return MuonAdamW
 
 
 class ExactSum(Layout):
@@ -208,16 +211,17 @@ class ShardedOptimizer(Layout):
 
     sharded = True
 
-    def _make_optimizer(self, objective: nn.Module) -> torch.optim.AdamW:
-        return make_optimizer(objective.model, self.config, partial(ShardedAdamW, self.group))
+    def _kind(self) -> Callable[..., MuonAdamW]:
+        return partial(ShardedMuonAdamW, self.group)
 
 
-class ShardedAdamW(torch.optim.AdamW):
-    """AdamW of which each rank steps some parameters, has their moments, and sends what came out.
+class ShardedMuonAdamW(MuonAdamW):
+    """MuonAdamW of which each rank steps some parameters, has their moments, and sends what came
+    out.
 
     Whole tensors are shared out, the largest first, each to the rank with the least so far; so an
-    update is the same bits as AdamW's. One tensor is too large for an equal share: the embedding is
-    31% of gpt2 and 5% of gpt2-xl. found_inf works as AdamW's does.
+    update is the same bits as MuonAdamW's. One tensor is too large for an equal share: the
+    embedding is 31% of gpt2 and 5% of gpt2-xl. found_inf works as MuonAdamW's does.
     Raises ValueError for more ranks than tensors.
     """
 
@@ -253,12 +257,10 @@ class ShardedAdamW(torch.optim.AdamW):
         """The state of a parameter, from the rank that has it; a collective."""
         if p not in self.owner:  # it is not trained
             return {}
-        if self._is_own(p):
-            found = self.state[p]
-        else:
-            found = {key: torch.empty_like(p) for key in MOMENTS}
-            found[STEP] = torch.empty((), device=p.device)
-        found = {key: found[key] for key in (*MOMENTS, STEP)}
+        names = state_names(self, p)
+        found = {key: self.state[p][key] for key in names} if self._is_own(p) else {
+            key: torch.empty(() if key == STEP else p.shape, device=p.device) for key in names
+        }  # fmt: skip
         for value in found.values():
             dist.broadcast(value, self.owner[p])
         return found

@@ -6,6 +6,7 @@ On a CPU it is estimated: weights, gradients, moments and their copies for check
 autograd keeps of each block, per token and channel 8 bytes of the residual stream and 14 numbers of
 a matmul's width (layer norms 2, attention 4, MLP 8); the logits, with two gradients where they are
 not computed in chunks. Dropout's masks and the like are left out: no run that fits is refused.
+What Muon needs besides its moments is little, and needed when activations are not.
 
 Time is what a step takes at best: its FLOPs at the rate of a matmul measured here, AdamW's bytes at
 that of a copy. Disk is the room for the checkpoints that stay and the one being written.
@@ -73,12 +74,14 @@ def preflight(
     rows = one.micro_batch_size * one.grad_accum_steps(length, group.world_size)  # of a device
     weights = 4 * _count(objective.parameters())
     gradients = 4 * _count(p for p in objective.parameters() if p.requires_grad)
-    moments = 8 * _count(p for part in optimizer.param_groups for p in part["params"])
+    own = [p for part in optimizer.param_groups for p in part["params"]]
+    moments = 8 * _count(own) - 4 * _count(p for p in own if p in optimizer.matrices)
     # Adapters are saved alone; the copies to go back to are of all weights.
-    saved = copies = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = 12 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    copies = saved = saved - 4 * sum(p.numel() for p in optimizer.matrices)
     if config.guard == "rollback":
         copies += 2 * (4 * _count(model.parameters()) + moments)
-    others = {"AdamW's moments": moments}
+    others = {"moments": moments}
     if device.type == "cuda":
         host = available_bytes(torch.device("cpu"))
         if group.any(copies > host):
@@ -87,7 +90,7 @@ def preflight(
                 f"rank, {size(host)} are usable: use fewer ranks on a host, or guard skip"
             )
         passes = _measured(config, objective, rows, group, trial)  # with weights and gradients
-        others["AdamW's moments"] *= not optimizer.state
+        others["moments"] *= not optimizer.state
         free = available_bytes(device)
     else:
         passes = partial(_estimated, config, model.config, length, execution.dtype.itemsize)
@@ -111,7 +114,8 @@ def preflight(
         c = model.config
         token = model.flops_per_token() - 6 * c.n_layer * c.n_embd * (2 * c.block_size - length)
         # AdamW reads 16 bytes a parameter and writes 12; before it the norm reads the gradients.
-        step_s = rows * length * token / flops + 4 * moments / bandwidth
+        step_s = rows * length * token / flops + 32 * _count(own) / bandwidth
+        step_s += optimizer.flops() / flops
         steps = max(config.max_steps - first_step, 0)
         table.append((
             "time",

@@ -81,7 +81,7 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
             asked = replace(parts.config, init_from=config.init_from)
             parts = replace(parts, config=asked)
             identity = identity_of(parts)
-            check_length(parts.config, resumed)
+            check_resumed(parts.config, resumed)
         except (ValueError, OSError, ImportError) as error:
             problem = error
         group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
@@ -113,9 +113,17 @@ def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> Tra
     return config
 
 
-def check_length(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> None:
-    """Raises ValueError where a checkpoint is further than the run is to go."""
-    if resumed is not None and resumed.step > config.max_steps:
+def check_resumed(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> None:
+    """Raises ValueError where a checkpoint is further than the run is to go, or its moments are
+    another optimizer's."""
+    if resumed is None:
+        return
+    if (before := resumed.train.get("optimizer", "adamw")) != config.optimizer:
+        raise ValueError(
+            f"{resumed.path} has the moments of optimizer {before}, not {config.optimizer}: resume "
+            f"with --optimizer {before}, or start a new run from its weights with --init_from"
+        )
+    if resumed.step > config.max_steps:
         raise ValueError(
             f"{resumed.path} is of step {resumed.step}, after max_steps {config.max_steps}: raise "
             "max_steps (or epochs), or --resume an earlier checkpoint"

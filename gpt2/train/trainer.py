@@ -75,7 +75,7 @@ class Trainer:
         self.choice = None  # what a run of float32 on a CPU computes its matrix products with
         if self.execution.dtype == torch.float32 and not self.execution.compiled:
             self.choice = self.model.ops.choice
-        self.layout = make_layout(config, objective, group, self.execution.compiled)
+        self.layout = make_layout(config, objective, group, self.execution)
         self.optimizer = self.layout.optimizer
         adapters = lora_config(self.model)
         self.has_dropout = bool(self.model.config.dropout or adapters and adapters.dropout)
