@@ -28,6 +28,7 @@ LAYERS = [
     ["gpt2.assistant", "gpt2.export"],
     ["benchmarks.common"],
     ["benchmarks.baseline", "benchmarks.kernels"],
+    ["benchmarks.train_step"],
     ["scripts", "benchmarks"],
 ]  # fmt: skip
 HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
