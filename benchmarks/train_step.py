@@ -60,7 +60,7 @@ BARS = {"gpt2": (600e3, 1.25), "gpt2-medium": (230e3, 1.15), "gpt2-xl": (55e3, N
 # The first that matches counts: attention kernels are made of matmuls, too.
 PATTERNS = {
     "attention": r"attention|attn|flash|fmha|sdpa|mha_",
-    "loss": r"cross_entropy|log_?softmax|nll|logsumexp",
+    "loss": r"cross_entropy|log_?softmax|nll|logsumexp|_LossSum",
     "optimizer": r"adam|multi_tensor|foreach|lp_?norm|linalg_vector_norm|clip_?grad",
     "norm": r"layer_?norm|batch_norm",
     "GEMM": r"gemm|cublas|cutlass|nvjet|xmma|wgmma|splitk|^aten::(mm|addmm|bmm|_addmm)",
