@@ -170,7 +170,8 @@ def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
 
 
 @pytest.mark.parametrize(
-    "name", ["chat", "compare", "dpo", "evaluate", "export", "report", "sample", "train_gpt2"]
+    "name",
+    ["chat", "compare", "dpo", "evaluate", "export", "report", "sample", "sft", "train_gpt2"],
 )
 def test_help_comes_without_torch(name):
     code = (
