@@ -20,11 +20,11 @@ from torch import Tensor
 
 from gpt2.checkpoint import list_checkpoints, load_model, load_tokenizer, read_checkpoint
 from gpt2.cli import parse, printable, read_config, run_script
-from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
+from gpt2.config import IGNORE_INDEX, DPOConfig, FineTuneConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import BatchSource, rank_rows
 from gpt2.options import ShowBatchConfig
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.finetune import open_conversations, open_pairs, with_template
+from gpt2.train.finetune import open_rows, with_template
 from gpt2.train.pretrain import find_tokenizer, open_data
 
 
@@ -55,12 +55,9 @@ def _open(config: TrainConfig) -> tuple[BatchSource, Tokenizer, int]:
     if block_size is None:
         shape = load_model(config.init_from).config if config.init_from else config.model_config()
         block_size = shape.block_size
-    if isinstance(config, SFTConfig | DPOConfig):
+    if isinstance(config, FineTuneConfig):
         tokenizer = load_tokenizer(config.init_from)
-        if isinstance(config, SFTConfig):
-            data = open_conversations(config, tokenizer, block_size)[0]
-        else:
-            data = open_pairs(with_template(config), tokenizer, block_size)[0]
+        data = open_rows(with_template(config), tokenizer, block_size)[0]
     else:
         data, tokenizer = open_data(config, "train", block_size), find_tokenizer(config.data)
     return data, tokenizer, config.tokens_per_step // data.block_size

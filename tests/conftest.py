@@ -97,6 +97,22 @@ def losses(run: Path, key: str = "train/loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+def write_rows(path: Path, rows: list) -> str:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def equal(a, b) -> bool:
+    """Whether two batches are."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def of(data, i: int) -> slice:
+    """Where conversation i lies in the tokens of gpt2.data.sft.Conversations."""
+    return slice(data.ends[i] - data.lengths[i], data.ends[i])
+
+
 def command_line(config) -> list[str]:
     """A config as the options of its script."""
     words = []

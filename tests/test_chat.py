@@ -16,7 +16,8 @@ from gpt2.data.chat import (
     jinja,
     messages_from_row,
 )
-from gpt2.data.conversations import Counts, read_rows
+from gpt2.data.conversations import read_rows
+from gpt2.data.files import LeftOut
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 
 BYTES, BPE = ByteTokenizer(), GPT2Tokenizer()
@@ -222,7 +223,7 @@ def test_the_config_names_the_templates_there_are():
 def test_real_conversations_are_the_same_in_training_and_at_generation(shared_data, template):
     """All that the template can write; and every word of the answers, and no other, is learnt."""
     used, left_out = 0, {}
-    for _, row in read_rows(str(shared_data / "sft"), Counts()):
+    for _, row in read_rows(str(shared_data / "sft"), LeftOut()):
         messages = messages_from_row(row)
         try:
             tokens, is_target = encode_chat(messages, BPE, template)

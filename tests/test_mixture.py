@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gpt2.cli import parse
 from gpt2.config import DataSource, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, write_shard
-from gpt2.data.mixture import Ratio
+from gpt2.data.mixture import lowest_terms, shares
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig
 from gpt2.train.pretrain import open_data, pretrain
@@ -64,24 +64,23 @@ class Alone:
     start=st.integers(0, 10**15),
 )
 def test_counts_are_exact_and_each_sample_has_one_source(weights, start):
-    ratio = Ratio(weights)
-    total = sum(ratio.weights)
-    assert [Fraction(w, total) for w in ratio.weights] == [w / sum(weights) for w in weights]
-    periods = ratio.counts(np.array([total * 10**9]))[:, 0]
-    assert periods.tolist() == [w * 10**9 for w in ratio.weights]
+    whole = lowest_terms(weights)
+    total = sum(whole)
+    assert [Fraction(w, total) for w in whole] == [w / sum(weights) for w in weights]
+    periods = shares(whole, np.array([total * 10**9]))[:, 0]
+    assert periods.tolist() == [w * 10**9 for w in whole]
     for first in (0, start):
         i = np.arange(first, first + 300)
-        counts = ratio.counts(i)
-        steps = np.diff(counts)
-        assert (counts.sum(0) == i).all() and (np.sort(steps, 0)[:-1] == 0).all()
-        for count, weight in zip(counts.tolist(), ratio.weights, strict=True):
+        counts = shares(whole, i)
+        assert (counts.sum(0) == i).all() and (np.sort(np.diff(counts), 0)[:-1] == 0).all()
+        for count, weight in zip(counts.tolist(), whole, strict=True):
             for n, k in zip(count, i.tolist(), strict=True):
                 assert abs(n - Fraction(k * weight, total)) < len(weights) / 2 + 0.5
 
 
 def test_weights_too_fine_for_an_exact_schedule():
     with pytest.raises(ValueError, match="round them to a few decimals"):
-        Ratio([Fraction("0.30000000001"), Fraction("0.7")])
+        lowest_terms([Fraction("0.30000000001"), Fraction("0.7")])
 
 
 @pytest.mark.parametrize("backend", ["cpp", "numpy"])

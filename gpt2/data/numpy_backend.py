@@ -54,13 +54,14 @@ class NumpyBackend:
         self, shards: list[Shard], block_size: int, seed: int, shuffle: bool, vocab_size: int
     ):
         if not 1 <= block_size <= MAX_BLOCK:
-            limits = f"at least 1 and at most {MAX_BLOCK}"
-            raise ValueError(f"block_size must be {limits}, got {block_size}")
+            raise ValueError(
+                f"block_size must be at least 1 and at most {MAX_BLOCK}, got {block_size}"
+            )
         if not shards:
             raise ValueError("no shards given")
-        # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
         self.shards = shards
-        self.files = [open(shard.path, "rb", buffering=0) for shard in self.shards]
+        # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
+        self.files = [open(shard.path, "rb", buffering=0) for shard in shards]
         self.modified = [os.fstat(file.fileno()).st_mtime_ns for file in self.files]
         for s in range(len(shards)):
             self._check_unchanged(s)
@@ -70,9 +71,9 @@ class NumpyBackend:
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
         if self.n_windows < 1:
-            hold = " and the other shards hold" if len(self.shards) > 1 else ": holds"
+            hold = " and the other shards hold" if len(shards) > 1 else ": holds"
             raise ValueError(
-                f"{self.shards[0].path}{hold} {self.n_tokens} tokens, but block_size {block_size} "
+                f"{shards[0].path}{hold} {self.n_tokens} tokens, but block_size {block_size} "
                 f"needs at least {2 * block_size if shuffle else block_size + 1}: "
                 "use a smaller block_size or more text"
             )
