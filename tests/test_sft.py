@@ -1,6 +1,5 @@
 """Fine-tuning runs: it learns to answer and to stop, resumes, and is the same on two ranks."""
 
-import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -74,20 +73,10 @@ def test_learns_its_answers_and_where_they_end(config, tmp_path):
     assert max(map(len, found)) < 40
 
 
-def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path, capsys):
-    rows = [json.loads(line) for line in Path(config.data).read_text().split("\n")[:-1]]
-    rows += [{"question": "no answer"}, {"question": "long", "answer": "a" * 99}]
-    data = write_rows(tmp_path / "mixed.jsonl", rows)
-    with pytest.raises(
-        ValueError, match="line 41: the row has 'question' but no answer; --bad_rows skip"
-    ):
-        finetune(replace(config, data=data))
-    assert not Path(config.out_dir).exists()
-    config = replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1)
+def test_steps_are_as_many_as_epochs_need(config, capsys):
+    config = replace(config, max_steps=0, epochs=2.0, warmup_steps=1)
     finetune(config)
     out = capsys.readouterr().out
-    assert f"{data}: left out 1: no answer, first {data}: line 41: the row has 'question'" in out
-    assert f"{data}: left out 1: longer than block_size, first {data}: line 42" in out
     train = next(line for line in out.splitlines() if line.startswith("train: "))
     n_rows = int(train.split(" conversations in ")[1].split()[0])
     assert "packed rows of 96" in train and "filled" in train
@@ -148,9 +137,8 @@ def same_on_two_ranks(script, config, port, keys, rel) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("dropout", [None, 0.2])
-def test_resume_continues_bit_for_bit(config, dropout):
-    same_as_whole(replace(config, dropout=dropout))
+def test_resume_continues_bit_for_bit(config):
+    same_as_whole(replace(config, dropout=0.2))
 
 
 @pytest.mark.ddp

@@ -8,11 +8,11 @@ SHA-256's time and say where the damage is.
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from threading import Lock, Thread
 
 import xxhash
 
@@ -34,23 +34,20 @@ class Verifier:
         known = [(s.path, record) for s, record in _recorded(shards) if record] if share else []
         self._todo = known[first::step]
         self._found: Exception | None = None
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        # It reads files by name and holds on to no loader; it ends with the process.
+        self._thread, self._once = Thread(target=self._run, daemon=True), Lock()
 
     def check(self) -> None:
         """Starts the thread, once; raises ValueError or OSError for what it has found."""
-        with self._lock:
-            if self._todo and self._thread is None:
-                # It reads files by name and holds on to no loader; it ends with the process.
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+        if self._todo and self._once.acquire(blocking=False):
+            self._thread.start()
         if self._found is not None:
             raise self._found
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Waits until everything was read, or not longer than that; raises as check() does."""
         self.check()
-        if self._thread is not None:
+        if self._todo:
             self._thread.join(timeout_s)
         self.check()
 
@@ -90,17 +87,13 @@ def verify(folder: str | Path) -> list[str]:
     A folder of shards without a manifest (nanoGPT's, llm.c's) has its headers and sizes checked.
     Raises OSError (no such folder, no shards) and ValueError (damaged manifest).
     """
-    folder = Path(folder)
-    records, problems = manifest_records(folder), []
-    files = {split: layout.split_files(folder, split) for split in ("train", "val")}
-    if not records and not any(files.values()):
+    folder, listing = Path(folder), {s: layout.list_shards(folder, s) for s in ("train", "val")}
+    if not any(map(any, listing.values())):
         layout.find_shards(folder, "train")  # raises
-    for split, paths in files.items():
-        problems += layout.listing_problems(folder, split, records)
-        for path in paths:
-            record = records.get(path.name)
-            if record is None and records:
-                continue  # listed above
+    problems = []
+    for files, found in listing.values():
+        problems += found
+        for path, record in files.items():
             try:
                 layout.open_recorded(path, record)
                 problems += content_problems(path, record) if record else ()

@@ -117,8 +117,7 @@ class NumpyBackend:
             data = os.pread(self.files[s].fileno(), 2 * n, shard.offset + 2 * offset)
             self._check_unchanged(s)
             part = np.frombuffer(data, "<u2", n)
-            if part.max() >= self.vocab_size:
-                at = int(np.argmax(part >= self.vocab_size))
+            for at in np.flatnonzero(part >= self.vocab_size)[:1]:
                 raise ValueError(
                     f"shard {shard.path}: token {offset + at} is {part[at]}, but the vocabulary "
                     f"has {self.vocab_size} entries: the file is damaged or was made with "
