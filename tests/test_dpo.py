@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import DPOConfig, LoRAConfig, SFTConfig
+from gpt2.config import DPOConfig, LoRAConfig
 from gpt2.hf import export_hf
 from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
 from gpt2.options import VerifyConfig
@@ -178,21 +178,6 @@ def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
     idx = torch.randint(0, 257, (1, 20))
     loaded = load_model(tmp_path / "adapters", kernels="torch")
     assert_close(loaded(idx), model(idx), rtol=1e-4, atol=1e-5)
-
-
-def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
-    rows = [{"prompt": q, "response": a} for q, a in (("Hi", "Hello!"), ("Who?", "A model."))]
-    run = SFTConfig(
-        init_from=config.init_from, data=write_rows(tmp_path / "chat.jsonl", rows * 4),
-        max_steps=40, eval_every=0, log_every=1,
-        tokens_per_step=128, micro_batch_size=1, lr=2e-2, run_name="sft", out_dir=config.out_dir,
-        device="cpu", lora_rank=8,
-    )  # fmt: skip
-    before = weights_hash(load_model(run.init_from))
-    finetune(run)
-    assert losses(run_of(run))[-1] < losses(run_of(run))[0] - 0.3  # its base knows nothing
-    assert weights_hash(load_model(run.init_from)) == before
-    assert read_checkpoint(run_of(run)).base["xxh3_128"] == before
 
 
 @pytest.mark.parametrize(

@@ -136,20 +136,22 @@ class TokenLoader(BatchSource):
 
     def read(self, samples: np.ndarray, global_batch_size: int) -> Batch:
         out = self.buffers(len(samples))
-        self.fill(samples, out, samples + global_batch_size)
+        self.fill(samples, out)
+        self.prefetch(samples + global_batch_size)
         return out
 
-    def fill(self, samples: np.ndarray, out: Batch, ahead: np.ndarray | None = None) -> None:
+    def fill(self, samples: np.ndarray, out: Batch) -> None:
         """Writes sample samples[r] to row r of out; samples (rows,) int64, SKIP leaves a row.
 
-        ahead: samples that are wanted next; starts reading them from a cold disk.
         Raises ValueError where out has another number of rows, and as batch does.
         """
         self.verifier.check()
         parts = [part.numpy() for part in out]
         self._backend.fill(samples, *parts, *([self.eot] if len(parts) == 3 else []))
-        if ahead is not None:
-            self._backend.prefetch(ahead)
+
+    def prefetch(self, samples: np.ndarray) -> None:
+        """Starts reading samples from a cold disk, and returns at once."""
+        self._backend.prefetch(samples)
 
     def place(self, sample: int, global_batch_size: int, token: int) -> Provenance:
         """Counts the document by reading the shard up to there."""

@@ -99,7 +99,8 @@ class Mixture(BatchSource):
         out, samples = self.loaders[0].buffers(len(i)), self._samples(i, global_batch_size)
         ahead = self._samples(i + global_batch_size, global_batch_size)
         for loader, mine, next_step in zip(self.loaders, samples, ahead, strict=True):
-            loader.fill(mine, out, next_step)
+            loader.fill(mine, out)
+            loader.prefetch(next_step)
         return out
 
     def epochs(self, step: int, global_batch_size: int) -> dict[str, float]:

@@ -130,16 +130,15 @@ class NumpyBackend:
     def _check_unchanged(self, s: int) -> None:
         shard, info = self.shards[s], os.fstat(self.files[s].fileno())
         needed = shard.offset + 2 * shard.n_tokens
+        if info.st_size >= needed and info.st_mtime_ns == self.modified[s]:
+            return
+        what = (
+            "the file was written to while it is in use, so its tokens may not be those of this "
+            "run any more; start again from the last checkpoint"
+        )
         if info.st_size < needed:
             what = (
                 f"the file has {info.st_size} bytes but its tokens need {needed}; it was cut short "
                 "or is being rewritten. Prepare the data again"
             )
-        elif info.st_mtime_ns != self.modified[s]:
-            what = (
-                "the file was written to while it is in use, so its tokens may not be those of "
-                "this run any more; start again from the last checkpoint"
-            )
-        else:
-            return
         raise OSError(errno.EIO, what, shard.path)

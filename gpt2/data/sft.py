@@ -156,8 +156,6 @@ def question_hash(messages: list[Message]) -> int:
 
 def check_settings(tokenizer: Tokenizer, template: str, block_size: int) -> None:
     """Raises ValueError for what would make every row impossible, before one is blamed for it."""
-    if tokenizer.vocab_size > 1 << 16:
-        raise ValueError(f"a vocabulary of {tokenizer.vocab_size} does not fit 16-bit tokens")
     turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
     shortest = min(len(encode_chat(m, tokenizer, template)[0]) for m in (turns, turns[1:]))
     if shortest > block_size + 1:
