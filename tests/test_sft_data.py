@@ -240,40 +240,30 @@ def test_every_kind_of_file_and_of_folder(tmp_path):
     assert read(tmp_path / "n.parquet") == read(tmp_path / "lists.json") == plain
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """datasets.load_dataset reads local JSON lines in place of the hub's data."""
+@pytest.mark.parametrize(
+    "name, repo, config",
+    [
+        ("alpaca", "tatsu-lab/alpaca", None),
+        ("dolly", "databricks/databricks-dolly-15k", None),
+        ("tulu2", "allenai/tulu-v2-sft-mixture", None),
+        ("oasst1", "OpenAssistant/oasst1", None),
+        ("gsm8k", "openai/gsm8k", "main"),
+    ],
+)
+def test_known_data_sets_of_the_hub(tmp_path, monkeypatch, name, repo, config):
+    """test_chat has their forms of rows; here local lines stand in place of the hub's."""
     import datasets
 
-    asked, load = [], datasets.load_dataset
+    asked, load_dataset = [], datasets.load_dataset
+    path = write_rows(tmp_path / "hub.jsonl", QA[:2])
 
     def load_local(repo, name=None, *, split, streaming, revision):
         asked.append((repo, name, split))
-        return load("json", data_files=str(tmp_path / "hub.jsonl"), split="train", streaming=True)
+        return load_dataset("json", data_files=path, split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    return asked
-
-
-@pytest.mark.parametrize(
-    "name, repo, config, row",
-    [
-        ("alpaca", "tatsu-lab/alpaca", None,
-         {"instruction": "Q", "input": "I", "output": "A", "text": "..."}),
-        ("dolly", "databricks/databricks-dolly-15k", None,
-         {"instruction": "Q", "context": "I", "response": "A", "category": "open_qa"}),
-        ("tulu2", "allenai/tulu-v2-sft-mixture", None,
-         {"dataset": "flan_v2", "id": "1", "messages": [{"role": "user", "content": "Q\nI"},
-                                                       {"role": "assistant", "content": "A"}]}),
-        ("gsm8k", "openai/gsm8k", "main", {"question": "Q\nI", "answer": "A"}),
-    ],
-)  # fmt: skip
-def test_known_data_sets_of_the_hub(tmp_path, hub, name, repo, config, row):
-    write_rows(tmp_path / "hub.jsonl", [row] * 2)
-    data, _ = load(name)
-    assert hub == [(repo, config, "train")] and data.where == [f"{repo}: row 1", f"{repo}: row 2"]
-    text = "<|user|>\nQ\nI\n<|assistant|>\nA<|endoftext|>"
-    assert TOKENIZER.decode(data.tokens.tolist()) == 2 * text
+    rows = [(f"{repo}: row {i + 1}", row) for i, row in enumerate(QA[:2])]
+    assert list(read_rows(name, LeftOut())) == rows and asked == [(repo, config, "train")]
 
 
 def test_lima_is_read_from_a_folder_or_says_how_to_get_it(tmp_path, monkeypatch):
