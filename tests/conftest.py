@@ -108,11 +108,6 @@ def equal(a, b) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def of(data, i: int) -> slice:
-    """Where conversation i lies in the tokens of gpt2.data.sft.Conversations."""
-    return slice(data.ends[i] - data.lengths[i], data.ends[i])
-
-
 def command_line(config) -> list[str]:
     """A config as the options of its script."""
     words = []

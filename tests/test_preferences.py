@@ -8,7 +8,7 @@ from gpt2.data.preferences import PairLoader, encode_pair, load_pairs, pair_from
 from gpt2.data.sft import ConversationLoader, load_conversations
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
 
-from .conftest import equal, of, write_rows
+from .conftest import equal, write_rows
 
 TOKENIZER = ByteTokenizer()
 USER = {"role": "user", "content": "Sky?"}
@@ -130,9 +130,8 @@ def test_overlong_pairs_are_dropped_or_cut(tmp_path):
     assert cut.log() == [f"{data}: cut 1 to fit block_size"]
     assert (len(whole), len(dropped), len(cut)) == (4, 2, 4)
     for half in (0, 1):  # both lose the same 24 tokens from the start, and no answer is touched
-        before, after = of(whole, half), of(cut, half)
-        assert whole.tokens[before][24:].tolist() == cut.tokens[after].tolist()
-        assert whole.learnt[before][24:].tolist() == cut.learnt[after].tolist()
+        for before, after in zip(whole.part(half), cut.part(half), strict=True):
+            assert before[24:].tolist() == after.tolist()
     # An answer that does not fit with the marker before it is never cut.
     small, _ = load(data, 33, overlong="cut")
     kind = "longer than block_size without its prompt"

@@ -23,7 +23,7 @@ from gpt2.data.sft import (
 from gpt2.model import GPT
 from gpt2.tokenizer import ByteTokenizer
 
-from .conftest import equal, of, write_rows
+from .conftest import equal, write_rows
 
 TOKENIZER = ByteTokenizer()
 QA = [{"question": f"What is {i} + {i}?", "answer": "It is " + "one more than " * i}
@@ -154,8 +154,7 @@ def test_packed_and_alone_give_the_same_losses(tmp_path, kernels):
         idx, targets, doc_start = packed.batch(sample, 1)
         hidden, seen = losses(idx, targets, doc_start)[0], losses(idx, targets)[0]
         for start, stop, i in packed.spans(packed.index(sample)):
-            tokens = torch.tensor(data.tokens[of(data, i)].tolist())
-            learnt = torch.tensor(data.learnt[of(data, i)])
+            tokens, learnt = (torch.tensor(part.tolist()) for part in data.part(i))
             expected = torch.where(learnt[1:], tokens[1:], -100)
             alone = losses(tokens[None, :-1], expected[None])[0]
             assert (alone > 0).sum() == learnt.sum() > 1
@@ -180,7 +179,7 @@ def test_what_does_not_fit(tmp_path, overlong, used, kind, left_out, first, cut)
     assert line.startswith(f"{path}: left out {left_out}: {kind}, first {path}: line {first}: ")
     assert others == [f"{path}: {line}" for line in cut]
     if overlong == "cut":
-        text = TOKENIZER.decode(data.tokens[of(data, 3)].tolist())
+        text = TOKENIZER.decode(data.part(3)[0].tolist())
         assert text.endswith("\n<|assistant|>\n" + "a" * 30) and len(text) == 64
 
 

@@ -61,6 +61,11 @@ class Conversations:
     def lengths(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
+    def part(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Conversation i: its tokens, and which of them are learnt."""
+        own = slice(self.ends[i] - self.lengths[i], self.ends[i])
+        return self.tokens[own], self.learnt[own]
+
     def select(self, chosen: np.ndarray) -> "Conversations":
         """Those where chosen (n,) bool is True."""
         of_tokens = np.repeat(chosen, self.lengths)
@@ -235,16 +240,14 @@ class ConversationLoader(BatchSource):
     def read(self, samples: np.ndarray, global_batch_size: int) -> Batch:
         """idx and targets (rows, block_size) int64, -100 where nothing is learnt; doc_start (rows,
         block_size) int32."""
-        shape, data = (len(samples), self.block_size), self.data
+        shape = len(samples), self.block_size
         idx, targets = np.full(shape, self.pad, np.int64), np.full(shape, IGNORE_INDEX, np.int64)
         doc_start = np.tile(np.arange(self.block_size, dtype=np.int32), (len(samples), 1))
         for r, sample in enumerate(samples.tolist()):
             for start, stop, i in self.spans(self.index(sample)):
-                end = int(data.ends[i])
-                begin = end - (stop - start)
-                idx[r, start:stop] = data.tokens[begin - 1 : end - 1]
-                learnt = data.learnt[begin:end]
-                targets[r, start:stop][learnt] = data.tokens[begin:end][learnt]
+                tokens, learnt = self.data.part(i)
+                idx[r, start:stop] = tokens[:-1]
+                targets[r, start:stop][learnt[1:]] = tokens[1:][learnt[1:]]
                 doc_start[r, start:stop] = start
         return tuple(map(torch.from_numpy, (idx, targets, doc_start)))
 
