@@ -89,7 +89,7 @@ def _texts(
             yield start, end, tokenizer.decode(tokens[start:end])
         return
     for start, end, i in data.spans(data.index(sample)):
-        tokens, learnt = (part.tolist() for part in data.data.part(i))
+        tokens, learnt = (part[i].tolist() for part in (data.data.tokens, data.data.learnt))
         if not learnt[-1]:  # the last token is only a target
             tokens, learnt = tokens[:-1], learnt[:-1]
         text = ""

@@ -39,40 +39,32 @@ class TooLong(ChatError):
 
 @dataclass
 class Conversations:
-    """Tokenised conversations, one after the other.
+    """Tokenised conversations.
 
-    path: the data as it was named. tokens (N,) uint16; learnt (N,) bool: tokens that are to be
-    predicted; ends (n,) int64: where each conversation ends. where: the place each comes from.
+    path: the data as it was named. tokens, learnt: of each conversation (n,) uint16, and (n,) bool
+    which of them are to be predicted. where: the place each comes from.
     left_out: rows that are not used. cut: how many of those that are were cut to fit.
     """
 
     path: str
-    tokens: np.ndarray
-    learnt: np.ndarray
-    ends: np.ndarray
+    tokens: list[np.ndarray]
+    learnt: list[np.ndarray]
     where: list[str]
     left_out: LeftOut
     cut: int = 0
 
     def __len__(self) -> int:
-        return len(self.ends)
+        return len(self.tokens)
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.ends, prepend=0)
-
-    def part(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Conversation i: its tokens, and which of them are learnt."""
-        own = slice(self.ends[i] - self.lengths[i], self.ends[i])
-        return self.tokens[own], self.learnt[own]
+        return np.array([len(ids) for ids in self.tokens], dtype=np.int64)
 
     def select(self, chosen: np.ndarray) -> "Conversations":
         """Those where chosen (n,) bool is True."""
-        of_tokens = np.repeat(chosen, self.lengths)
-        return replace(
-            self, tokens=self.tokens[of_tokens], learnt=self.learnt[of_tokens],
-            ends=np.cumsum(self.lengths[chosen]), where=list(compress(self.where, chosen)),
-        )  # fmt: skip
+        parts = (self.tokens, self.learnt, self.where)
+        tokens, learnt, where = (list(compress(part, chosen)) for part in parts)
+        return replace(self, tokens=tokens, learnt=learnt, where=where)
 
     def log(self) -> list[str]:
         """What became of the rows, a line for each reason."""
@@ -147,9 +139,7 @@ def load_conversations(
             "switch validation off with eval_every 0"
         )
     is_val = np.array([bound > 0 and h != high and (h < bound or h == low) for h in hashes])
-    ends = np.cumsum([len(ids) for ids in tokens])
-    flat = np.concatenate(tokens), np.concatenate(learnt)
-    both = Conversations(data, *flat, ends, where, left_out, n_cut)
+    both = Conversations(data, tokens, learnt, where, left_out, n_cut)
     return both.select(~is_val), both.select(is_val)
 
 
@@ -214,8 +204,8 @@ class ConversationLoader(BatchSource):
     ):  # fmt: skip
         self.data, self.pad, self.chat_template = data, pad, chat_template
         self.block_size, self.seed, self.shuffle = block_size, seed % (1 << 64), shuffle
-        first = data.ends - data.lengths  # has nothing before it to be predicted from
-        self.n_targets = int(data.learnt.sum() - data.learnt[first].sum())
+        # The first token of a conversation has nothing before it to be predicted from.
+        self.n_targets = sum(int(learnt[1:].sum()) for learnt in data.learnt)
         self.n_filled = int(data.lengths.sum()) - len(data)
         self.rows = self.fill_rows()
         self.n_windows = len(self.rows)
@@ -245,7 +235,7 @@ class ConversationLoader(BatchSource):
         doc_start = np.tile(np.arange(self.block_size, dtype=np.int32), (len(samples), 1))
         for r, sample in enumerate(samples.tolist()):
             for start, stop, i in self.spans(self.index(sample)):
-                tokens, learnt = self.data.part(i)
+                tokens, learnt = self.data.tokens[i], self.data.learnt[i]
                 idx[r, start:stop] = tokens[:-1]
                 targets[r, start:stop][learnt[1:]] = tokens[1:][learnt[1:]]
                 doc_start[r, start:stop] = start
@@ -260,7 +250,7 @@ class ConversationLoader(BatchSource):
 
     def identity(self) -> list[dict]:
         hasher = xxhash.xxh3_128()
-        for part in (self.data.tokens, self.data.learnt, self.data.ends):
+        for part in (*self.data.tokens, *self.data.learnt, np.cumsum(self.data.lengths)):
             hasher.update(part.tobytes())
         return [{"path": self.data.path, "rows": self.n_windows, "hash": hasher.hexdigest()}]
 
