@@ -30,9 +30,11 @@ class Verifier:
     """
 
     def __init__(self, shards: list[Shard], share: tuple[int, int] | None):
-        first, step = share or (0, 1)
-        known = [(s.path, record) for s, record in _recorded(shards) if record] if share else []
-        self._todo = known[first::step]
+        self._todo: list[tuple[str, dict]] = []
+        if share is not None:
+            first, step = share
+            recorded = [pair for _, group in _recorded(shards) for pair in group]
+            self._todo = [(s.path, record) for s, record in recorded if record][first::step]
         self._found: Exception | None = None
         # It reads files by name and holds on to no loader; it ends with the process.
         self._thread, self._once = Thread(target=self._run, daemon=True), Lock()
@@ -111,7 +113,7 @@ def identity(shards: list[Shard]) -> list[dict]:
     Raises ValueError (damaged manifest), OSError.
     """
     found = []
-    for folder, group in groupby(_recorded(shards), lambda pair: Path(pair[0].path).parent):
+    for folder, group in _recorded(shards):
         digest, tokens, tokenizer = xxhash.xxh3_128(), 0, folder_tokenizer(folder)
         for shard, record in group:
             if record is None:
@@ -128,14 +130,11 @@ def identity(shards: list[Shard]) -> list[dict]:
     return found
 
 
-def _recorded(shards: list[Shard]) -> Iterator[tuple[Shard, dict | None]]:
-    """Each shard with its record in the manifest beside it, if it has one."""
-    folders: dict[Path, dict[str, dict]] = {}
-    for shard in shards:
-        path = Path(shard.path)
-        if path.parent not in folders:
-            folders[path.parent] = manifest_records(path.parent)
-        yield shard, folders[path.parent].get(path.name)
+def _recorded(shards: list[Shard]) -> Iterator[tuple[Path, list[tuple[Shard, dict | None]]]]:
+    """Each folder with its shards, and the record of each in the manifest there, if it has one."""
+    for folder, group in groupby(shards, lambda shard: Path(shard.path).parent):
+        records = manifest_records(folder)
+        yield folder, [(shard, records.get(Path(shard.path).name)) for shard in group]
 
 
 def _sample(path: str) -> str:
