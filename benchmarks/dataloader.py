@@ -5,8 +5,7 @@
 
 Each gives batches (x, y) of int64 from the same random tokens, in an order of its own:
 
-    cpp, new tensors       this project's TokenLoader
-    cpp                    the same into two sets of buffers in turn, as the trainer uses it
+    cpp                    this project's TokenLoader
     numpy twin             its fallback without a compiler
     numpy memmap rows      rows of a memory map, copied into new x and y, in permuted order
     nanoGPT get_batch      the map opened again each batch, a row a tensor, stacked
@@ -24,6 +23,7 @@ opening and of the first batches.
 
 import gc
 import importlib.metadata
+import itertools
 import os
 import statistics
 import sys
@@ -57,13 +57,9 @@ def write_data(folder: Path, n_tokens: int) -> None:
     np.concatenate(parts).tofile(folder / "all.bin")
 
 
-def ours(folder: Path, rows: int, backend: str, reuse: bool) -> Batches:
+def ours(folder: Path, rows: int, backend: str) -> Batches:
     data = TokenLoader(find_shards(folder, "train"), T, vocab_size=VOCABULARY, backend=backend)
-    out = [data.buffers(rows) if reuse else None for _ in range(2)]
-    step = 0
-    while True:
-        yield data.batch(step, rows, out=out[step % 2])
-        step += 1
+    return (data.batch(step, rows) for step in itertools.count())
 
 
 def memmap_rows(folder: Path, rows: int) -> Batches:
@@ -145,9 +141,8 @@ def write_litdata(folder: Path) -> None:
 def find_loaders(folder: Path) -> tuple[dict[str, Callable[[int], Batches]], dict[str, str]]:
     """Loaders by name, and why others are left out."""
     loaders = {
-        "cpp": lambda rows: ours(folder, rows, "cpp", True),
-        "cpp, new tensors": lambda rows: ours(folder, rows, "cpp", False),
-        "numpy twin": lambda rows: ours(folder, rows, "numpy", False),
+        "cpp": lambda rows: ours(folder, rows, "cpp"),
+        "numpy twin": lambda rows: ours(folder, rows, "numpy"),
         "numpy memmap rows": lambda rows: memmap_rows(folder, rows),
         "nanoGPT get_batch": lambda rows: nanogpt(folder, rows),
         "build-nanogpt": lambda rows: build_nanogpt(folder, rows),
@@ -230,7 +225,7 @@ def ratios(results: list[dict]) -> dict[str, dict]:
     found = {}
     for rows in SHAPES:
         at = {r["loader"]: r for r in results if r["rows"] == rows and r["cache"] == "warm"}
-        rate = {n: r["mtokens_per_s"] for n, r in at.items() if n != "cpp, new tensors"}
+        rate = {name: r["mtokens_per_s"] for name, r in at.items()}
         median, ours = {name: r["p50_ms"] for name, r in at.items()}, rate.pop("cpp")
         best = max(rate, key=rate.get)
         found[f"{rows}x{T}"] = {
@@ -273,8 +268,7 @@ def main() -> None:
     for r in results:
         title = f"{r['rows']}x{T}, {r['cache']}"
         panels.setdefault(title, {})[r["loader"]] = r["mtokens_per_s"]
-    common.draw_bars(options.out / "dataloader.png", panels, "million tokens a second",
-                     ("cpp", "cpp, new tensors"))  # fmt: skip
+    common.draw_bars(options.out / "dataloader.png", panels, "million tokens a second", ("cpp",))
     print(f"left out: {left_out}")
 
 

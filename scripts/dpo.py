@@ -20,8 +20,8 @@ from gpt2.config import DPOConfig
 def main() -> None:
     with starting():
         config = parse(DPOConfig, __doc__)
-        from gpt2.train.finetune import dpo
-    dpo(config)
+        from gpt2.train.finetune import finetune
+    finetune(config)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ def main() -> None:
         from gpt2.data.conversations import listing
 
         config = parse(SFTConfig, f"{__doc__}\nData sets:\n{listing()}")
-        from gpt2.train.finetune import sft
-    sft(config)
+        from gpt2.train.finetune import finetune
+    finetune(config)
 
 
 if __name__ == "__main__":

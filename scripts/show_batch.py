@@ -20,11 +20,11 @@ from torch import Tensor
 
 from gpt2.checkpoint import list_checkpoints, load_model, load_tokenizer, read_checkpoint
 from gpt2.cli import parse, printable, read_config, run_script
-from gpt2.config import IGNORE_INDEX, DPOConfig, SFTConfig, TrainConfig
+from gpt2.config import DPOConfig, FineTuneConfig, SFTConfig, TrainConfig
 from gpt2.data.loader import BatchSource, rank_rows
 from gpt2.options import ShowBatchConfig
 from gpt2.tokenizer import Tokenizer
-from gpt2.train.finetune import open_conversations, open_pairs, with_template
+from gpt2.train.finetune import open_rows, with_template
 from gpt2.train.pretrain import find_tokenizer, open_data
 
 
@@ -35,10 +35,10 @@ def main() -> None:
     data, tokenizer, step_rows = _open(read_config(path, TrainConfig, SFTConfig, DPOConfig))
     offset = _offset(run, show.step)
     first, rows = rank_rows(show.step, step_rows, show.rank, show.world_size, offset)
-    parts = data.batch(show.step, step_rows, show.rank, show.world_size, offset=offset)
+    idx, *_ = data.batch(show.step, step_rows, show.rank, show.world_size, offset=offset)
     for r in range(rows)[: show.rows]:
         row = first + r - show.step * step_rows - offset
-        for start, end, text in _texts(data, tokenizer, first + r, parts[0][r], parts[1][r]):
+        for start, end, text in _texts(data, tokenizer, first + r, idx[r]):
             place = data.provenance(show.step, row, step_rows, start, offset=offset)
             header = (
                 f"== step {show.step} row {row} tokens {start}-{end - 1}: {place.shard}, token "
@@ -55,12 +55,9 @@ def _open(config: TrainConfig) -> tuple[BatchSource, Tokenizer, int]:
     if block_size is None:
         shape = load_model(config.init_from).config if config.init_from else config.model_config()
         block_size = shape.block_size
-    if isinstance(config, SFTConfig | DPOConfig):
+    if isinstance(config, FineTuneConfig):
         tokenizer = load_tokenizer(config.init_from)
-        if isinstance(config, SFTConfig):
-            data = open_conversations(config, tokenizer, block_size)[0]
-        else:
-            data = open_pairs(with_template(config), tokenizer, block_size)[0]
+        data = open_rows(with_template(config), tokenizer, block_size)[0]
     else:
         data, tokenizer = open_data(config, "train", block_size), find_tokenizer(config.data)
     return data, tokenizer, config.tokens_per_step // data.block_size
@@ -82,7 +79,7 @@ def _offset(run: Path, step: int) -> int:
 
 
 def _texts(
-    data: BatchSource, tokenizer: Tokenizer, sample: int, idx: Tensor, targets: Tensor
+    data: BatchSource, tokenizer: Tokenizer, sample: int, idx: Tensor
 ) -> Iterator[tuple[int, int, str]]:
     """(first token, token after the last, text) of what stands in a row."""
     if data.chat_template is None:
@@ -91,17 +88,12 @@ def _texts(
         for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield start, end, tokenizer.decode(tokens[start:end])
         return
-    # A pair lies in two rows, of which a trimmed batch has the beginning.
-    idx, targets = idx.view(-1, idx.shape[-1]), targets.view(-1, idx.shape[-1])
-    for n, (start, end, _) in enumerate(data.spans(data.index(sample))):
-        line, at = (n, 0) if len(idx) > 1 else (0, start)
-        seen = slice(at, at + end - start)
-        tokens, text = idx[line, seen].tolist(), ""
-        # Each token with whether it is learnt; a conversation's last one is only a target.
-        last = targets[line, seen][-1].item()
-        learnt = [False, *(targets[line, seen] != IGNORE_INDEX).tolist()]
-        tokens += [last] if learnt[-1] else []
-        for is_learnt, group in groupby(zip(learnt, tokens, strict=False), key=itemgetter(0)):
+    for start, end, i in data.spans(data.index(sample)):
+        tokens, learnt = (part[i].tolist() for part in (data.data.tokens, data.data.learnt))
+        if not learnt[-1]:  # the last token is only a target
+            tokens, learnt = tokens[:-1], learnt[:-1]
+        text = ""
+        for is_learnt, group in groupby(zip(learnt, tokens, strict=True), key=itemgetter(0)):
             part = tokenizer.decode([token for _, token in group])
             text += f"[[{part}]]" if is_learnt else part
         yield start, end, text

@@ -116,6 +116,17 @@ def losses(run: Path, key: str = "train/loss") -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+def write_rows(path: Path, rows: list) -> str:
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def equal(a, b) -> bool:
+    """Whether two batches are."""
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def command_line(config) -> list[str]:
     """A config as the options of its script."""
     words = []

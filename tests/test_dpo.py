@@ -15,16 +15,15 @@ from torch.testing import assert_close
 from transformers import GPT2LMHeadModel
 
 from gpt2.checkpoint import load_chat_template, load_model, read_checkpoint, save_checkpoint
-from gpt2.config import DPOConfig, LoRAConfig, SFTConfig
+from gpt2.config import DPOConfig, LoRAConfig
 from gpt2.hf import export_hf
 from gpt2.lora import TENSORS, add_lora, save_adapters, weights_hash
 from gpt2.options import VerifyConfig
-from gpt2.train.finetune import dpo, sft
+from gpt2.train.finetune import finetune
 from gpt2.train.verify import verify_run
 
-from .conftest import losses
+from .conftest import losses, write_rows
 from .test_sft import ROOT, run_of, same_as_whole, same_on_two_ranks, save_base
-from .test_sft_data import write
 
 LORA = dict(lora_rank=4, lora_alpha=8.0, lora_dropout=0.1)
 MUON = dict(optimizer="muon")
@@ -41,7 +40,7 @@ def config(tmp_path) -> DPOConfig:
     rows = [{"prompt": w, "chosen": f"yes {w}", "rejected": f"no {w[::-1]}"} for w in words]
     return DPOConfig(
         init_from=save_start(tmp_path / "runs" / "base"), val_fraction=0.2,
-        data=write(tmp_path / "pairs.jsonl", rows),
+        data=write_rows(tmp_path / "pairs.jsonl", rows),
         tokens_per_step=1024, micro_batch_size=2, max_steps=6, lr=3e-3, eval_every=3, save_every=3,
         log_every=1, run_name="run", out_dir=str(tmp_path / "runs"), device="cpu",
     )  # fmt: skip
@@ -54,7 +53,7 @@ def weights(run: Path, step: int, file=TENSORS) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("options", [{}, LORA, {"loss_type": "ipo"}], ids=["full", "lora", "ipo"])
 def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
     config = replace(config, max_steps=16, eval_every=8, save_every=0, **options)
-    dpo(config)
+    finetune(config)
     run = run_of(config)
     first = 25.0 if options.get("loss_type") == "ipo" else math.log(2)  # (0 - 1 / (2 beta))^2
     assert losses(run)[0] == pytest.approx(first, abs=1e-4)
@@ -79,7 +78,7 @@ def test_starts_where_it_must_and_the_margin_grows(config, options, capsys):
 def test_resume_continues_bit_for_bit(config, options):
     """With the reference of the start, not of the checkpoint, and with the adapters' dropout."""
     file = TENSORS if options else "model.safetensors"
-    whole = same_as_whole(dpo, replace(config, **options), file)
+    whole = same_as_whole(replace(config, **options), file)
     assert verify_run(VerifyConfig(str(whole)))
 
 
@@ -99,7 +98,7 @@ def test_two_ranks_give_the_losses_of_one(config, free_port, options):
     """Adapters, their switch and a batch trimmed differently on each rank."""
     keys = ("train/loss", "train/reward_margin", "val/loss", "val/reward_accuracy")
     config = replace(config, **options)
-    printed = same_on_two_ranks(dpo, "dpo.py", config, free_port, keys, rel=1e-4)
+    printed = same_on_two_ranks("dpo.py", config, free_port, keys, rel=1e-4)
     assert "2 ranks x 2 micro steps x 2 rows x 128" in printed
 
 
@@ -108,8 +107,8 @@ def test_compiled_training_gives_the_same_losses(config, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f: compile(f, backend="aot_eager"))
     config = replace(config, max_steps=3, save_every=0, **LORA | {"lora_dropout": 0.0})
-    dpo(replace(config, run_name="eager"))
-    dpo(replace(config, run_name="compiled", compile="on"))
+    finetune(replace(config, run_name="eager"))
+    finetune(replace(config, run_name="compiled", compile="on"))
     eager, compiled = (losses(Path(config.out_dir) / name) for name in ("eager", "compiled"))
     assert compiled == pytest.approx(eager, rel=1e-4)
 
@@ -117,7 +116,7 @@ def test_compiled_training_gives_the_same_losses(config, monkeypatch):
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's use
 def test_a_checkpoint_of_adapters(config, tmp_path):
     """Holds only them; load_model merges them in, and peft loads the folder as it is."""
-    dpo(replace(config, **LORA))
+    finetune(replace(config, **LORA))
     run, base = run_of(config), load_model(config.init_from, kernels="torch")
     folder = run / "checkpoints" / "step_00000006"
     names = {"adapter_config.json", TENSORS, "optimizer.safetensors"}
@@ -138,13 +137,10 @@ def test_a_checkpoint_of_adapters(config, tmp_path):
     expected = theirs(idx).logits
     assert_close(merged(idx), expected, rtol=1e-4, atol=1e-5)
     assert (base(idx) - expected).abs().max() > 1e-3
-    export_hf(merged, tmp_path / "merged_hf")
-    assert_close(GPT2LMHeadModel.from_pretrained(tmp_path / "merged_hf")(idx).logits, merged(idx),
-                 rtol=1e-4, atol=1e-5)  # fmt: skip
 
     # Adapters go onto what was itself made with adapters; a new run starts from the sum.
     second = replace(config, init_from=str(run), run_name="second", **LORA)
-    dpo(second)
+    finetune(second)
     assert losses(run_of(second))[0] == pytest.approx(math.log(2), abs=1e-6)
     before = load_model(run_of(second), kernels="torch")(idx)
     # The runs may lie elsewhere, if they lie there together.
@@ -158,14 +154,10 @@ def test_a_checkpoint_of_adapters(config, tmp_path):
 
 
 def test_adapters_for_another_model(config, tmp_path):
-    dpo(replace(config, **LORA))
+    finetune(replace(config, **LORA))
     shutil.rmtree(config.init_from)
     save_start(Path(config.init_from), seed=1)
     with pytest.raises(ValueError, match="adapters for another model.*runs/base.*hash.*has"):
-        load_model(run_of(config))
-    shutil.rmtree(config.init_from)
-    save_start(Path(config.init_from), n_layer=3)
-    with pytest.raises(ValueError, match="not the tensors of this model: missing .*h.2.attn"):
         load_model(run_of(config))
     shutil.rmtree(config.init_from)
     with pytest.raises(OSError, match="runs/base.*neither here nor"):
@@ -173,12 +165,12 @@ def test_adapters_for_another_model(config, tmp_path):
 
 
 def test_other_adapters_on_resume(config):
-    dpo(replace(config, **LORA))
+    finetune(replace(config, **LORA))
     resumed = replace(config, resume="auto", max_steps=8)
     with pytest.raises(ValueError, match="holds another model: lora_rank 4 .here None."):
-        dpo(resumed)
+        finetune(resumed)
     with pytest.raises(ValueError, match="holds another model: lora_rank 4 .here 2."):
-        dpo(replace(resumed, lora_rank=2))
+        finetune(replace(resumed, lora_rank=2))
 
 
 def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
@@ -190,28 +182,12 @@ def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
     assert_close(loaded(idx), model(idx), rtol=1e-4, atol=1e-5)
 
 
-def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
-    rows = [{"prompt": q, "response": a} for q, a in (("Hi", "Hello!"), ("Who?", "A model."))]
-    run = SFTConfig(
-        init_from=config.init_from, data=write(tmp_path / "chat.jsonl", rows * 4),
-        max_steps=40, eval_every=0, log_every=1,
-        tokens_per_step=128, micro_batch_size=1, lr=2e-2, run_name="sft", out_dir=config.out_dir,
-        device="cpu", lora_rank=8,
-    )  # fmt: skip
-    before = weights_hash(load_model(run.init_from))
-    sft(run)
-    assert losses(run_of(run))[-1] < losses(run_of(run))[0] - 0.3  # its base knows nothing
-    assert weights_hash(load_model(run.init_from)) == before
-    assert read_checkpoint(run_of(run)).base["xxh3_128"] == before
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"beta": 0.0}, "beta must be above 0"),
         ({"dropout": 0.1}, "dropout 0.1: DPO compares"),
         ({"lora_rank": -1}, "lora_rank must not be negative"),
-        ({"lora_rank": 2, "lora_targets": ("c_atn",)}, "did you mean 'c_attn'"),
         ({"lora_dropout": 0.1}, "lora_dropout goes with adapters"),
         ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
         ({"data": "alpaca"}, "no such file or folder: 'alpaca'"),
@@ -219,18 +195,18 @@ def test_sft_with_adapters_leaves_the_base_alone(config, tmp_path):
 )
 def test_bad_input_ends_before_anything_is_written(config, changes, words):
     with pytest.raises((ValueError, OSError), match=words):
-        dpo(replace(config, **changes))
+        finetune(replace(config, **changes))
     assert not run_of(config).exists()
 
 
 def test_the_template_of_the_start_is_used_unless_told_otherwise(config, tmp_path, capsys):
     alpaca = save_start(tmp_path / "alpaca", template="alpaca", block_size=256)
     config = replace(config, init_from=alpaca, tokens_per_step=2048, max_steps=1)
-    dpo(config)
+    finetune(config)
     assert read_checkpoint(run_of(config)).chat_template == "alpaca"
     assert "was trained with" not in capsys.readouterr().out
     told = replace(config, run_name="told", template="user_assistant")
-    dpo(told)
+    finetune(told)
     assert "template user_assistant; " in (out := capsys.readouterr().out)
     assert "was trained with alpaca" in out
     assert load_chat_template(run_of(told)) == "user_assistant"
@@ -239,8 +215,8 @@ def test_the_template_of_the_start_is_used_unless_told_otherwise(config, tmp_pat
 def test_show_batch_shows_pairs_and_what_a_rollback_skipped(config, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": f"{i}\x1b[2J", "chosen": f"yes {i}", "rejected": f"no {i}"}
             for i in range(40)]  # fmt: skip
-    config = replace(config, data=write(tmp_path / "40.jsonl", rows), max_steps=1)
-    dpo(config)
+    config = replace(config, data=write_rows(tmp_path / "40.jsonl", rows), max_steps=1)
+    finetune(config)
     run = run_of(config)
 
     def show(step: int) -> str:

@@ -27,7 +27,8 @@ from gpt2.checkpoint import (
 from gpt2.cli import parse
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.data.chat import ChatError, encode_chat, encode_prompt, jinja, messages_from_row
-from gpt2.data.conversations import Counts, read_rows
+from gpt2.data.conversations import read_rows
+from gpt2.data.files import LeftOut
 from gpt2.export import export
 from gpt2.options import ExportConfig
 from gpt2.tokenizer import ByteTokenizer, CharTokenizer, GPT2Tokenizer
@@ -164,7 +165,7 @@ def test_the_template_gives_the_tokens_of_training_on_all_real_conversations(
 ):
     theirs = AutoTokenizer.from_pretrained(exported("gpt2", template)[1])
     used = 0
-    for _, row in read_rows(str(shared_data / "sft"), Counts()):
+    for _, row in read_rows(str(shared_data / "sft"), LeftOut()):
         messages = messages_from_row(row)
         try:
             tokens, _ = encode_chat(messages, TOKENIZERS["gpt2"], template)

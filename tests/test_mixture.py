@@ -1,5 +1,6 @@
 """Mixtures: each source holds integers of its own, so a token says where it came from."""
 
+import json
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,10 +14,8 @@ from hypothesis import strategies as st
 from gpt2.cli import parse
 from gpt2.config import DataSource, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, write_shard
-from gpt2.data.mixture import Ratio
-from gpt2.data.prepare import prepare
-from gpt2.options import PrepareConfig
-from gpt2.train.pretrain import open_data, pretrain
+from gpt2.data.mixture import find_tokenizer, lowest_terms, shares
+from gpt2.train.pretrain import pretrain
 
 from .conftest import losses
 
@@ -64,36 +63,32 @@ class Alone:
     start=st.integers(0, 10**15),
 )
 def test_counts_are_exact_and_each_sample_has_one_source(weights, start):
-    ratio = Ratio(weights)
-    total = sum(ratio.weights)
-    assert [Fraction(w, total) for w in ratio.weights] == [w / sum(weights) for w in weights]
-    periods = ratio.counts(np.array([total * 10**9]))[:, 0]
-    assert periods.tolist() == [w * 10**9 for w in ratio.weights]
+    whole = lowest_terms(weights)
+    total = sum(whole)
+    assert [Fraction(w, total) for w in whole] == [w / sum(weights) for w in weights]
+    periods = shares(whole, np.array([total * 10**9]))[:, 0]
+    assert periods.tolist() == [w * 10**9 for w in whole]
     for first in (0, start):
         i = np.arange(first, first + 300)
-        counts = ratio.counts(i)
-        steps = np.diff(counts)
-        assert (counts.sum(0) == i).all() and (np.sort(steps, 0)[:-1] == 0).all()
-        for count, weight in zip(counts.tolist(), ratio.weights, strict=True):
+        counts = shares(whole, i)
+        assert (counts.sum(0) == i).all() and (np.sort(np.diff(counts), 0)[:-1] == 0).all()
+        for count, weight in zip(counts.tolist(), whole, strict=True):
             for n, k in zip(count, i.tolist(), strict=True):
                 assert abs(n - Fraction(k * weight, total)) < len(weights) / 2 + 0.5
 
 
 def test_weights_too_fine_for_an_exact_schedule():
     with pytest.raises(ValueError, match="round them to a few decimals"):
-        Ratio([Fraction("0.30000000001"), Fraction("0.7")])
+        lowest_terms([Fraction("0.30000000001"), Fraction("0.7")])
 
 
 @pytest.mark.parametrize("backend", ["cpp", "numpy"])
-def test_proportions_ranks_and_order_within_a_source(folder, backend):
+def test_proportions_and_order_within_a_source(folder, backend):
     data = mixture(folder, ("a", ".5"), ("b", ".3"), ("c", ".2"), backend=backend)
     alone = Alone(folder)
     for step in range(30):
         x, y = data.batch(step, 8)
         assert torch.equal(y, x + 1)
-        for world_size in (2, 4, 8):
-            parts = [data.batch(step, 8, rank, world_size)[0] for rank in range(world_size)]
-            assert torch.equal(torch.cat(parts), x)
         for row in range(8):
             place = data.provenance(step, row, 8)
             source = "abc"[int(x[row, 0]) // 10000]
@@ -236,11 +231,12 @@ def test_training_on_a_mixture(train_config, shakespeare, tmp_path, capsys):
     assert other in capsys.readouterr().out
 
 
-def test_one_tokenizer_for_all_sources(shakespeare, train_config, tmp_path):
-    (tmp_path / "other.txt").write_text("To be, or not to be. " * 100)
-    for kind, which in (("byte", "char.* and .*byte"), ("char", "char.* and .*char")):
-        out = tmp_path / kind
-        prepare(PrepareConfig(text=str(tmp_path / "other.txt"), tokenizer=kind, out=str(out)))
-        config = replace(train_config, data=f"{shakespeare}:1,{out}:1")
-        with pytest.raises(ValueError, match=which):
-            open_data(config, "train", 32)
+@pytest.mark.parametrize("other", [{"name": "byte"}, {"name": "char", "chars": "ac"}])
+def test_one_tokenizer_for_all_sources(tmp_path, other):
+    for name, tokenizer in (("a", {"name": "char", "chars": "ab"}), ("b", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"tokenizer": tokenizer}))
+    with pytest.raises(
+        ValueError, match="a and .*b were made with different tokenizers.*char.* and"
+    ):
+        find_tokenizer(f"{tmp_path / 'a'}:1,{tmp_path / 'b'}:1")

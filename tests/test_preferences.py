@@ -1,22 +1,23 @@
 """Preference pairs: every form of row, what counts, what is left out, and the order of batches."""
 
+import numpy as np
 import pytest
 import torch
 
 from gpt2.data.chat import ChatError, encode_prompt
 from gpt2.data.preferences import PairLoader, encode_pair, load_pairs, pair_from_row
+from gpt2.data.sft import ConversationLoader, load_conversations
 from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
 
-from .test_sft_data import equal, of, write
+from .conftest import equal, write_rows
 
 TOKENIZER = ByteTokenizer()
 USER = {"role": "user", "content": "Sky?"}
 BLUE, GREEN = ({"role": "assistant", "content": c} for c in ("Blue.", "Green!"))
-PAIR = ([USER, BLUE], [USER, GREEN])
 HH = "\n\nHuman: Sky?\n\nAssistant: "
-
-
-GOOD = {"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green!"}
+HALVES = ("chosen", "rejected")
+ANSWERS = {"chosen": "Blue.", "rejected": "Green!"}
+GOOD = {"prompt": "Sky?"} | ANSWERS
 
 
 def load(data: str, block_size: int = 64, **options):
@@ -27,43 +28,44 @@ def plain(messages) -> list[tuple]:
     return [(m["role"], m["content"].strip(), m.get("input") or "") for m in messages]
 
 
+def both(prompt: str, a: str, b: str) -> dict:
+    return {"chosen": f"{prompt}{a}", "rejected": f"{prompt}{b}"}
+
+
+ADD = [{"role": "user", "content": "Add", "input": "1"}]
+TURNS = [USER, {"role": "assistant", "content": "What of it?"}, USER]
+
+
 @pytest.mark.parametrize(
-    "row",
+    "row, prompt",
     [
-        GOOD,
-        {"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]},
-        {"prompt": [USER], "chosen": "Blue.", "rejected": "Green!"},
-        {"chosen": [USER, BLUE], "rejected": [USER, GREEN]},
-        {"prompt": "Sky?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]},
-        {"chosen": f"{HH}Blue.", "rejected": f"{HH}Green!"},
-        {"prompt": HH, "chosen": " Blue.", "rejected": " Green!"},
-        {"instruction": "Sky?", "input": "", "chosen": "Blue.", "rejected": "Green!"},
-        {"instruction": "Sky?", "output_1": "Green!", "output_2": "Blue.", "preference": 2},
-        {"context": [{"role": "prompter", "text": "Sky?"}], "chosen": "Blue.",
-         "rejected": "Green!"},
+        (GOOD, [USER]),
+        ({"prompt": [USER], "chosen": [BLUE], "rejected": [GREEN]}, [USER]),
+        ({"prompt": [USER]} | ANSWERS, [USER]),
+        ({"chosen": [USER, BLUE], "rejected": [USER, GREEN]}, [USER]),
+        ({"prompt": "Sky?", "chosen": [USER, BLUE], "rejected": [USER, GREEN]}, [USER]),
+        (both(HH, "Blue.", "Green!"), [USER]),
+        (both(f"{HH}What of it?{HH}", "Blue.", "Green!"), TURNS),
+        ({"prompt": HH, "chosen": " Blue.", "rejected": " Green!"}, [USER]),
+        ({"instruction": "Sky?", "input": ""} | ANSWERS, [USER]),
+        ({"instruction": "Add", "input": "1"} | ANSWERS, ADD),
+        ({"instruction": "Sky?", "output_1": "Green!", "output_2": "Blue.", "preference": 2},
+         [USER]),
+        ({"context": [{"role": "prompter", "text": "Sky?"}]} | ANSWERS, [USER]),
     ],
 )  # fmt: skip
-def test_every_form_is_the_same_pair(row):
-    assert [plain(m) for m in pair_from_row(row)] == [plain(m) for m in PAIR]
+def test_every_form_of_a_pair(row, prompt):
+    pair = [plain([*prompt, answer]) for answer in (BLUE, GREEN)]
+    assert [plain(messages) for messages in pair_from_row(row)] == pair
     system = {"role": "system", "content": "Be brief."}
-    chosen, rejected = pair_from_row(row | {"system": "Be brief."})
-    assert chosen[0] == rejected[0] == system and plain(chosen[1:]) == plain(PAIR[0])
-
-
-def test_input_and_several_turns():
-    chosen, _ = pair_from_row({"instruction": "Add", "input": "1", "chosen": "1", "rejected": "2"})
-    assert plain(chosen) == [("user", "Add", "1"), ("assistant", "1", "")]
-    text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: "
-    chosen, rejected = pair_from_row({"chosen": f"{text}d", "rejected": f"{text}e"})
-    assert [r for r, _, _ in plain(chosen)] == ["user", "assistant"] * 2
-    assert plain(chosen)[:3] == plain(rejected)[:3]
+    for messages, expected in zip(pair_from_row(row | {"system": "Be brief."}), pair, strict=True):
+        assert messages[0] == system and plain(messages[1:]) == expected
 
 
 @pytest.mark.parametrize("template", ["user_assistant", "alpaca"])
 def test_only_the_answers_after_the_shared_prompt_count(template):
-    turns = [USER, {"role": "assistant", "content": "What of it?"}, USER]
-    chosen, rejected, n = encode_pair(turns + [BLUE], turns + [GREEN], TOKENIZER, template)
-    prompt = encode_prompt(turns, TOKENIZER, template)
+    chosen, rejected, n = encode_pair(TURNS + [BLUE], TURNS + [GREEN], TOKENIZER, template)
+    prompt = encode_prompt(TURNS, TOKENIZER, template)
     assert n == len(prompt)
     for (ids, learnt), answer in ((chosen, "Blue."), (rejected, "Green!")):
         assert ids[:n] == prompt
@@ -75,7 +77,7 @@ def test_answers_that_go_on_for_several_turns():
     more = [USER, {"role": "assistant", "content": "Yes"}]
     for weight, answers in ((1, [*b"Blue.", 256, *b"Yes", 256]), (0, [*b"Yes", 256])):
         first = [USER, BLUE | {"weight": weight}]
-        (ids, learnt), _, _ = encode_pair(first + more, PAIR[1], TOKENIZER, "user_assistant")
+        (ids, learnt), _, _ = encode_pair(first + more, [USER, GREEN], TOKENIZER, "user_assistant")
         assert [t for t, is_counted in zip(ids, learnt, strict=True) if is_counted] == answers
 
 
@@ -88,7 +90,6 @@ def test_answers_that_go_on_for_several_turns():
         ({"prompt": "Sky?", "chosen": "x", "rejected": " x "}, "chosen and rejected are the same"),
         ({"prompt": "Sky?", "chosen": 3, "rejected": "x"}, "not text"),
         ({"prompt": "Sky?", "chosen": "<|user|>", "rejected": "x"}, "template marker in text"),
-        ({"prompt": "", "chosen": "x", "rejected": "y"}, "empty message"),
         ({"prompt": [], "chosen": [], "rejected": []}, "no answer"),
         ({"chosen": "x", "rejected": "y"}, "no prompt"),
         ({"prompt": "Sky?", "chosen": "x"}, "unknown fields"),
@@ -101,78 +102,66 @@ def test_answers_that_go_on_for_several_turns():
         ({"chosen": [USER, BLUE], "rejected": [USER, BLUE, USER, GREEN]}, "prompts differ"),
         ({"chosen": "\n\nHuman: a\n\nHuman: b\n\nAssistant: c", "rejected": HH + "d"},
          "roles out of turn"),
-        ({"chosen": [{"role": "robot", "content": "x"}, BLUE], "rejected": [USER, BLUE]},
-         "unknown role"),
     ],
 )  # fmt: skip
-def test_bad_rows_end_the_run_or_are_counted(tmp_path, row, kind):
-    data = write(tmp_path / "pairs.jsonl", [GOOD, row, GOOD])
-    with pytest.raises(ValueError, match="line 2: .*--bad_rows skip"):
+def test_rows_that_are_no_pair(row, kind):
+    with pytest.raises(ChatError) as error:
+        encode_pair(*pair_from_row(row), TOKENIZER, "user_assistant")
+    assert error.value.kind == kind
+
+
+def test_a_bad_pair_ends_the_run_or_is_counted(tmp_path):
+    data = write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"chosen": ""}, GOOD])
+    with pytest.raises(ValueError, match="line 2: chosen is empty; --bad_rows skip"):
         load(data)
     pairs, _ = load(data, bad_rows="skip")
-    assert len(pairs) == 4 and pairs.counts.rows == 3 and pairs.counts.used == 2
-    assert {k: n for k, (n, _) in pairs.counts.left_out.items()} == {kind: 1}
-    with pytest.raises(ChatError):
-        encode_pair(*pair_from_row(row), TOKENIZER, "user_assistant")
+    assert pairs.left_out == {"no answer": (1, f"{data}: line 2: chosen is empty")}
+    assert pairs.where == [f"{data}: line {n} {half}" for n in (1, 3) for half in HALVES]
 
 
 def test_overlong_pairs_are_dropped_or_cut(tmp_path):
     long = {"prompt": "Q" * 30, "chosen": "a" * 8, "rejected": "b" * 20}
-    data = write(tmp_path / "pairs.jsonl", [long, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    short = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    data = write_rows(tmp_path / "pairs.jsonl", [long, short])
     # <|user|>\n 30 \n<|assistant|>\n 20 <|endoftext|>: 9 + 30 + 1 + 14 + 20 + 1 = 75 tokens.
     whole, _ = load(data, 74)
     dropped, _ = load(data, 73)
-    assert dropped.counts.left_out["longer than block_size"][0] == 1
+    assert dropped.left_out["longer than block_size"][0] == 1
     cut, _ = load(data, 50, overlong="cut")
-    assert cut.counts.cut == 1 and cut.counts.lines() == ["cut 1 pairs to fit block_size"]
+    assert cut.log() == [f"{data}: cut 1 to fit block_size"]
     assert (len(whole), len(dropped), len(cut)) == (4, 2, 4)
     for half in (0, 1):  # both lose the same 24 tokens from the start, and no answer is touched
-        before, after = of(whole, half), of(cut, half)
-        assert whole.tokens[before][24:].tolist() == cut.tokens[after].tolist()
-        assert whole.learnt[before][24:].tolist() == cut.learnt[after].tolist()
+        assert np.array_equal(whole.tokens[half][24:], cut.tokens[half])
+        assert np.array_equal(whole.learnt[half][24:], cut.learnt[half])
     # An answer that does not fit with the marker before it is never cut.
     small, _ = load(data, 33, overlong="cut")
     kind = "longer than block_size without its prompt"
-    assert len(small) == 2 and small.counts.left_out[kind][0] == 1
+    assert len(small) == 2 and small.left_out[kind][0] == 1
     assert len(load(data, 34, overlong="cut")[0]) == 4
-    with pytest.raises(ValueError, match="no pairs to train on in 1 rows: left out 1: longer"):
-        load(write(tmp_path / "long.jsonl", [long]), 40)
-    with pytest.raises(ValueError, match="block_size 4 is too short"):
-        load(data, 4)
 
 
 @pytest.fixture
 def pairs(tmp_path):
     """23 pairs; the chosen answer of pair i is i + 1 times y."""
     rows = [{"prompt": f"{i}?", "chosen": "y" * (i + 1), "rejected": "n"} for i in range(23)]
-    return load(write(tmp_path / "pairs.jsonl", rows), 96)[0]
+    return load(write_rows(tmp_path / "pairs.jsonl", rows), 96)[0]
 
 
 def question(row) -> str:
     return bytes(t for t in row.tolist() if t < 256).decode().split("\n")[1]
 
 
-def test_batches_are_pure_and_cover_each_pair_once_an_epoch(pairs):
+def test_the_place_of_a_token_names_pair_and_half(pairs):
+    """Order, epochs and ranks are those of packed conversations; see test_sft_data."""
     loader = PairLoader(pairs, 96, seed=5, pad=TOKENIZER.eot)
-    assert loader.n_windows == 23 and loader.block_size == 192 and not loader.full_rows
-    assert loader.buffers(4) is None and loader.identity()[0]["rows"] == 23
-    seen = [question(idx[0]) for step in range(23) for idx in loader.batch(step, 2)[0]]
-    assert sorted(seen[:23]) == sorted(seen[23:]) == sorted(f"{i}?" for i in range(23))
-    assert seen[:23] != seen[23:]
-    whole = PairLoader(pairs, 96, seed=5, pad=TOKENIZER.eot).batch(3, 8)
-    assert equal(whole, loader.batch(2, 8, offset=8))
-    for rank in range(4):
-        for mine, every in zip(loader.batch(3, 8, rank, 4), whole, strict=True):
-            assert torch.equal(mine, every[2 * rank : 2 * rank + 2, :, : mine.shape[2]])
-    for token, half, offset in ((0, "chosen", 0), (5, "chosen", 5), (99, "rejected", 3)):
+    assert (loader.n_windows, loader.block_size, loader.full_rows) == (23, 192, False)
+    pair = loader.index(3 * 8 + 5)
+    assert question(loader.batch(3, 8)[0][5, 0]) == f"{pair}?" != "29?"
+    first, second = (length - 1 for length in pairs.lengths[2 * pair : 2 * pair + 2])
+    for token, half, offset in [(0, 0, 0), (5, 0, 5), (95, 0, first), (99, 1, 3), (192, 1, second)]:
         place = loader.provenance(3, 5, 8, token)
-        pair = loader.index(3 * 8 + 5)
-        assert place.document == 2 * pair + 1 + (half == "rejected") and place.offset == offset
-        assert place.shard.endswith(f"line {pair + 1} {half}")
-    assert loader.provenance(2, 5, 8, 192, offset=8).offset == pairs.lengths[2 * pair + 1] - 1
-    assert PairLoader(pairs, 96, shuffle=False).index(24) == 1
-    with pytest.raises(ValueError, match="row 8 is not one of the 8 rows of a step"):
-        loader.provenance(3, 8, 8)
+        assert (place.document, place.offset) == (2 * pair + 1 + half, offset)
+        assert place.shard.endswith(f"line {pair + 1} {HALVES[half]}")
 
 
 def test_rows_hold_shifted_targets_and_nothing_else(pairs):
@@ -191,20 +180,33 @@ def test_rows_hold_shifted_targets_and_nothing_else(pairs):
     assert equal(trimmed, (idx[..., :64], targets[..., :64]))
 
 
+SFT, DPO = (load_conversations, 1024, 1), (load_pairs, 512, 2)
+
+
 @pytest.mark.parametrize(
-    ("name", "rows", "used", "left_out"),
+    "kind, name, used, left_out",
     [
-        ("alpacafarm_gpt4_prefs.jsonl.xz", 5477, 5422,
+        # 191 trees; of three only one reply is there.
+        (SFT, "sft/oasst1_en_validation.jsonl.xz", 178,
+         {"what it replies to is missing": 3, "longer than block_size": 10}),
+        (SFT, "sft/lima_train_llamafactory.jsonl.xz", 841, {"longer than block_size": 188}),
+        (SFT, "sft/gsm8k_train.jsonl.xz", 7473, {}),
+        (DPO, "dpo/alpacafarm_gpt4_prefs.jsonl.xz", 5422,
          {"no answer": 3, "longer than block_size": 52}),
-        ("hh_rlhf_harmless_base_test.jsonl.gz", 2312, 2203,
+        (DPO, "dpo/hh_rlhf_harmless_base_test.jsonl.gz", 2203,
          {"no answer": 4, "longer than block_size": 96, "roles out of turn": 9}),
-        ("oasst1_en_val_pairs.jsonl.xz", 1026, 760,
+        (DPO, "dpo/oasst1_en_val_pairs.jsonl.xz", 760,
          {"longer than block_size": 265, "chosen and rejected are the same": 1}),
     ],
 )  # fmt: skip
 @pytest.mark.slow
-def test_real_data(shared_data, name, rows, used, left_out):
-    options = dict(template="user_assistant", bad_rows="skip")
-    pairs, _ = load_pairs(str(shared_data / "dpo" / name), GPT2Tokenizer(), 512, **options)
-    assert (pairs.counts.rows, pairs.counts.used, len(pairs)) == (rows, used, 2 * used)
-    assert {kind: n for kind, (n, _) in pairs.counts.left_out.items()} == left_out
+def test_real_data(shared_data, kind, name, used, left_out):
+    load, size, parts = kind
+    data, _ = load(
+        str(shared_data / name), GPT2Tokenizer(), size, template="user_assistant", bad_rows="skip"
+    )
+    assert len(data) == parts * used
+    assert {kind: n for kind, (n, _) in data.left_out.items()} == left_out
+    if kind is SFT:
+        loader = ConversationLoader(data, size)
+        assert loader.n_filled / loader.n_tokens > 0.98 and loader.n_windows < used / 2

@@ -170,7 +170,8 @@ def test_wandb_without_login_and_offline(tmp_path, shakespeare, mode):
 
 
 @pytest.mark.parametrize(
-    "name", ["chat", "compare", "dpo", "evaluate", "export", "report", "sample", "train_gpt2"]
+    "name",
+    ["chat", "compare", "dpo", "evaluate", "export", "report", "sample", "sft", "train_gpt2"],
 )
 def test_help_comes_without_torch(name):
     code = (
@@ -196,7 +197,8 @@ def test_fine_tuning_and_a_look_at_its_rows(script, tmp_path):
     assert not (tmp_path / "runs").exists()
     status, out, err = script("sft", *options, "--bad_rows", "skip")
     assert status == 0, err
-    assert "left out 1: template marker in text" in out and "done: 2 steps" in out
+    assert f"{data}: left out 1: template marker in text, first {data}: line 5: message" in out
+    assert "done: 2 steps" in out
     status, out, err = script("show_batch", tmp_path / "runs" / "sft", "--step", 1)
     assert status == 0, err
     assert (

@@ -1,6 +1,5 @@
 """Fine-tuning runs: it learns to answer and to stop, resumes, and is the same on two ranks."""
 
-import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -15,11 +14,10 @@ from gpt2.config import GPTConfig, SFTConfig, TrainConfig
 from gpt2.data.chat import encode_prompt
 from gpt2.generate import generate
 from gpt2.model import GPT
-from gpt2.tokenizer import ByteTokenizer, CharTokenizer
-from gpt2.train.finetune import sft
+from gpt2.tokenizer import ByteTokenizer
+from gpt2.train.finetune import finetune
 
-from .conftest import command_line, losses
-from .test_sft_data import write
+from .conftest import command_line, losses, write_rows
 from .test_trainer import interrupted_at
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +40,7 @@ def config(tmp_path) -> SFTConfig:
     """A run of a second: 40 conversations in 20 rows, 2 rows a step."""
     rows = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}."} for i in range(40)]
     return SFTConfig(
-        init_from=save_base(tmp_path / "base"), data=write(tmp_path / "qa.jsonl", rows),
+        init_from=save_base(tmp_path / "base"), data=write_rows(tmp_path / "qa.jsonl", rows),
         val_fraction=0.2, tokens_per_step=192, micro_batch_size=1, max_steps=6, lr=1e-3,
         eval_every=3, save_every=3, log_every=1, run_name="run", out_dir=str(tmp_path / "runs"),
         device="cpu",
@@ -56,11 +54,11 @@ def run_of(config) -> Path:
 def test_learns_its_answers_and_where_they_end(config, tmp_path):
     rows = [{"prompt": q, "completion": a} for q, a in ANSWERS.items()]
     config = replace(
-        config, data=write(tmp_path / "four.jsonl", rows), max_steps=120, lr=1e-2, eval_every=0,
-        save_every=0, tokens_per_step=192, micro_batch_size=2, init_from=save_base(
-            tmp_path / "wide", n_embd=64),
+        config, init_from=save_base(tmp_path / "wide", n_embd=64), max_steps=120, lr=1e-2,
+        data=write_rows(tmp_path / "four.jsonl", rows), eval_every=0, save_every=0,
+        tokens_per_step=192, micro_batch_size=2,
     )  # fmt: skip
-    sft(config)
+    finetune(config)
     assert losses(run_of(config))[-1] < 0.05
     model, tokenizer = load_model(run_of(config), kernels="torch"), ByteTokenizer()
     template = load_chat_template(run_of(config))
@@ -75,20 +73,10 @@ def test_learns_its_answers_and_where_they_end(config, tmp_path):
     assert max(map(len, found)) < 40
 
 
-def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path, capsys):
-    rows = [json.loads(line) for line in Path(config.data).read_text().split("\n")[:-1]]
-    rows += [{"question": "no answer"}, {"question": "long", "answer": "a" * 99}]
-    data = write(tmp_path / "mixed.jsonl", rows)
-    with pytest.raises(
-        ValueError, match="line 41: the row has 'question' but no answer; --bad_rows skip"
-    ):
-        sft(replace(config, data=data))
-    assert not Path(config.out_dir).exists()
-    config = replace(config, data=data, bad_rows="skip", max_steps=0, epochs=2.0, warmup_steps=1)
-    sft(config)
+def test_steps_are_as_many_as_epochs_need(config, capsys):
+    config = replace(config, max_steps=0, epochs=2.0, warmup_steps=1)
+    finetune(config)
     out = capsys.readouterr().out
-    assert f"{data}: left out 1: no answer, first {data}: line 41: the row has 'question'" in out
-    assert f"{data}: left out 1: longer than block_size, first {data}: line 42" in out
     train = next(line for line in out.splitlines() if line.startswith("train: "))
     n_rows = int(train.split(" conversations in ")[1].split()[0])
     assert "packed rows of 96" in train and "filled" in train
@@ -96,7 +84,7 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
     saved = parse(SFTConfig, "", [str(run_of(config) / "config.yaml")])
     assert saved.max_steps == n_rows == read_checkpoint(run_of(config)).step
     assert len(losses(run_of(config), "val/loss")) == 2 + (n_rows - 1) // 3  # before step 0, too
-    sft(replace(config, resume="auto"))
+    finetune(replace(config, resume="auto"))
     out = capsys.readouterr().out
     assert f"resumed               from step {n_rows}" in out and "changed since" not in out
 
@@ -104,11 +92,11 @@ def test_the_log_says_what_the_rows_hold_and_what_was_left_out(config, tmp_path,
 def test_the_template_is_saved_and_val_data_is_its_own(config, tmp_path, capsys):
     start, before = save_base(tmp_path / "long", block_size=256), None
     assert load_chat_template(start) is None and load_chat_template("gpt2") is None
-    val = write(tmp_path / "val.jsonl", [{"question": "5 + 5?", "answer": "It is 10."}])
+    val = write_rows(tmp_path / "val.jsonl", [{"question": "5 + 5?", "answer": "It is 10."}])
     config = replace(config, tokens_per_step=512, max_steps=1, val_data=val)
     for template in ("user_assistant", "alpaca"):
         run = replace(config, template=template, init_from=start, run_name=template)
-        sft(run)
+        finetune(run)
         start = str(run_of(run))
         assert len(losses(run_of(run), "val/loss")) == 2  # before and after the step
         assert load_chat_template(start) == read_checkpoint(start).chat_template == template
@@ -118,15 +106,15 @@ def test_the_template_is_saved_and_val_data_is_its_own(config, tmp_path, capsys)
         before = template
 
 
-def same_as_whole(train, config, file="model.safetensors") -> Path:
+def same_as_whole(config, file="model.safetensors") -> Path:
     """Interrupted in its fifth step and resumed, a run gives the bits of one that was not."""
     whole, cut = (replace(config, run_name=name) for name in ("whole", "cut"))
-    train(whole)
+    finetune(whole)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gpt2.train.trainer.Trainer.train_step", interrupted_at(4))
         with pytest.raises(KeyboardInterrupt):
-            train(cut)
-    train(replace(cut, resume="auto"))
+            finetune(cut)
+    finetune(replace(cut, resume="auto"))
     ends = [run_of(c) / "checkpoints" / "step_00000006" / file for c in (whole, cut)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     for key in ("train/loss", "val/loss"):
@@ -134,8 +122,8 @@ def same_as_whole(train, config, file="model.safetensors") -> Path:
     return run_of(whole)
 
 
-def same_on_two_ranks(train, script, config, port, keys, rel) -> str:
-    train(replace(config, run_name="one"))
+def same_on_two_ranks(script, config, port, keys, rel) -> str:
+    finetune(replace(config, run_name="one"))
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
         "--master-port", str(port), str(ROOT / "scripts" / script),
@@ -149,16 +137,15 @@ def same_on_two_ranks(train, script, config, port, keys, rel) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("dropout", [None, 0.2])
-def test_resume_continues_bit_for_bit(config, dropout):
-    same_as_whole(sft, replace(config, dropout=dropout))
+def test_resume_continues_bit_for_bit(config):
+    same_as_whole(replace(config, dropout=0.2))
 
 
 @pytest.mark.ddp
 def test_two_ranks_give_the_losses_of_one(config, free_port):
     """Rows with different numbers of targets on each rank: the mean is over all of them."""
     keys = ("train/loss", "val/loss")
-    printed = same_on_two_ranks(sft, "sft.py", config, free_port, keys, rel=1e-5)
+    printed = same_on_two_ranks("sft.py", config, free_port, keys, rel=1e-5)
     assert "2 ranks x 1 micro steps x 1 rows x 96" in printed
     assert printed.count("train: ") == 1
 
@@ -171,8 +158,6 @@ def test_two_ranks_give_the_losses_of_one(config, free_port):
         (dict(data="nowhere.jsonl"), "known data set"),
         (dict(val_data="nowhere.jsonl"), "known data set"),
         (dict(block_size=97), "longer than the context"),
-        (dict(block_size=16), "block_size 16 is too short: .* 27 tokens or more"),
-        (dict(tokens_per_step=100), "nearest valid tokens_per_step are 96 and 192"),
         (dict(val_fraction=0.0), "val_fraction 0 leaves none of .* for validation"),
         (dict(val_fraction=1.0), r"val_fraction must lie in \[0, 1\)"),
         (dict(epochs=0.0), "epochs must be above 0"),
@@ -185,11 +170,5 @@ def test_two_ranks_give_the_losses_of_one(config, free_port):
 )
 def test_bad_input_ends_before_anything_is_written(config, changes, message):
     with pytest.raises((ValueError, OSError), match=message):
-        sft(replace(config, **changes))
+        finetune(replace(config, **changes))
     assert not Path(config.out_dir).exists()
-
-
-def test_a_model_without_an_end_of_text(config, tmp_path):
-    base = save_base(tmp_path / "char", CharTokenizer("abc <|>\n"))
-    with pytest.raises(ValueError, match="char tokenizer has no end of text"):
-        sft(replace(config, init_from=base))

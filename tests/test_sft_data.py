@@ -12,11 +12,18 @@ from hypothesis import strategies as st
 
 from gpt2.config import IGNORE_INDEX, GPTConfig
 from gpt2.data.chat import messages_from_row
-from gpt2.data.conversations import Counts, best_threads, read_rows
-from gpt2.data.rows import Conversations
-from gpt2.data.sft import ConversationLoader, best_fit_decreasing, load_conversations
+from gpt2.data.conversations import best_threads, read_rows
+from gpt2.data.files import LeftOut
+from gpt2.data.sft import (
+    ConversationLoader,
+    Conversations,
+    best_fit_decreasing,
+    load_conversations,
+)
 from gpt2.model import GPT
-from gpt2.tokenizer import ByteTokenizer, GPT2Tokenizer
+from gpt2.tokenizer import ByteTokenizer
+
+from .conftest import equal, write_rows
 
 TOKENIZER = ByteTokenizer()
 QA = [{"question": f"What is {i} + {i}?", "answer": "It is " + "one more than " * i}
@@ -26,28 +33,17 @@ LATE = {"question": "q" * 100, "answer": "a" * 5}
 SHORT = [{"question": "q", "answer": "a" * i} for i in (1, 5, 9)]
 
 
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def load(data: str, block_size: int = 256, **options):
     return load_conversations(data, TOKENIZER, block_size, template="user_assistant", **options)
 
 
 def conversations(lengths, learnt_from=2) -> Conversations:
     """Conversation i is the tokens 100 i, 100 i + 1, ...; learnt from its third token on."""
-    tokens = [100 * i + np.arange(n) for i, n in enumerate(lengths)]
+    tokens = [100 * i + np.arange(n, dtype=np.uint16) for i, n in enumerate(lengths)]
     learnt = [np.arange(n) >= learnt_from for n in lengths]
-    where = [f"row {i}" for i in range(len(lengths))]
     return Conversations(
-        "made", np.concatenate(tokens).astype(np.uint16), np.concatenate(learnt),
-        np.cumsum(lengths), where, Counts(),
-    )  # fmt: skip
-
-
-def of(data: Conversations, i: int) -> slice:
-    return slice(data.ends[i] - data.lengths[i], data.ends[i])
+        "made", tokens, learnt, [f"row {i}" for i in range(len(lengths))], LeftOut()
+    )
 
 
 def test_a_packed_row_position_by_position():
@@ -68,7 +64,11 @@ def test_a_packed_row_position_by_position():
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 40))
 def test_packing_is_best_fit_decreasing(lengths, capacity):
     bins = best_fit_decreasing(np.array(lengths), capacity)
-    assert sorted(i for b in bins for i in b) == list(range(len(lengths)))
+    assert sorted(i for b in bins for _, i in b) == list(range(len(lengths)))
+    for b in bins:  # each begins where the one before it ends
+        assert [start for start, _ in b] == [
+            sum(lengths[i] for _, i in b[:n]) for n in range(len(b))
+        ]
     # The same by looking at every bin: which of two equally full bins is taken changes no load.
     loads: list[int] = []
     for length in sorted(lengths, reverse=True):
@@ -77,7 +77,7 @@ def test_packing_is_best_fit_decreasing(lengths, capacity):
             loads[max(fits, key=lambda b: loads[b])] += length
         else:
             loads.append(length)
-    assert sorted(sum(lengths[i] for i in b) for b in bins) == sorted(loads)
+    assert sorted(sum(lengths[i] for _, i in b) for b in bins) == sorted(loads)
 
 
 @pytest.fixture
@@ -87,40 +87,30 @@ def many() -> ConversationLoader:
 
 
 def seen(loader, first: int, n: int) -> list[int]:
-    samples = range(first, first + n)
-    return [i for sample in samples for i in loader.rows[loader.index(sample)]]
+    return [i for sample in range(first, first + n) for _, i in loader.rows[loader.index(sample)]]
 
 
 def test_each_conversation_once_an_epoch_in_another_order(many):
     n = many.n_windows
     assert n < 120  # of 200 conversations: they are packed
     epochs = [seen(many, epoch * n, n) for epoch in range(3)]
-    assert all(sorted(epoch) == list(range(200)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    ordered = ConversationLoader(many.data, 32, seed=5, shuffle=False)
-    assert sorted(epochs[0]) == sorted(seen(ordered, 0, n)) and seen(ordered, 0, n) != epochs[0]
-    assert seen(ConversationLoader(many.data, 32, seed=6), 0, n) != epochs[0]
+    ordered = seen(ConversationLoader(many.data, 32, seed=5, shuffle=False), 0, n)
+    other = seen(ConversationLoader(many.data, 32, seed=6), 0, n)
+    orders = [*epochs, ordered, other]
+    assert all(sorted(order) == list(range(200)) for order in orders)
+    assert len(set(map(tuple, orders))) == 5
 
 
-def equal(a, b) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_ranks_share_the_rows_of_one(many):
-    for step, offset in ((0, 0), (7, 16), (40, 3), (40, -320)):
-        whole = many.batch(step, 8, offset=offset)
-        for world_size in (2, 4):
-            parts = [many.batch(step, 8, r, world_size, offset=offset) for r in range(world_size)]
-            assert equal(whole, map(torch.cat, zip(*parts, strict=True)))
-        place = many.provenance(step, 3, 8, offset=offset)
-        assert whole[0][3, 0] == 100 * (place.document - 1) and place.offset == 0
-    assert equal(many.batch(5, 8, offset=-40), many.batch(0, 8))
-    assert equal(many.batch(5, 8), many.batch(0, 8, offset=40))
-    assert many.buffers(8) is None
-    with pytest.raises(ValueError, match="does not divide among 3 ranks"):
-        many.batch(0, 8, 0, 3)
-    with pytest.raises(ValueError, match="before the first sample"):
-        many.batch(1, 8, offset=-9)
+@pytest.mark.parametrize("step, offset", [(0, 0), (7, 16), (40, 3), (40, -320)])
+def test_ranks_share_the_rows_of_one(many, step, offset):
+    whole = many.batch(step, 8, offset=offset)
+    for world_size in (2, 4):
+        parts = [many.batch(step, 8, r, world_size, offset=offset) for r in range(world_size)]
+        assert equal(whole, map(torch.cat, zip(*parts, strict=True)))
+    place = many.provenance(step, 3, 8, offset=offset)
+    assert whole[0][3, 0] == 100 * (place.document - 1) and place.offset == 0
+    one_by_one = [many.batch(step * 8 + offset + row, 1) for row in range(8)]
+    assert equal(whole, map(torch.cat, zip(*one_by_one, strict=True)))
 
 
 def test_identity_is_that_of_what_is_trained_on(many):
@@ -139,7 +129,7 @@ def test_packed_and_alone_give_the_same_losses(tmp_path, kernels):
     """Each token's loss, conversation by conversation; without doc_start they would differ."""
     # Interpreted, Triton's kernels are slow: three short ones in one row.
     rows, block, n_layer = (SHORT, 128, 1) if kernels == "triton" else (QA, 256, 2)
-    data, _ = load(write(tmp_path / "qa.jsonl", rows), block)
+    data, _ = load(write_rows(tmp_path / "qa.jsonl", rows), block)
     model = GPT(GPTConfig(n_layer, n_head=2, n_embd=32, block_size=block, vocab_size=257), kernels)
     with torch.no_grad():
         for p in model.parameters():
@@ -162,8 +152,7 @@ def test_packed_and_alone_give_the_same_losses(tmp_path, kernels):
         idx, targets, doc_start = packed.batch(sample, 1)
         hidden, seen = losses(idx, targets, doc_start)[0], losses(idx, targets)[0]
         for start, stop, i in packed.spans(packed.index(sample)):
-            tokens = torch.tensor(data.tokens[of(data, i)].tolist())
-            learnt = torch.tensor(data.learnt[of(data, i)])
+            tokens, learnt = torch.tensor(data.tokens[i].tolist()), torch.tensor(data.learnt[i])
             expected = torch.where(learnt[1:], tokens[1:], -100)
             alone = losses(tokens[None, :-1], expected[None])[0]
             assert (alone > 0).sum() == learnt.sum() > 1
@@ -173,67 +162,56 @@ def test_packed_and_alone_give_the_same_losses(tmp_path, kernels):
 
 
 @pytest.mark.parametrize(
-    "overlong, used, left_out, line",
+    "overlong, used, kind, left_out, first, cut",
     [
-        ("drop", 3, {"longer than block_size": (2, 4)}, "left out 2: longer than block_size, "),
-        ("cut", 4, {"longer than block_size, and cut before its first answer": (1, 5)},
-         "cut 1 conversations to fit block_size"),
+        ("drop", 3, "longer than block_size", 2, 4, []),
+        ("cut", 4, "longer than block_size, and cut before its first answer", 1, 5,
+         ["cut 1 to fit block_size"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit(tmp_path, overlong, used, left_out, line):
-    path = write(tmp_path / "qa.jsonl", [*SHORT, LONG, LATE])
+def test_what_does_not_fit(tmp_path, overlong, used, kind, left_out, first, cut):
+    path = write_rows(tmp_path / "qa.jsonl", [*SHORT, LONG, LATE])
     data, _ = load(path, 63, overlong=overlong)
-    counts = data.counts
-    assert (len(data), counts.used, counts.rows, counts.cut) == (used, used, 5, used - 3)
-    assert counts.left_out.keys() == left_out.keys() and line in "\n".join(counts.lines())
-    for kind, (n, first) in left_out.items():
-        assert counts.left_out[kind][0] == n and f"line {first}" in counts.left_out[kind][1]
+    assert len(data) == used
+    [line, *others] = data.log()
+    assert line.startswith(f"{path}: left out {left_out}: {kind}, first {path}: line {first}: ")
+    assert others == [f"{path}: {line}" for line in cut]
     if overlong == "cut":
-        cut = TOKENIZER.decode(data.tokens[of(data, 3)].tolist())
-        assert cut.endswith("\n<|assistant|>\n" + "a" * 30) and len(cut) == 64
+        text = TOKENIZER.decode(data.tokens[3].tolist())
+        assert text.endswith("\n<|assistant|>\n" + "a" * 30) and len(text) == 64
 
 
 @pytest.mark.parametrize("template, least", [("user_assistant", 27), ("alpaca", 39)])
 def test_a_setting_that_no_row_could_meet_is_one_error(tmp_path, template, least):
-    data = write(tmp_path / "qa.jsonl", [LONG, {"no": "row"}])
+    data = write_rows(tmp_path / "qa.jsonl", [LONG, {"no": "row"}])
     options = dict(template=template, bad_rows="skip")
     with pytest.raises(ValueError, match=f"block_size {least - 2} is too short.* {least} tokens"):
         load_conversations(data, TOKENIZER, least - 2, **options)
-    with pytest.raises(ValueError, match="no conversations .* in 2 rows: left out 1: longer"):
+    with pytest.raises(ValueError, match="nothing to train on in 2 rows: left out 1: longer"):
         load_conversations(data, TOKENIZER, least - 1, **options)
 
 
 @pytest.mark.parametrize(
-    "row, kind",
+    "line, kind",
     [
-        ({"question": "q"}, "no answer"),
-        ({"question": "say <|assistant|>", "answer": "no"}, "template marker in text"),
-        ("q", "unknown fields"),
-        ({"message_id": ["m"], "parent_id": 3, "role": "prompter", "text": "q"}, "unknown fields"),
+        ('{"question": "q"}', "no answer"),
+        ('{"message_id": 1, "parent_id": 3, "role": "user", "text": "q"}', "unknown fields"),
+        ('{"question": ', "not JSON"),
     ],
 )
-def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, row, kind):
-    path = write(tmp_path / "bad.jsonl", [QA[0], row, QA[1], row])
-    match = r"bad\.jsonl: line 2: .*; --bad_rows skip leaves such rows out"
-    with pytest.raises(ValueError, match=match):
-        load(path)
-    data, _ = load(path, bad_rows="skip")
-    assert len(data) == 2 and data.where == [f"{path}: line 1", f"{path}: line 3"]
-    [(found, (n, first))] = data.counts.left_out.items()
-    assert (found, n) == (kind, 2) and first.startswith(f"{path}: line 2: ")
-    with pytest.raises(ValueError, match=f"no conversations .* in 1 rows: left out 1: {kind}"):
-        load(write(tmp_path / "none.jsonl", [row]), bad_rows="skip")
-
-
-def test_lines_that_are_no_json_end_the_run_or_are_counted(tmp_path):
-    path = Path(write(tmp_path / "bad.jsonl", [QA[0], {}, QA[1]]))
-    path.write_text(path.read_text().replace("{}", '{"question": '))
-    with pytest.raises(ValueError, match="line 2 is not UTF-8 JSON.*; --bad_rows skip leaves such"):
+def test_rows_that_cannot_be_used_end_the_run_or_are_counted(tmp_path, line, kind):
+    path, good = tmp_path / "bad.jsonl", [json.dumps(row) for row in QA[:2]]
+    path.write_text(f"{good[0]}\n{line}\n{good[1]}\n{line}")
+    where = f"{path}: line 2"
+    with pytest.raises(ValueError, match=f"{where}.*; --bad_rows skip leaves such rows out"):
         load(str(path))
     data, _ = load(str(path), bad_rows="skip")
     assert data.where == [f"{path}: line 1", f"{path}: line 3"]
-    [(kind, (n, first))] = data.counts.left_out.items()
-    assert (kind, n) == ("not JSON", 1) and first.startswith(f"{path}: line 2 is not UTF-8 JSON")
+    [(found, (n, first))] = data.left_out.items()
+    assert (found, n) == (kind, 2) and first.startswith(where)
+    path.write_text(line)
+    with pytest.raises(ValueError, match=f"nothing to train on in 1 rows: left out 1: {kind}"):
+        load(str(path), bad_rows="skip")
 
 
 def test_every_kind_of_file_and_of_folder(tmp_path):
@@ -241,11 +219,11 @@ def test_every_kind_of_file_and_of_folder(tmp_path):
     import pyarrow.parquet as pq
 
     def read(path) -> list:
-        return [messages_from_row(row) for _, row in read_rows(str(path), Counts())]
+        return [messages_from_row(row) for _, row in read_rows(str(path), LeftOut())]
 
     folder = tmp_path / "a,b"
     folder.mkdir()
-    write(folder / "a.jsonl", QA[:5])
+    write_rows(folder / "a.jsonl", QA[:5])
     lines = "".join(json.dumps(row) + "\n" for row in QA[5:9])
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pq.write_table(pa.Table.from_pylist(QA[9:]), folder / "c.parquet")
@@ -259,51 +237,41 @@ def test_every_kind_of_file_and_of_folder(tmp_path):
     assert read(tmp_path / "n.parquet") == read(tmp_path / "lists.json") == plain
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """datasets.load_dataset reads local JSON lines in place of the hub's data."""
+@pytest.mark.parametrize(
+    "name, repo, config",
+    [
+        ("alpaca", "tatsu-lab/alpaca", None),
+        ("dolly", "databricks/databricks-dolly-15k", None),
+        ("tulu2", "allenai/tulu-v2-sft-mixture", None),
+        ("oasst1", "OpenAssistant/oasst1", None),
+        ("gsm8k", "openai/gsm8k", "main"),
+    ],
+)
+def test_known_data_sets_of_the_hub(tmp_path, monkeypatch, name, repo, config):
+    """test_chat has their forms of rows; here local lines stand in place of the hub's."""
     import datasets
 
-    asked, load = [], datasets.load_dataset
+    asked, load_dataset = [], datasets.load_dataset
+    path = write_rows(tmp_path / "hub.jsonl", QA[:2])
 
     def load_local(repo, name=None, *, split, streaming, revision):
         asked.append((repo, name, split))
-        return load("json", data_files=str(tmp_path / "hub.jsonl"), split="train", streaming=True)
+        return load_dataset("json", data_files=path, split="train", streaming=True)
 
     monkeypatch.setattr(datasets, "load_dataset", load_local)
-    return asked
-
-
-@pytest.mark.parametrize(
-    "name, repo, config, row",
-    [
-        ("alpaca", "tatsu-lab/alpaca", None,
-         {"instruction": "Q", "input": "I", "output": "A", "text": "..."}),
-        ("dolly", "databricks/databricks-dolly-15k", None,
-         {"instruction": "Q", "context": "I", "response": "A", "category": "open_qa"}),
-        ("tulu2", "allenai/tulu-v2-sft-mixture", None,
-         {"dataset": "flan_v2", "id": "1", "messages": [{"role": "user", "content": "Q\nI"},
-                                                       {"role": "assistant", "content": "A"}]}),
-        ("gsm8k", "openai/gsm8k", "main", {"question": "Q\nI", "answer": "A"}),
-    ],
-)  # fmt: skip
-def test_known_data_sets_of_the_hub(tmp_path, hub, name, repo, config, row):
-    write(tmp_path / "hub.jsonl", [row] * 2)
-    data, _ = load(name)
-    assert hub == [(repo, config, "train")] and data.where == [f"{repo}: row 1", f"{repo}: row 2"]
-    text = "<|user|>\nQ\nI\n<|assistant|>\nA<|endoftext|>"
-    assert TOKENIZER.decode(data.tokens.tolist()) == 2 * text
+    rows = [(f"{repo}: row {i + 1}", row) for i, row in enumerate(QA[:2])]
+    assert list(read_rows(name, LeftOut())) == rows and asked == [(repo, config, "train")]
 
 
 def test_lima_is_read_from_a_folder_or_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(OSError, match="GAIR/lima is gated: accept its licence") as error:
-        list(read_rows("lima", Counts()))
+        list(read_rows("lima", LeftOut()))
     assert "hf download GAIR/lima train.jsonl" in str(error.value)
     assert "data/lima" in str(error.value)
     (tmp_path / "data" / "lima").mkdir(parents=True)
-    write(tmp_path / "data/lima/train.jsonl", [{"conversations": ["Q", "A"], "source": "x"}])
-    [(_, row)] = read_rows("lima", Counts())
+    write_rows(tmp_path / "data/lima/train.jsonl", [{"conversations": ["Q", "A"], "source": "x"}])
+    [(_, row)] = read_rows("lima", LeftOut())
     assert row["conversations"] == ["Q", "A"]
 
 
@@ -315,15 +283,13 @@ def test_lima_is_read_from_a_folder_or_says_how_to_get_it(tmp_path, monkeypatch)
         ("empty", "no JSON or parquet files"),
         ("", "leaves a name empty"),
         ("rows.jsonl,", "leaves a name empty"),
-        ("rows.jsonl", "no conversations to train on in 0 rows: it is empty"),
-        ("broken.jsonl", "broken.jsonl: line 2 is not UTF-8 JSON"),
+        ("rows.jsonl", "nothing to train on in 0 rows: it is empty"),
     ],
 )
 def test_unknown_names_and_missing_files(tmp_path, monkeypatch, data, message):
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Path("rows.jsonl").touch()
-    Path("broken.jsonl").write_text(json.dumps(QA[0]) + '\n{"question": \n')
     with pytest.raises((OSError, ValueError), match=message):
         load(data)
 
@@ -351,58 +317,36 @@ def test_the_best_ranked_thread_of_each_tree():
         ("d1", "d", "assistant", "no", None, False, "en"),
         ("e1", "e", "assistant", "no", None, False, "en"),
     )
-    counts = Counts()
-    threads = [row["messages"] for _, row in best_threads(rows, "en", counts)]
+    left_out = LeftOut()
+    threads = [row["messages"] for _, row in best_threads(rows, "en", left_out)]
     assert [[m["content"] for m in t] for t in threads] == [["A", "best", "go on", "end"], ["C"]]
-    assert counts.left_out == {
+    assert left_out == {
         "language is not en": (1, "row 9: 'de'"), "deleted question": (1, "row 12"),
         "what it replies to is missing": (1, "row 14"),
     }  # fmt: skip
-    assert counts.rows == 3
-    assert len(list(best_threads(rows, "", Counts()))) == 3
+    assert len(list(best_threads(rows, "", LeftOut()))) == 3
 
 
 def test_val_is_by_question_and_shares_none(tmp_path):
     rows = [{"question": f"Q{i % 150}", "answer": f"A{i}"} for i in range(300)]
-    path = write(tmp_path / "qa.jsonl", rows)
+    path = write_rows(tmp_path / "qa.jsonl", rows)
     train, val = load(path, 64, val_fraction=0.2)
     assert len(train) + len(val) == 300 and 30 <= len(val) <= 90
     questions = [{int(p.split()[-1]) % 150 for p in part.where} for part in (train, val)]
     assert not questions[0] & questions[1]
     # The same question is val whatever stands before it.
-    _, again = load(write(tmp_path / "reversed.jsonl", rows[::-1]), 64, val_fraction=0.2)
-    assert np.array_equal(np.sort(again.tokens), np.sort(val.tokens))
+    _, again = load(write_rows(tmp_path / "reversed.jsonl", rows[::-1]), 64, val_fraction=0.2)
+    assert sorted(map(bytes, again.tokens)) == sorted(map(bytes, val.tokens))
     few, few_val = load(path, 64, val_fraction=0.2, limit=10)
-    assert len(few) + len(few_val) == 10 == few.counts.rows
+    assert len(few) + len(few_val) == 10
 
 
 @pytest.mark.parametrize("fraction, sizes", [(1e-12, (8, 2)), (1 - 1e-12, (2, 8)), (0.0, (10, 0))])
 def test_a_small_file_has_at_least_one_question_in_train_and_in_val(tmp_path, fraction, sizes):
     rows = [{"question": f"Q{i % 5}", "answer": f"A{i}"} for i in range(10)]
-    found = load(write(tmp_path / "qa.jsonl", rows), 64, val_fraction=fraction)
+    found = load(write_rows(tmp_path / "qa.jsonl", rows), 64, val_fraction=fraction)
     assert tuple(map(len, found)) == sizes
-    path = write(tmp_path / "one.jsonl", [{"question": "Q", "answer": str(i)} for i in range(9)])
+    path = write_rows(tmp_path / "one.jsonl", [rows[0]] * 9)
     if fraction:
         with pytest.raises(ValueError, match="one question cannot be in train and in val"):
             load(path, 64, val_fraction=fraction)
-
-
-@pytest.mark.parametrize(
-    "name, rows, used, left_out",
-    [
-        # 191 trees; of three only one reply is there.
-        ("oasst1_en_validation.jsonl.xz", 191, 178,
-         {"what it replies to is missing": 3, "longer than block_size": 10}),
-        ("lima_train_llamafactory.jsonl.xz", 1029, 841, {"longer than block_size": 188}),
-        ("gsm8k_train.jsonl.xz", 7473, 7473, {}),
-    ],
-)  # fmt: skip
-def test_real_files(shared_data, name, rows, used, left_out):
-    data, _ = load_conversations(
-        str(shared_data / "sft" / name), GPT2Tokenizer(), 1024, template="user_assistant"
-    )
-    counts = data.counts
-    assert (counts.rows, counts.used, len(data)) == (rows, used, used)
-    assert {kind: n for kind, (n, _) in counts.left_out.items()} == left_out
-    loader = ConversationLoader(data, 1024)
-    assert loader.n_filled / loader.n_tokens > 0.98 and loader.n_windows < len(data) / 2

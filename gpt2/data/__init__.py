@@ -1,9 +1,16 @@
 """Tokens on disk and how they reach the model."""
 
-from gpt2.data.loader import TokenLoader
-from gpt2.data.mixture import Mixture
-from gpt2.data.shards import find_shards, open_shards, read_manifest, write_shard
+import importlib
 
-__all__ = [
-    "Mixture", "TokenLoader", "find_shards", "open_shards", "read_manifest", "write_shard"
-]  # fmt: skip
+_HOMES = {
+    "Mixture": "mixture", "TokenLoader": "loader", "find_shards": "shards", "open_shards": "shards",
+    "read_manifest": "shards", "write_shard": "shards",
+}  # fmt: skip
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str):
+    """Imports what is offered here when it is first used, since importing torch takes seconds."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpt2.data' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gpt2.data.{_HOMES[name]}"), name)

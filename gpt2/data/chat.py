@@ -18,12 +18,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
+from operator import itemgetter
 
 from gpt2.config import suggest
+from gpt2.data.files import BadRow
 from gpt2.tokenizer import END_OF_TEXT, Tokenizer
 
 Message = dict  # role, content, and perhaps input or weight
-Pieces = Iterator[tuple[str, Message | None]]
 # Names that data sets give to the roles.
 ROLES = {
     "system": "system", "user": "user", "assistant": "assistant",
@@ -31,12 +32,8 @@ ROLES = {
 }  # fmt: skip
 
 
-class ChatError(ValueError):
-    """What is wrong with a conversation; kind: the same in few words, for counting."""
-
-    def __init__(self, kind: str, text: str):
-        super().__init__(text)
-        self.kind = kind
+class ChatError(BadRow):
+    """What is wrong with a conversation."""
 
 
 @dataclass(frozen=True)
@@ -220,15 +217,18 @@ def messages_from_row(row: dict | list) -> list[Message]:
     messages = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     if "messages" in row:
         return messages + _message_list(row["messages"], "messages")
-    turns = row.get("conversations")
-    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
-        roles = ("user", "assistant")
-        return messages + [{"role": roles[i % 2], "content": t} for i, t in enumerate(turns)]
     if "conversations" in row:
+        turns = row["conversations"]
+        if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+            roles = ("user", "assistant")
+            turns = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
         return messages + _message_list(turns, "conversations")
-    for question, answers in _FORMS.items():
-        answer = next((row[name] for name in answers if name in row), None)
-        if question not in row or answer is None:
+    answers = {
+        question: next((row[name] for name in names if name in row), None)
+        for question, names in _FORMS.items() if question in row
+    }  # fmt: skip
+    for question, answer in answers.items():
+        if answer is None:
             continue
         history, more = [], None
         if question == "instruction":
@@ -240,9 +240,8 @@ def messages_from_row(row: dict | list) -> list[Message]:
         for asked, answered in history:
             messages += _turn("user", asked) + _turn("assistant", answered)
         return messages + _turn("user", row[question], more) + _turn("assistant", answer)
-    for question in _FORMS:
-        if question in row:
-            raise ChatError("no answer", f"the row has {question!r} but no answer")
+    for question in answers:
+        raise ChatError("no answer", f"the row has {question!r} but no answer")
     raise ChatError(
         "unknown fields",
         "the row has none of the known fields (messages; conversations; instruction, output; "
@@ -271,22 +270,17 @@ def _encode(messages, tokenizer: Tokenizer, template: str) -> tuple[list[int], l
     tokens: list[int] = []
     is_target: list[bool] = []
     t = find_template(template)
-    pieces = _pieces(messages, t)
-    for text, answer in pieces if t.piecewise else _joined(pieces):
-        piece = tokenizer.encode(text) + ([tokenizer.eot] if answer else [])
-        tokens += piece
-        is_target += [answer is not None and answer.get("weight") != 0] * len(piece)
+    for answer, group in groupby(_pieces(messages, t), itemgetter(1)):
+        texts = [text for text, _ in group]
+        # What lies between two answers as one text, so that the tokens are those of the whole.
+        for text in texts if t.piecewise else ["".join(texts)]:
+            piece = tokenizer.encode(text) + ([tokenizer.eot] if answer else [])
+            tokens += piece
+            is_target += [answer is not None and answer.get("weight") != 0] * len(piece)
     return tokens, is_target
 
 
-def _joined(pieces: Pieces) -> Pieces:
-    """The pieces between two answers as one text, so that the tokens are those of the whole."""
-    for _, group in groupby(pieces, lambda piece: piece[1] is None):
-        texts, answers = zip(*group, strict=True)
-        yield "".join(texts), answers[0]
-
-
-def _pieces(messages: list[Message], t: Template) -> Pieces:
+def _pieces(messages: list[Message], t: Template) -> Iterator[tuple[str, Message | None]]:
     """(text, the answer that it is) in order; an answer's <|endoftext|> is not in the text. After
     a question stands what begins an answer."""
     if messages[0]["role"] != "system":

@@ -5,13 +5,16 @@ nothing is left out silently.
 """
 
 import errno
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from gpt2.config import suggest
 from gpt2.data.files import JSON_SUFFIXES, BadRow, LeftOut, find_files
 from gpt2.data.readers import HubRows, JsonRows, ParquetRows
+
+Refuse = Callable[[BadRow], object]
 
 
 @dataclass(frozen=True)
@@ -45,25 +48,6 @@ CHAT_DATASETS = {
 }  # fmt: skip
 
 
-@dataclass
-class Counts:
-    """What became of the rows."""
-
-    what: str = "conversations"  # that the rows hold
-    used: int = 0
-    cut: int = 0  # those that were cut to fit; they are used
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    @property
-    def rows(self) -> int:
-        return self.used + sum(n for n, _ in self.left_out.values())
-
-    def lines(self) -> list[str]:
-        """For the log: one line for each reason."""
-        cut = [f"cut {self.cut:,} {self.what} to fit block_size"]
-        return self.left_out.lines() + cut * bool(self.cut)
-
-
 def listing() -> str:
     """The known data sets as a table for people."""
     return "\n".join(
@@ -73,43 +57,42 @@ def listing() -> str:
 
 
 def read_rows(
-    data: str, counts: Counts, known: dict[str, ChatDataset] = CHAT_DATASETS, *,
-    bad_rows: str = "error",
+    data: str, left_out: LeftOut, refuse: Refuse | None = None,
+    known: dict[str, ChatDataset] = CHAT_DATASETS,
 ) -> Iterator[tuple[str, object]]:  # fmt: skip
     """(where it stands, the row), in order; trees of messages as their best threads.
 
     data: names of known data sets, files or folders (.jsonl, .json, .parquet, compressed or not),
     one or several with commas between; what lies on disk comes before a name.
-    bad_rows: "error" ends at a line that is no JSON, "skip" counts it.
+    refuse: given each line that is no JSON, not raised. left_out: counts what trees leave out.
     Raises ValueError and OSError, each with the place; ImportError for a missing package.
     """
     names = [data] if data and Path(data).exists() else data.split(",")
     for name in map(str.strip, names):
         if not name:
             raise ValueError(f"data {data!r} leaves a name empty: name a file or folder there")
+        lang, messages = "", []
         if Path(name).exists():
-            rows, lang = _local_rows(name, counts, bad_rows), ""
+            rows = _local_rows(name, refuse)
         elif name in known:
-            rows = _known_rows(name, known[name], counts, bad_rows)
-            lang = known[name].lang
+            rows, lang = _known_rows(name, known[name], refuse), known[name].lang
         else:
             others = f", and no known data set: {suggest(name, known)}" if known else ""
             raise OSError(errno.ENOENT, f"no such file or folder{others}", name)
-        messages = []
         for where, row in rows:
             if _is_of_a_tree(row):
                 messages.append((where, row))
             else:
                 yield where, row
-        yield from best_threads(messages, lang, counts)
+        yield from best_threads(messages, lang, left_out)
 
 
 def _known_rows(
-    name: str, dataset: ChatDataset, counts: Counts, bad_rows: str
+    name: str, dataset: ChatDataset, refuse: Refuse | None
 ) -> Iterator[tuple[str, object]]:
-    local = Path("data") / name
     if not dataset.gated:
         return HubRows(dataset.repo, dataset.config).objects()
+    local = Path("data") / name
     if not local.exists():
         raise OSError(
             errno.ENOENT,
@@ -119,19 +102,10 @@ def _known_rows(
             " or name the folder that holds its train.jsonl as --data",
             str(local),
         )
-    return _local_rows(str(local), counts, bad_rows)
+    return _local_rows(str(local), refuse)
 
 
-def _local_rows(name: str, counts: Counts, bad_rows: str) -> Iterator[tuple[str, object]]:
-    """(where it stands, the row) of a file, or of the files in a folder. Raises OSError."""
-
-    def refuse(bad: BadRow) -> None:
-        if bad_rows == "error":
-            raise ValueError(
-                f"{bad}; --bad_rows skip leaves such rows out, and counts them"
-            ) from bad
-        counts.left_out.add(bad.kind, str(bad))
-
+def _local_rows(name: str, refuse: Refuse | None) -> Iterator[tuple[str, object]]:
     files = find_files(name, (*JSON_SUFFIXES, ".parquet"), "JSON or parquet")
     tables = [path for path in files if ".parquet" in path.suffixes]
     yield from JsonRows([path for path in files if path not in tables]).objects(refuse)
@@ -146,7 +120,7 @@ def _is_of_a_tree(row) -> bool:
 
 
 def best_threads(
-    rows: list[tuple[str, dict]], lang: str, counts: Counts
+    rows: list[tuple[str, dict]], lang: str, left_out: LeftOut
 ) -> Iterator[tuple[str, dict]]:
     """Of each tree the thread that goes on with the best-ranked reply, up to its last answer.
 
@@ -155,32 +129,28 @@ def best_threads(
     is deleted, is not among rows, or is in another language than lang, if one is given, is counted
     as left out.
     """
-    replies: dict[str | None, list[tuple[str, dict]]] = {}
-    known = {None, *(row["message_id"] for _, row in rows)}
+    known, roots, replies = {row["message_id"] for _, row in rows}, [], {}
     for where, row in rows:
-        if row["parent_id"] not in known:
-            counts.left_out.add("what it replies to is missing", where)
-        if not row.get("deleted") or row["parent_id"] is None:
-            replies.setdefault(row["parent_id"], []).append((where, row))
+        if row["parent_id"] is None:
+            roots.append((where, row))
+        elif row["parent_id"] not in known:
+            left_out.add("what it replies to is missing", where)
+        elif not row.get("deleted"):
+            replies.setdefault(row["parent_id"], []).append(row)
 
-    def rank(reply: tuple[str, dict]) -> tuple[bool, float]:
-        value = reply[1].get("rank")
-        return (False, value) if isinstance(value, int | float) else (True, 0)
+    def rank(reply: dict) -> float:
+        value = reply.get("rank")
+        return value if isinstance(value, int | float) else math.inf
 
-    for where, root in replies.get(None, ()):
+    for where, root in roots:
         if lang and root.get("lang", lang) != lang:
-            counts.left_out.add(f"language is not {lang}", f"{where}: {root['lang']!r:.40}")
-            continue
-        if root.get("deleted"):
-            counts.left_out.add("deleted question", where)
-            continue
-        thread, seen = [root], {root["message_id"]}
-        while following := replies.get(thread[-1]["message_id"]):
-            reply = min(following, key=rank)[1]
-            if reply["message_id"] in seen:
-                break
-            thread.append(reply)
-            seen.add(reply["message_id"])
-        if len(thread) > 1 and thread[-1]["role"] == "prompter":
-            thread.pop()
-        yield where, {"messages": [{"role": m["role"], "content": m["text"]} for m in thread]}
+            left_out.add(f"language is not {lang}", f"{where}: {root['lang']!r:.40}")
+        elif root.get("deleted"):
+            left_out.add("deleted question", where)
+        else:
+            thread = [root]
+            while following := replies.pop(thread[-1]["message_id"], None):  # ends in any graph
+                thread.append(min(following, key=rank))
+            if len(thread) > 1 and thread[-1]["role"] == "prompter":
+                thread.pop()
+            yield where, {"messages": [{"role": m["role"], "content": m["text"]} for m in thread]}

@@ -8,11 +8,11 @@ SHA-256's time and say where the damage is.
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from threading import Lock, Thread
 
 import xxhash
 
@@ -30,27 +30,26 @@ class Verifier:
     """
 
     def __init__(self, shards: list[Shard], share: tuple[int, int] | None):
-        first, step = share or (0, 1)
-        known = [(s.path, record) for s, record in _recorded(shards) if record] if share else []
-        self._todo = known[first::step]
+        self._todo: list[tuple[str, dict]] = []
+        if share is not None:
+            first, step = share
+            recorded = [pair for _, group in _recorded(shards) for pair in group]
+            self._todo = [(s.path, record) for s, record in recorded if record][first::step]
         self._found: Exception | None = None
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+        # It reads files by name and holds on to no loader; it ends with the process.
+        self._thread, self._once = Thread(target=self._run, daemon=True), Lock()
 
     def check(self) -> None:
         """Starts the thread, once; raises ValueError or OSError for what it has found."""
-        with self._lock:
-            if self._todo and self._thread is None:
-                # It reads files by name and holds on to no loader; it ends with the process.
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+        if self._todo and self._once.acquire(blocking=False):
+            self._thread.start()
         if self._found is not None:
             raise self._found
 
     def finish(self, timeout_s: float | None = None) -> None:
         """Waits until everything was read, or not longer than that; raises as check() does."""
         self.check()
-        if self._thread is not None:
+        if self._todo:
             self._thread.join(timeout_s)
         self.check()
 
@@ -90,17 +89,13 @@ def verify(folder: str | Path) -> list[str]:
     A folder of shards without a manifest (nanoGPT's, llm.c's) has its headers and sizes checked.
     Raises OSError (no such folder, no shards) and ValueError (damaged manifest).
     """
-    folder = Path(folder)
-    records, problems = manifest_records(folder), []
-    files = {split: layout.split_files(folder, split) for split in ("train", "val")}
-    if not records and not any(files.values()):
+    folder, listing = Path(folder), {s: layout.list_shards(folder, s) for s in ("train", "val")}
+    if not any(map(any, listing.values())):
         layout.find_shards(folder, "train")  # raises
-    for split, paths in files.items():
-        problems += layout.listing_problems(folder, split, records)
-        for path in paths:
-            record = records.get(path.name)
-            if record is None and records:
-                continue  # listed above
+    problems = []
+    for files, found in listing.values():
+        problems += found
+        for path, record in files.items():
             try:
                 layout.open_recorded(path, record)
                 problems += content_problems(path, record) if record else ()
@@ -118,7 +113,7 @@ def identity(shards: list[Shard]) -> list[dict]:
     Raises ValueError (damaged manifest), OSError.
     """
     found = []
-    for folder, group in groupby(_recorded(shards), lambda pair: Path(pair[0].path).parent):
+    for folder, group in _recorded(shards):
         digest, tokens, tokenizer = xxhash.xxh3_128(), 0, folder_tokenizer(folder)
         for shard, record in group:
             if record is None:
@@ -135,14 +130,11 @@ def identity(shards: list[Shard]) -> list[dict]:
     return found
 
 
-def _recorded(shards: list[Shard]) -> Iterator[tuple[Shard, dict | None]]:
-    """Each shard with its record in the manifest beside it, if it has one."""
-    folders: dict[Path, dict[str, dict]] = {}
-    for shard in shards:
-        path = Path(shard.path)
-        if path.parent not in folders:
-            folders[path.parent] = manifest_records(path.parent)
-        yield shard, folders[path.parent].get(path.name)
+def _recorded(shards: list[Shard]) -> Iterator[tuple[Path, list[tuple[Shard, dict | None]]]]:
+    """Each folder with its shards, and the record of each in the manifest there, if it has one."""
+    for folder, group in groupby(shards, lambda shard: Path(shard.path).parent):
+        records = manifest_records(folder)
+        yield folder, [(shard, records.get(Path(shard.path).name)) for shard in group]
 
 
 def _sample(path: str) -> str:

@@ -49,23 +49,17 @@ class BatchSource(ABC):
 
     def batch(
         self, step: int, global_batch_size: int, rank: int = 0, world_size: int = 1,
-        *, offset: int = 0, out: Batch | None = None,
+        *, offset: int = 0,
     ) -> Batch:  # fmt: skip
         """The rows of a step's global batch that belong to a rank.
 
         Row i of the global batch is sample step * global_batch_size + offset + i of the run,
         whatever the number of ranks; it belongs to rank i // (global_batch_size // world_size).
         offset: samples that a rollback skipped, or that make up for another global_batch_size.
-        out: what buffers(rows) gave, to be written and returned; default: new tensors.
         Raises ValueError for numbers out of range.
         """
         first, rows = rank_rows(step, global_batch_size, rank, world_size, offset)
-        out = self.buffers(rows) if out is None else out
-        return self.read(np.arange(first, first + rows), global_batch_size, out)
-
-    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch | None:
-        """Tensors for a batch of so many rows, not initialised; None: batch makes new ones."""
-        return None
+        return self.read(np.arange(first, first + rows), global_batch_size)
 
     def provenance(
         self, step: int, row: int, global_batch_size: int, token: int = 0, *, offset: int = 0
@@ -83,7 +77,7 @@ class BatchSource(ABC):
         return None
 
     @abstractmethod
-    def read(self, samples: np.ndarray, global_batch_size: int, out: Batch | None) -> Batch:
+    def read(self, samples: np.ndarray, global_batch_size: int) -> Batch:
         """These samples of the run, (rows,) int64, as a batch; global_batch_size is the step's."""
 
     @abstractmethod
@@ -135,12 +129,13 @@ class TokenLoader(BatchSource):
         self.n_tokens: int = self._backend.n_tokens
         self.n_windows: int = self._backend.n_windows
 
-    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
-        shape, dtypes = (rows, self.block_size), (torch.int64, torch.int64, torch.int32)
-        dtypes = dtypes[: len(self.names)]
-        return tuple(torch.empty(shape, dtype=dtype, pin_memory=pin_memory) for dtype in dtypes)
+    def buffers(self, rows: int) -> Batch:
+        """Tensors for a batch of so many rows, not initialised."""
+        dtypes = (torch.int64, torch.int64, torch.int32)[: len(self.names)]
+        return tuple(torch.empty(rows, self.block_size, dtype=dtype) for dtype in dtypes)
 
-    def read(self, samples: np.ndarray, global_batch_size: int, out: Batch) -> Batch:
+    def read(self, samples: np.ndarray, global_batch_size: int) -> Batch:
+        out = self.buffers(len(samples))
         self.fill(samples, out)
         self.prefetch(samples + global_batch_size)
         return out
@@ -202,20 +197,20 @@ def rank_rows(
 
 
 def _select_backend(name: str):
-    if name == "numpy":
-        return NumpyBackend, "numpy"
-    if name not in ("auto", "cpp"):
+    if name not in ("auto", "cpp", "numpy"):
         raise ValueError(f"unknown loader backend {name!r}: use auto, cpp or numpy")
-    try:
-        from gpt2 import _token_loader
-    except ImportError as error:
-        if name == "cpp":
-            raise ImportError(
-                "the C++ token loader was not built: install a C++17 compiler and run "
-                "`pip install -e .` again, or use backend='numpy'"
-            ) from error
-        return NumpyBackend, "numpy"
-    return _token_loader.TokenLoader, "cpp"
+    if name != "numpy":
+        try:
+            from gpt2 import _token_loader
+
+            return _token_loader.TokenLoader, "cpp"
+        except ImportError as error:
+            if name == "cpp":
+                raise ImportError(
+                    "the C++ token loader was not built: install a C++17 compiler and run "
+                    "`pip install -e .` again, or use backend='numpy'"
+                ) from error
+    return NumpyBackend, "numpy"
 
 
 def _allow_open_files(n: int) -> None:

@@ -20,7 +20,7 @@ the weights, and sources alternate, so that the first windows alone stand for al
 
 from bisect import bisect
 from fractions import Fraction
-from math import lcm
+from math import gcd, lcm
 from pathlib import Path
 
 import numpy as np
@@ -33,35 +33,33 @@ from gpt2.data.shards import find_shards, folder_tokenizer
 
 # Products of a weight and a count below the sum of weights stay within int64.
 MAX_WEIGHTS = 1 << 31
+END = 1 << 62  # samples
 
 
-class Ratio:
-    """How samples are shared out by fixed weights; integers in lowest terms are in .weights.
+def lowest_terms(weights: list[Fraction]) -> list[int]:
+    """The same weights as integers. Raises ValueError where no exact schedule fits."""
+    unit = lcm(*(w.denominator for w in weights))
+    whole = [int(w * unit) for w in weights]
+    common = gcd(*whole)
+    whole = [w // common for w in whole]
+    if sum(whole) > MAX_WEIGHTS:
+        raise ValueError(
+            f"weights {', '.join(map(str, weights))} need a schedule of {sum(whole)} samples, at "
+            f"most {MAX_WEIGHTS} fit: round them to a few decimals"
+        )
+    return whole
 
-    weights: one a source, 0 where it takes no part. Raises ValueError for weights so long that no
-    exact schedule fits.
-    """
 
-    def __init__(self, weights: list[Fraction]):
-        unit = lcm(*(w.denominator for w in weights))
-        whole = np.array([int(w * unit) for w in weights], dtype=object)
-        whole //= np.gcd.reduce(whole)
-        if whole.sum() > MAX_WEIGHTS:
-            raise ValueError(
-                f"weights {', '.join(map(str, weights))} need a schedule of {whole.sum()} samples, "
-                f"at most {MAX_WEIGHTS} fit: round them to a few decimals"
-            )
-        self.weights: list[int] = [int(w) for w in whole]
-
-    def counts(self, i: np.ndarray) -> np.ndarray:
-        """How many of the first i samples each source has: i (n,) int64 -> (sources, n) int64."""
-        total = sum(self.weights)
-        periods, left = np.divmod(np.asarray(i, dtype=np.int64), total)
-        rest, counts = total, []
-        for weight in self.weights:
-            counts.append((left * weight + rest // 2) // rest if rest else 0 * left)
-            left, rest = left - counts[-1], rest - weight
-        return np.stack([c + periods * w for c, w in zip(counts, self.weights, strict=True)])
+def shares(weights: list[int], i: np.ndarray) -> np.ndarray:
+    """How many of the first i samples each source has: i (n,) int64 -> (sources, n) int64."""
+    rest = sum(weights)
+    periods, left = np.divmod(i, rest)
+    counts = []
+    for weight in weights:
+        count = (left * weight + rest // 2) // rest if rest else 0 * left
+        counts.append(periods * weight + count)
+        left, rest = left - count, rest - weight
+    return np.stack(counts)
 
 
 class Mixture(BatchSource):
@@ -73,7 +71,7 @@ class Mixture(BatchSource):
     without shuffling all windows of all sources.
     phases: how many sets of weights follow each other. With more than one, the samples of a run
     depend on global_batch_size, so that it must not change from one step to the next.
-    Raises ValueError for weights that Ratio refuses.
+    Raises ValueError for weights that lowest_terms refuses.
     """
 
     def __init__(self, sources: tuple[DataSource, ...], loaders: dict[str, TokenLoader]):
@@ -83,35 +81,32 @@ class Mixture(BatchSource):
         self.windows = [loader.n_windows for loader in self.loaders]
         if one.shuffle:
             self.from_steps = sorted({s.from_step for s in sources})
-            weights = {(s.path, s.from_step): s.weight for s in sources}
-            self.ratios = [
-                Ratio([weights.get((path, step), Fraction(0)) for path in self.paths])
-                for step in self.from_steps
-            ]
+            found = {(s.path, s.from_step): s.weight for s in sources}
+            weights = [[found.get((path, step), Fraction(0)) for path in self.paths]
+                       for step in self.from_steps]  # fmt: skip
         else:
-            self.from_steps, self.ratios = [0], [Ratio([Fraction(n) for n in self.windows])]
-        self.phases = len(self.ratios)
+            self.from_steps, weights = [0], [list(map(Fraction, self.windows))]
+        self.weights = list(map(lowest_terms, weights))  # of each phase
+        self.phases = len(self.weights)
         self.n_tokens = sum(loader.n_tokens for loader in self.loaders)
 
         def repeats(i: int) -> bool:
-            return bool((self.ratios[0].counts(np.array([i]))[:, 0] > self.windows).any())
+            return bool((shares(self.weights[0], np.array([i]))[:, 0] > self.windows).any())
 
         self.n_windows = bisect(range(sum(self.windows) + 1), False, key=repeats) - 1
 
-    def read(self, i: np.ndarray, global_batch_size: int, out: Batch) -> Batch:
-        samples = self._samples(i, global_batch_size)
+    def read(self, i: np.ndarray, global_batch_size: int) -> Batch:
+        out, samples = self.loaders[0].buffers(len(i)), self._samples(i, global_batch_size)
         ahead = self._samples(i + global_batch_size, global_batch_size)
         for loader, mine, next_step in zip(self.loaders, samples, ahead, strict=True):
             loader.fill(mine, out)
             loader.prefetch(next_step)
         return out
 
-    def buffers(self, rows: int, *, pin_memory: bool = False) -> Batch:
-        return self.loaders[0].buffers(rows, pin_memory=pin_memory)
-
     def epochs(self, step: int, global_batch_size: int) -> dict[str, float]:
         """How often each source has been gone through before a step, by path."""
-        counts = self._before(step * global_batch_size, global_batch_size).tolist()
+        samples = np.array([step * global_batch_size])
+        counts = self._counts(samples, global_batch_size)[:, 0].tolist()
         return {p: c / n for p, c, n in zip(self.paths, counts, self.windows, strict=True)}
 
     def place(self, i: int, global_batch_size: int, token: int) -> Provenance:
@@ -127,35 +122,22 @@ class Mixture(BatchSource):
         """As TokenLoader.identity, each with "weights": [[from_step, its part of the samples]]."""
         found = []
         for s, loader in enumerate(self.loaders):
-            parts = [str(Fraction(r.weights[s], sum(r.weights))) for r in self.ratios]
+            parts = [str(Fraction(weights[s], sum(weights))) for weights in self.weights]
             weights = [list(pair) for pair in zip(self.from_steps, parts, strict=True)]
             found += [entry | {"weights": weights} for entry in loader.identity()]
         return found
 
-    def _starts(self, global_batch_size: int) -> list[int]:
-        """The first sample of each phase; those beyond all samples of a run are alike."""
-        return [min(step * global_batch_size, 1 << 62) for step in self.from_steps]
-
     def _samples(self, i: np.ndarray, global_batch_size: int) -> np.ndarray:
         """Each source's own sample for samples i (n,), SKIP where it has none: (sources, n)."""
-        starts = self._starts(global_batch_size)
-        phases = np.searchsorted(starts, i, side="right") - 1
-        samples = np.full((len(self.loaders), len(i)), SKIP)
-        for phase in np.unique(phases):
-            here, start, ratio = phases == phase, starts[phase], self.ratios[phase]
-            before = ratio.counts(i[here] - start)
-            has = ratio.counts(i[here] - start + 1) > before
-            before += self._before(start, global_batch_size)[:, None]
-            samples[:, here] = np.where(has, before, SKIP)
-        return samples
+        before, after = (self._counts(at, global_batch_size) for at in (i, i + 1))
+        return np.where(after > before, before, SKIP)
 
-    def _before(self, sample: int, global_batch_size: int) -> np.ndarray:
-        """How many of the samples before this one each source has given: (sources,) int64."""
-        starts = self._starts(global_batch_size)
-        counts = np.zeros(len(self.paths), dtype=np.int64)
-        for ratio, start, end in zip(self.ratios, starts, [*starts[1:], sample], strict=True):
-            counts += ratio.counts(np.array([max(min(end, sample) - start, 0)]))[:, 0]
-        return counts
+    def _counts(self, i: np.ndarray, global_batch_size: int) -> np.ndarray:
+        """How many of the first i (n,) samples of a run each source has: (sources, n) int64."""
+        # Phases that begin beyond all samples of a run are alike.
+        starts = [min(step * global_batch_size, END) for step in self.from_steps]
+        phases = zip(self.weights, starts, [*starts[1:], END], strict=True)
+        return sum(shares(weights, i.clip(start, end) - start) for weights, start, end in phases)
 
 
 def find_tokenizer(data: str) -> tokenizer.Tokenizer:

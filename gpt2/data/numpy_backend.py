@@ -54,13 +54,14 @@ class NumpyBackend:
         self, shards: list[Shard], block_size: int, seed: int, shuffle: bool, vocab_size: int
     ):
         if not 1 <= block_size <= MAX_BLOCK:
-            limits = f"at least 1 and at most {MAX_BLOCK}"
-            raise ValueError(f"block_size must be {limits}, got {block_size}")
+            raise ValueError(
+                f"block_size must be at least 1 and at most {MAX_BLOCK}, got {block_size}"
+            )
         if not shards:
             raise ValueError("no shards given")
-        # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
         self.shards = shards
-        self.files = [open(shard.path, "rb", buffering=0) for shard in self.shards]
+        # Open for as long as the loader lives: a file that is deleted meanwhile stays readable.
+        self.files = [open(shard.path, "rb", buffering=0) for shard in shards]
         self.modified = [os.fstat(file.fileno()).st_mtime_ns for file in self.files]
         for s in range(len(shards)):
             self._check_unchanged(s)
@@ -70,9 +71,9 @@ class NumpyBackend:
         self.n_tokens = int(self.starts[-1])
         self.n_windows = (self.n_tokens - (block_size if shuffle else 1)) // block_size
         if self.n_windows < 1:
-            hold = " and the other shards hold" if len(self.shards) > 1 else ": holds"
+            hold = " and the other shards hold" if len(shards) > 1 else ": holds"
             raise ValueError(
-                f"{self.shards[0].path}{hold} {self.n_tokens} tokens, but block_size {block_size} "
+                f"{shards[0].path}{hold} {self.n_tokens} tokens, but block_size {block_size} "
                 f"needs at least {2 * block_size if shuffle else block_size + 1}: "
                 "use a smaller block_size or more text"
             )
@@ -116,8 +117,7 @@ class NumpyBackend:
             data = os.pread(self.files[s].fileno(), 2 * n, shard.offset + 2 * offset)
             self._check_unchanged(s)
             part = np.frombuffer(data, "<u2", n)
-            if part.max() >= self.vocab_size:
-                at = int(np.argmax(part >= self.vocab_size))
+            for at in np.flatnonzero(part >= self.vocab_size)[:1]:
                 raise ValueError(
                     f"shard {shard.path}: token {offset + at} is {part[at]}, but the vocabulary "
                     f"has {self.vocab_size} entries: the file is damaged or was made with "
@@ -130,16 +130,15 @@ class NumpyBackend:
     def _check_unchanged(self, s: int) -> None:
         shard, info = self.shards[s], os.fstat(self.files[s].fileno())
         needed = shard.offset + 2 * shard.n_tokens
+        if info.st_size >= needed and info.st_mtime_ns == self.modified[s]:
+            return
+        what = (
+            "the file was written to while it is in use, so its tokens may not be those of this "
+            "run any more; start again from the last checkpoint"
+        )
         if info.st_size < needed:
             what = (
                 f"the file has {info.st_size} bytes but its tokens need {needed}; it was cut short "
                 "or is being rewritten. Prepare the data again"
             )
-        elif info.st_mtime_ns != self.modified[s]:
-            what = (
-                "the file was written to while it is in use, so its tokens may not be those of "
-                "this run any more; start again from the last checkpoint"
-            )
-        else:
-            return
         raise OSError(errno.EIO, what, shard.path)

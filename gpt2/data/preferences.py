@@ -9,10 +9,19 @@ tokens that come after everything that counts, so that causal attention never se
 import re
 from os.path import commonprefix
 
+import numpy as np
+
 from gpt2.data import chat
 from gpt2.data.chat import ChatError, Message, encode_chat, encode_prompt, messages_from_row
 from gpt2.data.loader import Batch
-from gpt2.data.rows import Conversations, RowLoader, Tokens, TooLong, check_settings, load_rows
+from gpt2.data.sft import (
+    ConversationLoader,
+    Conversations,
+    Encoded,
+    Tokens,
+    TooLong,
+    load_conversations,
+)
 from gpt2.tokenizer import Tokenizer
 
 TRIM = 64  # a trimmed batch is a multiple of this long, so that few shapes occur
@@ -132,40 +141,40 @@ def _plain(message: Message) -> tuple[str, str, str]:
     return message["role"], message["content"].strip(), (message.get("input") or "").strip()
 
 
+def encode_row(
+    row: object, tokenizer: Tokenizer, template: str, longest: int, overlong: str
+) -> Encoded:
+    """A row as two conversations of at most `longest` tokens. Raises ChatError."""
+    chosen, rejected = pair_from_row(row)
+    *pair, prompt = encode_pair(chosen, rejected, tokenizer, template)
+    marker = len(tokenizer.encode(chat.find_template(template).assistant))
+    cut = max(0, max(len(ids) for ids, _ in pair) - longest)
+    if cut and (overlong == "drop" or cut > prompt - marker):
+        why = " without its prompt" if overlong == "cut" else ""
+        raise TooLong(
+            f"longer than block_size{why}",
+            f"the longer answer has {cut} tokens more with its prompt than the {longest} of a row "
+            f"of block_size {longest - 1}",
+        )
+    halves = [(ids[cut:], learnt[cut:]) for ids, learnt in pair]
+    return chosen, dict(zip((" chosen", " rejected"), halves, strict=True)), cut > 0
+
+
 def load_pairs(
-    data: str, tokenizer: Tokenizer, block_size: int, *, template: str, overlong: str = "drop",
-    **options,
-) -> tuple[Conversations, Conversations]:  # fmt: skip
+    data: str, tokenizer: Tokenizer, block_size: int, **options
+) -> tuple[Conversations, Conversations]:
     """Reads and tokenises pairs into (train, val): at 2 i the chosen, at 2 i + 1 the rejected.
 
-    data: files or folders; options and errors: gpt2.data.rows.load_rows.
+    data: files or folders; other options and errors: gpt2.data.sft.load_conversations.
     block_size: positions of a half; one of more than block_size + 1 tokens is overlong.
     overlong: "drop", or "cut" (the prompt, from its start, equally in both; dropped where that is
     not enough).
     """
-    check_settings(tokenizer, template, block_size)
-    marker = len(tokenizer.encode(chat.find_template(template).assistant))
-
-    def encode(row):
-        chosen, rejected = pair_from_row(row)
-        *pair, prompt = encode_pair(chosen, rejected, tokenizer, template)
-        excess = max(len(ids) for ids, _ in pair) - (block_size + 1)
-        if excess > 0 and (overlong == "drop" or excess > prompt - marker):
-            why = " without its prompt" if overlong == "cut" else ""
-            raise TooLong(
-                f"longer than block_size{why}",
-                f"the longer answer has {excess} tokens more with its prompt than the "
-                f"{block_size + 1} of a row of block_size {block_size}",
-            )
-        cut = max(excess, 0)
-        return chosen, [(ids[cut:], learnt[cut:]) for ids, learnt in pair], cut > 0
-
-    parts = (" chosen", " rejected")
-    return load_rows(data, encode, "pairs", parts=parts, known={}, **options)
+    return load_conversations(data, tokenizer, block_size, encode=encode_row, known={}, **options)
 
 
-class PairLoader(RowLoader):
-    """A pair is a row of two halves of `length` positions; see RowLoader.
+class PairLoader(ConversationLoader):
+    """A pair is a row of two halves of `length` positions; see ConversationLoader.
 
     pairs: as load_pairs gives them. trim: a batch is only as long as its longest half needs, in
     multiples of 64. A batch is idx (rows, 2, T) int64, chosen and rejected; targets (rows, 2, T)
@@ -175,20 +184,19 @@ class PairLoader(RowLoader):
     names, backend = ("idx", "targets"), "pairs"
 
     def __init__(self, pairs: Conversations, length: int, *args, trim: bool = True, **options):
-        super().__init__(pairs, *args, **options)
+        super().__init__(pairs, 2 * length, *args, **options)
         self.length, self.full_rows = length, not trim
-        self.n_windows, self.block_size = len(pairs) // 2, 2 * length
 
-    def spans(self, row: int) -> list[tuple[int, int, int]]:
-        starts = (0, 2 * row), (self.length, 2 * row + 1)
-        return [(start, start + int(self.data.lengths[i]) - 1, i) for start, i in starts]
+    def fill_rows(self) -> list[list[tuple[int, int]]]:
+        half = self.block_size // 2
+        return [[(0, i), (half, i + 1)] for i in range(0, len(self.data), 2)]
 
-    def make(self, rows: list[int]) -> Batch:
-        T = self.length
+    def read(self, samples: np.ndarray, global_batch_size: int) -> Batch:
+        T, rows = self.length, [self.rows[self.index(sample)] for sample in samples.tolist()]
         if not self.full_rows:
-            needed = max(stop - start for row in rows for start, stop, _ in self.spans(row))
+            needed = max(int(self.data.lengths[i]) - 1 for row in rows for _, i in row)
             T = min(-(-needed // TRIM) * TRIM, T)
-        idx, targets, _ = super().make(rows)
+        idx, targets, _ = super().read(samples, global_batch_size)
         halves = (part.view(len(rows), 2, self.length)[..., :T] for part in (idx, targets))
         return tuple(half.contiguous() for half in halves)
 

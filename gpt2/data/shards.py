@@ -91,35 +91,38 @@ def find_shards(data: str | Path, split: str) -> list[Path]:
     Raises OSError where the folder is missing or has none, and ValueError where they are not those
     of the folder's manifest.
     """
-    folder = Path(data)
-    files, records = split_files(folder, split), manifest_records(folder)
-    for problem in listing_problems(folder, split, records):
+    files, problems = list_shards(Path(data), split)
+    for problem in problems:
         raise ValueError(problem)
     if not files:
         names = f"*_{split}_*.bin, {split}_*.bin, {split}.bin or .npy"
-        raise OSError(errno.ENOENT, f"no {split} shards ({names}) here", str(folder))
-    for path in files if records else ():
-        open_recorded(path, records[path.name])
-    return files
+        raise OSError(errno.ENOENT, f"no {split} shards ({names}) here", str(data))
+    for path, record in files.items():
+        if record is not None:
+            open_recorded(path, record)
+    return list(files)
 
 
-def split_files(folder: Path, split: str) -> list[Path]:
-    """Files that are named as shards of a split, in order. Raises OSError without the folder."""
+def list_shards(folder: Path, split: str) -> tuple[dict[Path, dict | None], list[str]]:
+    """The files that are named as shards of a split, in order, each with its record in the manifest
+    (None: no manifest); and what is missing, or not listed there, and so not among them.
+
+    Raises OSError without the folder, and ValueError for a damaged manifest.
+    """
     if not folder.is_dir():
         remedy = "Make one with: python scripts/prepare_data.py --help"
         raise OSError(errno.ENOENT, f"no such data folder. {remedy}", str(folder))
-    return sorted(path for path in folder.iterdir() if _is_shard_name(path.name, split))
-
-
-def listing_problems(folder: Path, split: str, records: dict[str, dict]) -> list[str]:
-    """Files of a split that are missing, or not listed, by the records of the folder's manifest."""
-    there = {path.name for path in split_files(folder, split)} if records else set()
-    listed = {name for name in records if _is_shard_name(name, split)}
+    there = sorted(path for path in folder.iterdir() if _is_shard_name(path.name, split))
+    records = manifest_records(folder)
+    if not records:
+        return dict.fromkeys(there), []
+    listed = {folder / name: r for name, r in records.items() if _is_shard_name(name, split)}
     missing = "missing, but the manifest lists it; copy it again, or prepare the data again"
     extra = ("not in the manifest, but training would read it; if it is a copy, or of another "
              "preparation, move it out of the folder")  # fmt: skip
-    found = sorted((name, name in there) for name in listed ^ there)
-    return [f"{folder / name}: {extra if is_there else missing}" for name, is_there in found]
+    differ = sorted(listed.keys() ^ set(there))
+    problems = [f"{path}: {missing if path in listed else extra}" for path in differ]
+    return {path: listed[path] for path in there if path in listed}, problems
 
 
 def open_recorded(path: Path, record: dict | None) -> None:

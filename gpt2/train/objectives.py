@@ -34,17 +34,7 @@ class LanguageModeling(nn.Module):
         return (batch["targets"] != IGNORE_INDEX).sum()
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        model = self.model
-        h = model.hidden(batch["idx"], doc_start=batch.get("doc_start"))  # (B, T, C)
-        loss_sum = model.ops.linear_cross_entropy(
-            h.flatten(0, 1),
-            model.lm_head.weight,
-            batch["targets"].flatten(),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            vocab_size=model.config.vocab_size,
-        )
-        return loss_sum, {}
+        return target_losses(self.model, batch, "sum"), {}
 
 
 class DPO(nn.Module):
@@ -63,13 +53,9 @@ class DPO(nn.Module):
     unit = "per pair"
 
     def __init__(
-        self,
-        model: GPT,
-        reference: GPT | None = None,
-        *,
-        beta: float = 0.1,
-        loss_type: str = "sigmoid",
-    ):
+        self, model: GPT, reference: GPT | None = None,
+        *, beta: float = 0.1, loss_type: str = "sigmoid",
+    ):  # fmt: skip
         super().__init__()
         dropout = max(m.config.dropout for m in (model, reference) if m is not None)
         if dropout:
@@ -92,11 +78,9 @@ class DPO(nn.Module):
         rewards = self.beta * ratios.detach()
         chosen, rejected = rewards.unbind(-1)
         metrics = {
-            "reward_margin": chosen - rejected,
-            "reward_accuracy": (chosen > rejected).float(),
-            "reward_chosen": chosen,
-            "reward_rejected": rejected,
-        }
+            "reward_margin": chosen - rejected, "reward_accuracy": (chosen > rejected).float(),
+            "reward_chosen": chosen, "reward_rejected": rejected,
+        }  # fmt: skip
         sums = {name: value.where(counted, 0.0).sum() for name, value in metrics.items()}
         return losses.where(counted, 0.0).sum(), sums
 
@@ -120,17 +104,16 @@ def log_probs(model: GPT, batch: Batch) -> Tensor:
 
     batch: idx, targets (..., T). All sequences go through the model at once. Returns (...) float32.
     """
-    idx, targets = batch["idx"], batch["targets"]
-    h = model.hidden(idx.flatten(0, -2))  # (N, T, C)
-    losses = model.ops.linear_cross_entropy(
-        h.flatten(0, 1),
-        model.lm_head.weight,
-        targets.flatten(),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-        vocab_size=model.config.vocab_size,
-    )  # (N T,), 0 where a position does not count
-    return -losses.view(targets.shape).sum(-1)
+    return -target_losses(model, batch, "none").view(batch["targets"].shape).sum(-1)
+
+
+def target_losses(model: GPT, batch: Batch, reduction: str) -> Tensor:
+    """-log p of each target of idx, targets (..., T): flat, 0 where it does not count; or "sum"."""
+    h = model.hidden(batch["idx"].flatten(0, -2), doc_start=batch.get("doc_start"))  # (N, T, C)
+    return model.ops.linear_cross_entropy(
+        h.flatten(0, 1), model.lm_head.weight, batch["targets"].flatten(),
+        ignore_index=IGNORE_INDEX, reduction=reduction, vocab_size=model.config.vocab_size,
+    )  # fmt: skip
 
 
 def preference_losses(

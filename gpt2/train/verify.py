@@ -20,14 +20,14 @@ from gpt2.config import DPOConfig, SFTConfig, TrainConfig
 from gpt2.device import Execution
 from gpt2.dist import Distributed
 from gpt2.options import VerifyConfig
-from gpt2.train.finetune import conversations, pairs
+from gpt2.train.finetune import finetuning
 from gpt2.train.metrics import read_metrics
 from gpt2.train.pretrain import Parts, pin_start, pretraining
 from gpt2.train.receipt import commit_of, git_state, hardware, read_receipt, versions
 from gpt2.train.trainer import Trainer
 
 LEAST_STEPS = 10
-KINDS = {TrainConfig: pretraining, SFTConfig: conversations, DPOConfig: pairs}
+KINDS = {TrainConfig: pretraining, SFTConfig: finetuning, DPOConfig: finetuning}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Relative differences of losses that another order of additions may make over a few steps."""
 
