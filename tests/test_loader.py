@@ -112,8 +112,9 @@ def test_a_sparse_shard_of_5_gib(tmp_path, backend):
         file.truncate(2 * n_tokens)
         file.seek(-16, os.SEEK_END)
         file.write(np.arange(100, 108, dtype="<u2").tobytes())
-    data = TokenLoader(path, 1023, shuffle=False, backend=backend)
+    data = TokenLoader(path, 1023, shuffle=False, eot=0, backend=backend)
     assert data.n_tokens == n_tokens
+    assert data.provenance(20_000, 0, 1).document == 20_000 * 1023 + 1  # counted in pieces
     (x, _), end = data.batch(data.n_windows - 1, 1), data.n_windows * 1023
     assert x[0, -1] == max(0, 100 + end - 1 - (n_tokens - 8))
     far = TokenLoader(path, 1024, backend=backend).batch(10**9, 4)[0]
