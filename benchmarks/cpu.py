@@ -34,7 +34,7 @@ from benchmarks.train_step import in_own_process  # noqa: E402
 from gpt2 import cpu  # noqa: E402
 from gpt2.model import GPT, parameter_shapes  # noqa: E402
 
-SIZES = ["gpt2 1 1024", "gpt2 4 64", "tinystories-8m 8 256", "char 12 64"]
+SIZES = ["char 12 64", "tinystories-8m 8 256", "gpt2 4 64", "gpt2 1 1024"]
 OURS = "gpt2-triton float32"
 CONTESTANTS = {  # name: whose, dtype, compiled
     OURS: ("trainer", "float32", False),

@@ -26,8 +26,11 @@ from triton_kernels import reference
 LOGITS = 1 << 24  # that many at a time, 64 MB: 333 rows of GPT-2's vocabulary
 DECODE_ROWS = 16  # up to so many rows the C++ linear layer is faster; see docs/LOG.md
 LARGE = 1 << 20  # entries of an embedding from which on its gradient is better sparse
-# Multiplications of a product that is timed: with fewer it stays with torch, of more part is timed.
-TIMED_PRODUCTS = 1 << 22, 1 << 30
+SMALL, LARGEST = (
+    1 << 22,
+    5 << 30,
+)  # multiplications of a product that is timed at all, and of one call
+TIMED_ROWS = 1024  # at most
 WORTH = 0.85  # of the default's time: what is slower than that is not chosen instead
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -230,29 +233,26 @@ def has_onednn() -> bool:
 
 
 def choose(model: torch.nn.Module, rows: int) -> dict[str, str]:
-    """Times the products of a model's linear layers in float32, on at most so many rows.
+    """Times the products of a model's linear layers in float32, with as many rows as a run has.
 
     Returns what is to be taken for each; "torch" unless the other one is right and clearly faster.
-    A call takes about 10 ms, and there are 3 products of each shape of weight.
+    Takes about as long as a step with TIMED_ROWS rows.
     """
     found = {}
     shapes = {tuple(m.weight.shape): m for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    for n_out, n_in in shapes if has_onednn() else ():
-        if rows * n_out * n_in < TIMED_PRODUCTS[0]:
+    for (n_out, n_in), layer in shapes.items() if has_onednn() else ():
+        n = min(rows, TIMED_ROWS, max(LARGEST // (n_out * n_in), 1))
+        if n * n_out * n_in < SMALL:
             continue
-        n = min(rows, max(TIMED_PRODUCTS[1] // (n_out * n_in), 32))
-        generator = torch.Generator().manual_seed(0)
-        x, dy, weight = (
-            torch.randn(shape, generator=generator)
-            for shape in ((n, n_in), (n, n_out), (n_out, n_in))
-        )
+        generator, weight = torch.Generator().manual_seed(0), layer.weight.detach()
+        x, dy = (torch.randn(n, width, generator=generator) for width in (n_in, n_out))
         for kind, pair in (("forward", (x, weight)), ("dx", (dy, weight)), ("dweight", (dy, x))):
             found[f"{n_out}x{n_in} {kind}"] = fastest(PRODUCTS[kind], pair)
     return found
 
 
 def fastest(candidates: dict[str, Callable], arguments: tuple) -> str:
-    """The name of the fastest candidate, by five calls of each in turns; the first is the default.
+    """The name of the fastest candidate, by three calls of each in turns; the first is the default.
 
     Another one has to give the default's result to float32's rounding, and to be faster in the
     median and at its best, so that other work on the machine decides nothing absurd.
@@ -264,7 +264,7 @@ def fastest(candidates: dict[str, Callable], arguments: tuple) -> str:
         for name, candidate in candidates.items():
             if (candidate(*arguments) - right).abs().max() <= 1e-5 * right.abs().max():
                 times[name] = []
-        for name in (list(times) * 5) * (len(times) > 1):
+        for name in (list(times) * 3) * (len(times) > 1):
             started = time.perf_counter()
             candidates[name](*arguments)
             times[name].append(time.perf_counter() - started)
