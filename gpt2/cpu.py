@@ -239,13 +239,16 @@ def choose(model: torch.nn.Module, rows: int) -> dict[str, str]:
     Takes about as long as a step with TIMED_ROWS rows.
     """
     found = {}
-    shapes = {tuple(m.weight.shape): m for m in model.modules() if isinstance(m, torch.nn.Linear)}
-    for (n_out, n_in), layer in shapes.items() if has_onednn() else ():
+    shapes = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
+    for n_out, n_in in sorted(shapes) if has_onednn() else ():
         n = min(rows, TIMED_ROWS, max(LARGEST // (n_out * n_in), 1))
         if n * n_out * n_in < SMALL:
             continue
-        generator, weight = torch.Generator().manual_seed(0), layer.weight.detach()
-        x, dy = (torch.randn(n, width, generator=generator) for width in (n_in, n_out))
+        generator = torch.Generator().manual_seed(0)
+        x, dy, weight = (
+            torch.randn(shape, generator=generator)  # a layer's own weight may be shared out
+            for shape in ((n, n_in), (n, n_out), (n_out, n_in))
+        )
         for kind, pair in (("forward", (x, weight)), ("dx", (dy, weight)), ("dweight", (dy, x))):
             found[f"{n_out}x{n_in} {kind}"] = fastest(PRODUCTS[kind], pair)
     return found
