@@ -53,7 +53,6 @@ class Checkpoint:
     base: dict | None = None  # what these are for: {"path", "xxh3_128"}
     run_id: str | None = None  # of the run that wrote it
     identity: dict | None = None  # of that run, and what its data is
-    exact_gelu: bool | None = None  # as nanoGPT's models have it; see gpt2.foreign
 
 
 def save_checkpoint(
@@ -68,8 +67,6 @@ def save_checkpoint(
 def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
     """What write_checkpoint writes beside the tensors; others: further fields of Checkpoint."""
     meta = {"model": asdict(model.config), "tokenizer": tokenizer, "train": train, "state": {}}
-    if foreign.exact_gelu(model):
-        meta["exact_gelu"] = True
     if lora.lora_config(model) is not None:
         meta |= {"lora": asdict(model.lora), "base": model.lora_base}
     return meta | others
@@ -272,11 +269,7 @@ def load_training_state(
         raise ValueError(f"{where}: holds no optimizer state, so it cannot be resumed")
     ours, theirs = (
         asdict(config) | {f"lora_{k}": getattr(a, k, None) for k in ("rank", "alpha", "layers")}
-        | {"exact_gelu": bool(exact)}
-        for config, a, exact in (
-            (model.config, here, foreign.exact_gelu(model)),
-            (checkpoint.model, checkpoint.lora, checkpoint.exact_gelu),
-        )
+        for config, a in ((model.config, here), (checkpoint.model, checkpoint.lora))
     )  # fmt: skip
     # Dropout changes no tensor: a run may go on, or be fine-tuned, with another.
     names = [k for k in ours if ours[k] != theirs[k] and k != "dropout"]
@@ -327,7 +320,6 @@ def _load_ours(checkpoint: Checkpoint, device, kernels, above: tuple[Path, ...])
         path, wanted = where / MODEL, parameter_shapes(checkpoint.model)
         storage.check_shapes(storage.read_shapes(path), wanted, path)  # before memory is taken
         model = GPT(checkpoint.model, kernels, device)
-        foreign.exact_gelu(model, bool(checkpoint.exact_gelu))
         restore(where, model)
     else:
         base = _find(checkpoint.base["path"], where)

@@ -89,6 +89,7 @@ class GPTConfig:
     vocab_size: int = 50257
     dropout: float = 0.0  # on the embeddings and on what each sublayer adds; 0 for pretraining
     bias: bool = True  # biases in linear layers and layer norms, as GPT-2 has them
+    exact_gelu: bool = False  # as nanoGPT's models have it; GPT-2's is approximated by tanh
 
     def __post_init__(self):
         sizes = "n_layer n_head n_embd block_size vocab_size"

@@ -26,11 +26,8 @@ from triton_kernels import reference
 LOGITS = 1 << 24  # that many at a time, 64 MB: 333 rows of GPT-2's vocabulary
 DECODE_ROWS = 16  # up to so many rows the C++ linear layer is faster; see docs/LOG.md
 LARGE = 1 << 20  # entries of an embedding from which on its gradient is better sparse
-SMALL, LARGEST = (
-    1 << 22,
-    5 << 30,
-)  # multiplications of a product that is timed at all, and of one call
-TIMED_ROWS = 1024  # at most
+SMALL = 1 << 22  # multiplications; a product of fewer is not timed
+TIMED_ROWS, TIMED_SIZE = 1024, 5 << 30  # at most so many rows and multiplications in a timed call
 WORTH = 0.85  # of the default's time: what is slower than that is not chosen instead
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -81,7 +78,7 @@ class _Gelu(torch.autograd.Function):
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form, of any shape. Source: torch.nn.functional.gelu."""
-    return _Gelu.apply(x) if _takes(x) else reference.gelu(x)
+    return _Gelu.apply(x) if _takes(x) else F.gelu(x, approximate="tanh")
 
 
 class _Attention(torch.autograd.Function):
@@ -241,7 +238,7 @@ def choose(model: torch.nn.Module, rows: int) -> dict[str, str]:
     found = {}
     shapes = {tuple(m.weight.shape) for m in model.modules() if isinstance(m, torch.nn.Linear)}
     for n_out, n_in in sorted(shapes) if has_onednn() else ():
-        n = min(rows, TIMED_ROWS, max(LARGEST // (n_out * n_in), 1))
+        n = min(rows, TIMED_ROWS, max(TIMED_SIZE // (n_out * n_in), 1))
         if n * n_out * n_in < SMALL:
             continue
         generator = torch.Generator().manual_seed(0)
@@ -298,9 +295,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    """reference.linear_cross_entropy, holding the logits of chunk_rows rows at a time, in one
-    buffer, and with the gradients computed while they are at hand: the logits of all rows would be
-    gigabytes, whose fresh pages cost more time than the chunks do.
+    """reference.linear_cross_entropy, holding the logits of chunk_rows rows at a time, and with the
+    gradients computed while they are at hand: the logits of all rows would be gigabytes.
 
     Rows that do not count are left out. torch.compile gets the reference itself.
     """
@@ -381,6 +377,15 @@ def _losses(x, weight, targets, vocab_size, chunk_rows, choice) -> Tensor:
     return torch.cat(losses)
 
 
+def _add_product(total: Tensor | None, product: Callable, dy: Tensor, x: Tensor) -> Tensor:
+    """total + product(dy, x) in float32; in place, and where torch can, without a second buffer."""
+    if total is None:
+        return product(dy, x).float()
+    if product is PRODUCTS["dweight"]["torch"] and x.dtype == total.dtype:
+        return total.addmm_(dy.t(), x)
+    return total.add_(product(dy, x))
+
+
 class _LossSum(torch.autograd.Function):
     """Sum of the losses, with dx and dweight computed while a chunk's logits are at hand."""
 
@@ -401,8 +406,7 @@ class _LossSum(torch.autograd.Function):
                 if dx is not None:
                     dx[start : start + chunk_rows] = choice.of("dx", weight)(logits, weight)
                 if needs_dw:
-                    part = choice.of("dweight", weight)(logits, x_c)
-                    dw = part.float() if dw is None else dw.add_(part)
+                    dw = _add_product(dw, choice.of("dweight", weight), logits, x_c)
         ctx.gradients, ctx.weight_dtype = (dx, dw), weight.dtype
         return total
 

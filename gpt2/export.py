@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from gpt2 import foreign, hf, lora, storage
+from gpt2 import hf, lora, storage
 from gpt2.checkpoint import (
     Checkpoint,
     load_chat_template,
@@ -115,7 +115,7 @@ def limits(
         )
     if dtype == "q8_0" and c.n_embd % 32:
         raise ValueError(f"q8_0 packs 32 numbers at a time, n_embd is {c.n_embd}: take f16 or f32")
-    if foreign.exact_gelu(model):
+    if c.exact_gelu:
         yield (
             "this model computes the exact GELU, as nanoGPT does, and llama.cpp GPT-2's, which "
             "approximates it by tanh: logits differ by about 1e-3"

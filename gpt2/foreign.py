@@ -17,13 +17,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gpt2 import storage, tokenizer
 from gpt2.config import GPTConfig
 from gpt2.data.shards import folder_tokenizer
-from gpt2.model import GPT, MLP, parameter_shapes
+from gpt2.model import GPT, parameter_shapes
 
 HEAD, TABLE = "lm_head.weight", "transformer.wte.weight"
 GPT2_ROWS = range(tokenizer.GPT2Tokenizer.vocab_size, GPTConfig(1, 1, 1).padded_vocab_size + 1)
@@ -34,23 +33,11 @@ KNOWN = ("nanoGPT's ckpt.pt, build-nanogpt's model_*.pt and llm.c's model .bin a
          "Hugging Face's weights name the folder, which has a config.json")  # fmt: skip
 
 
-class ExactMLP(MLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x))))
-
-
-def exact_gelu(model: GPT, exact: bool | None = None) -> bool:
-    """Whether a model computes the exact GELU; after it was told to, where exact is given."""
-    for block in model.transformer.h if exact is not None else ():
-        block.mlp.__class__ = ExactMLP if exact else MLP
-    return isinstance(model.transformer.h[0].mlp, ExactMLP)
-
-
 @torch.no_grad()
 def load_file(path: Path, device="cpu", kernels="auto") -> GPT:
     """The model in a file, in float32. Raises OSError for a file of another kind, ValueError for
     one that is damaged or no GPT-2 as it is computed here."""
-    config, tensors, exact = _read(path)
+    config, tensors = _read(path)
     wanted = parameter_shapes(config)
     wanted |= {HEAD: wanted[TABLE]} if HEAD in tensors else {}
     storage.check_shapes(shapes(tensors), wanted, path)
@@ -59,7 +46,6 @@ def load_file(path: Path, device="cpu", kernels="auto") -> GPT:
     model = GPT(config, kernels, device)
     for name, parameter in model.named_parameters():
         parameter[: len(tensors[name])] = tensors[name]
-    exact_gelu(model, exact)
     with suppress(ValueError):  # without a known tokenizer each row is a token
         model.n_tokens = min(file_tokenizer(path).vocab_size, config.vocab_size)
     return model
@@ -147,12 +133,12 @@ def _is_pickle(path: Path) -> bool:
         return file.read(4).startswith((b"PK\x03\x04", b"\x80"))
 
 
-def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], bool]:
-    """A file's shape, its tensors, and whether its GELU is exact."""
+def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """A file's shape and its tensors."""
     with open(path, "rb") as file:
         head = file.read(LLMC_HEADER)
     if head[:4] == LLMC_MAGIC.to_bytes(4, "little"):
-        return *_read_llmc(path, head), False
+        return _read_llmc(path, head)
     if not _is_pickle(path):
         words = f"a file of an unknown kind (it begins with {head[:8]!r}): {KNOWN}"
         raise OSError(errno.EINVAL, words, str(path))
@@ -163,8 +149,8 @@ def _read(path: Path) -> tuple[GPTConfig, dict[str, Tensor], bool]:
         keys = ", ".join(map(repr, list(content)[:4]))
         words = f"a pickle of an unknown kind (it holds {keys}; needed are model and model_args)"
         raise OSError(errno.EINVAL, f"{words}: {KNOWN}", str(path))
-    exact = "model_args" in content and "bias" in shape
-    return storage.make(GPTConfig, shape, path), weights(content["model"], path), exact
+    shape = shape | {"exact_gelu": "model_args" in content and "bias" in shape}
+    return storage.make(GPTConfig, shape, path), weights(content["model"], path)
 
 
 def _read_llmc(path: Path, head: bytes) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -108,8 +108,6 @@ def load_hf(folder: str | Path, device="cpu", kernels="auto") -> GPT:
                 parameters[name][: len(value)] = value
     table = parameters[TABLE][: config.vocab_size].cpu()
     foreign.check_tied({TABLE: table} | ({} if head is None else {HEAD: head}), folder)
-    activation = storage.read_json(folder / CONFIG).get("activation_function")
-    foreign.exact_gelu(model, activation == "gelu")
     return model
 
 
@@ -123,6 +121,7 @@ def read_hf_config(folder: Path) -> GPTConfig:
             raise ValueError(f"{path}: {key} is {value!r:.40}; GPT-2 here needs {allowed[0]!r}")
     shape = {key: found.get(key) for key in ("n_layer", "n_head", "n_embd", "vocab_size")}
     shape["block_size"] = found.get("n_positions", found.get("n_ctx", 1024))
+    shape["exact_gelu"] = found.get("activation_function") == "gelu"
     config = storage.make(GPTConfig, shape, path)
     if found.get("n_inner") not in (None, 4 * config.n_embd):
         raise ValueError(f"{path}: n_inner is {found['n_inner']!r:.40}, not 4 * n_embd as here")
@@ -221,7 +220,7 @@ def write_hf(
         "attn_pdrop": 0.0, "embd_pdrop": c.dropout, "resid_pdrop": c.dropout,
         **special, "dtype": dtype,
     }  # fmt: skip
-    if foreign.exact_gelu(model):
+    if c.exact_gelu:
         config["activation_function"] = "gelu"
     special |= {"pad_token_id": eot}
     if c.block_size < 1024:  # pipeline goes on for 256 tokens, unless told

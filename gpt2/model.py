@@ -12,6 +12,7 @@ import math
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,10 +137,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, config.bias, ops)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, config.bias, ops)
-        self.dropout, self.ops = nn.Dropout(config.dropout), ops
+        self.dropout = nn.Dropout(config.dropout)
+        self.gelu = F.gelu if config.exact_gelu else ops.gelu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.ops.gelu(self.c_fc(x))))
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
 
 
 class Block(nn.Module):

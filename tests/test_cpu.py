@@ -19,6 +19,10 @@ DTYPE = pytest.mark.parametrize("dtype", cpu.DTYPES, ids=cpu.DTYPES.values())
 needs_cpp = pytest.mark.skipif(not cpu.kernels, reason=cpu.why_not())
 
 
+def plain_gelu(x):
+    return F.gelu(x, approximate="tanh")
+
+
 def no_worse(ours, theirs, exact):
     """Against float64, the error is at most twice torch's, or that of a short sum's rounding."""
     for a, b, right in zip(ours, theirs, exact, strict=True):
@@ -37,8 +41,8 @@ def compare(function, oracle, inputs, grads):
 def test_gelu(dtype, shape):
     x, dy = (4 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
     if x.numel():
-        compare(cpu.gelu, reference.gelu, [x], [dy])
-        compare(cpu.gelu, reference.gelu, [x.movedim(0, -1)], [dy.movedim(0, -1)])
+        compare(cpu.gelu, plain_gelu, [x], [dy])
+        compare(cpu.gelu, plain_gelu, [x.movedim(0, -1)], [dy.movedim(0, -1)])
     assert cpu.gelu(x).shape == x.shape
 
 

@@ -15,7 +15,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import gpt2
 from gpt2 import hf
 from gpt2.checkpoint import load_chat_template, load_tokenizer, save_checkpoint
-from gpt2.foreign import exact_gelu
 from gpt2.tokenizer import GPT2Tokenizer
 
 SHAPE = dict(n_layer=2, n_head=2, n_embd=16, block_size=24)
@@ -122,7 +121,7 @@ def test_files_of_other_trainers_give_their_logits(tmp_path, name, form, options
     idx = torch.randint(0, 99, (2, 24))
     with torch.no_grad():
         assert_close(ours(idx), theirs(idx).logits, rtol=1e-5, atol=1e-5)
-    assert exact_gelu(ours) == (name == "ckpt.pt") and load_chat_template(path) is None
+    assert ours.config.exact_gelu == (name == "ckpt.pt") and load_chat_template(path) is None
     assert (ours.config.bias, ours.config.block_size) == (options.get("bias", True), 24)
     assert ours.n_tokens == min(50257, options["rows"])
     if options["rows"] > 99:

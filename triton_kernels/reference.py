@@ -68,11 +68,6 @@ def layer_norm(
     return F.layer_norm(summed, weight.shape, weight, bias, eps), summed
 
 
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form. Source: torch.nn.functional.gelu."""
-    return F.gelu(x, approximate="tanh")
-
-
 def cross_entropy(
     logits: Tensor, targets: Tensor, *, ignore_index: int = -100, reduction: str = "mean",
     inplace_backward: bool = False,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from gpt2.evals.perplexity import detokenize, perplexity, validation_loss
 from gpt2.evals.table import table
 from gpt2.model import GPT
 from gpt2.options import EvaluateConfig
+from gpt2.storage import write_whole
 from gpt2.tokenizer import Tokenizer
 
 # What the numbers of an example are called in a line of --samples.
@@ -85,22 +85,17 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         "torch": torch.__version__, "kernels": model.ops.name, "tokenizer": tokenizer.name,
         "results": results,
     }  # fmt: skip
-    _write(path, json.dumps(content, indent=1) + "\n")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
     print(f"results: {path}")
     if config.samples:
         lines = [
             json.dumps(dict(zip(SAMPLES[task], values, strict=True), task=task, number=n)) + "\n"
             for task, found in samples.items() for n, values in sorted(found.items())
         ]  # fmt: skip
-        _write(Path(config.samples), "".join(lines))
+        Path(config.samples).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(config.samples), "".join(lines))
         print(f"samples: {config.samples}, {len(lines):,} examples")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _run(
