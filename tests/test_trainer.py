@@ -6,17 +6,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt2.checkpoint import list_checkpoints, load_model
+from gpt2.checkpoint import list_checkpoints, load_model, read_checkpoint
 from gpt2.cli import parse
 from gpt2.config import TrainConfig
+from gpt2.cpu import PRODUCTS
 from gpt2.data.prepare import prepare
-from gpt2.options import PrepareConfig
+from gpt2.options import PrepareConfig, VerifyConfig
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.between import learning_rate
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
 from gpt2.train.pretrain import pretrain
+from gpt2.train.receipt import read_receipt
+from gpt2.train.trainer import Trainer
+from gpt2.train.verify import verify_run
 
 from .conftest import losses
 
@@ -131,6 +135,23 @@ def test_micro_batches_do_not_change_the_result(train_config, optimizer):
     assert runs[1] == pytest.approx(runs[2], rel=1e-5)
     vals = [losses(Path(train_config.out_dir) / f"rows{rows}", "val/loss") for rows in (1, 8)]
     assert vals[0] == pytest.approx(vals[1], rel=1e-5)
+
+
+def test_a_run_keeps_the_matrix_products_that_it_chose(train_config, monkeypatch, capsys):
+    """Whatever is faster by the time that it goes on, or is verified."""
+    chosen = {f"{shape} {kind}": "onednn" for shape in ("96x32", "128x32") for kind in PRODUCTS}
+    monkeypatch.setattr("gpt2.train.trainer.choose", lambda model, rows: chosen)
+    pretrain(replace(train_config, max_steps=3))
+    assert "of 6 kinds of matrix products 6 by oneDNN" in capsys.readouterr().out
+    monkeypatch.setattr("gpt2.train.trainer.choose", lambda model, rows: {"32x32 dx": "onednn"})
+    pretrain(replace(train_config, resume="auto"))
+    saved = [read_checkpoint(path) for path in list_checkpoints(train_config.folder)]
+    assert [checkpoint.state["products"] for checkpoint in saved] == [chosen, chosen]
+    assert read_receipt(train_config.folder)["products"] == chosen
+    taken = []
+    monkeypatch.setattr(Trainer, "take_products", lambda self, found: taken.append(found))
+    verify_run(VerifyConfig(str(train_config.folder), checkpoint="start"))
+    assert taken == [chosen]
 
 
 def test_whole_val_split_counts_every_token_once(train_config, shakespeare):
