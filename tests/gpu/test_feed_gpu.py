@@ -1,4 +1,4 @@
-"""The ring of pinned buffers on a CUDA GPU, with copies that are held up behind other work."""
+"""Batches on their way to a CUDA GPU, with copies that are held up behind other work."""
 
 import numpy as np
 import pytest
