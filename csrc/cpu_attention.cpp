@@ -3,7 +3,7 @@
 //     P = softmax(Q K^T / sqrt(D)) over the keys start[t] ... t of query t,   O = P V
 //
 // on qkv (B, T, 3, H, D) as c_attn writes it, float32 or bfloat16; arithmetic is in float32. D is a
-// multiple of 16. A thread takes one head of one row of the batch: it copies its Q, K, V, and
+// multiple of LINE, 16. A thread takes one head of one row of the batch: it copies its Q, K, V, and
 // transposes of those that a product needs so, and goes through blocks of QUERIES queries, whose
 // scores against all their keys it holds at once, in its L2 cache. Backward computes P again from
 // the scores and their log-sum-exp:
@@ -22,10 +22,10 @@
 namespace {
 
 constexpr int64_t QUERIES = 32;
-constexpr int64_t WIDE = 32;  // columns of a tile of scores; buffers are padded to so many
+constexpr int64_t LINE = 16;  // floats; D is a multiple of it, and so are the widths of all buffers
 
 // c (rows, columns) = [c +] a b; a's element (r, k) lies at r * a_row + k * a_k; columns is a
-// multiple of 16. A vector of the processor has LANES floats. A tile of c that is WIDEST vectors wide
+// multiple of LINE. A vector of the processor has LANES floats. A tile of c that is WIDEST vectors wide
 // and 6 rows high stays in registers, or one that is narrower and 12 rows high.
 template <int LANES, int WIDEST>
 struct Product {
@@ -98,10 +98,10 @@ INLINE int64_t first_key(const int32_t* start, int64_t t, const Shape& s) {
 INLINE int64_t first_of_block(const int32_t* start, int64_t q0, int64_t n, const Shape& s) {
   int64_t first = q0;
   for (int64_t r = 0; r < n; ++r) first = std::min(first, first_key(start, q0 + r, s));
-  return first / 16 * 16;
+  return first / LINE * LINE;
 }
 
-INLINE int64_t padded(int64_t T) { return (T + WIDE - 1) / WIDE * WIDE; }
+INLINE int64_t padded(int64_t T) { return (T + LINE - 1) / LINE * LINE; }
 
 template <typename T>
 INLINE void copy_in(const T* from, int64_t row, int64_t n, int64_t D, float* to) {
@@ -110,9 +110,9 @@ INLINE void copy_in(const T* from, int64_t row, int64_t n, int64_t D, float* to)
 }
 
 INLINE void transpose(const float* from, int64_t n, int64_t D, float* to, int64_t to_row) {
-  for (int64_t t = 0; t < n; t += 16)
+  for (int64_t t = 0; t < n; t += LINE)
     for (int64_t d = 0; d < D; ++d)
-      for (int64_t i = t; i < std::min(t + 16, n); ++i) to[d * to_row + i] = from[i * D + d];
+      for (int64_t i = t; i < std::min(t + LINE, n); ++i) to[d * to_row + i] = from[i * D + d];
 }
 
 template <typename P, typename T>
@@ -127,7 +127,7 @@ INLINE void forward_head(const T* qkv, const int32_t* start, T* out, float* lse,
   copy_in(qkv + 2 * s.H * D, row, s.T, D, v);
   for (int64_t q0 = 0; q0 < s.T; q0 += QUERIES) {
     const int64_t n = std::min(QUERIES, s.T - q0), k0 = first_of_block(start, q0, n, s);
-    const int64_t keys = q0 + n - k0, wide = (keys + 15) / 16 * 16;
+    const int64_t keys = q0 + n - k0, wide = padded(keys);
     P::run(q + q0 * D, D, 1, kt + k0, wide_row, p, wide_row, n, wide, D, false);
     for (int64_t r = 0; r < n; ++r) {
       float* z = p + r * wide_row;
@@ -169,7 +169,7 @@ INLINE void backward_head(const T* qkv, const int32_t* start, const T* out, cons
   std::fill(dk, dk + 2 * all, 0.0f);
   for (int64_t q0 = 0; q0 < s.T; q0 += QUERIES) {
     const int64_t n = std::min(QUERIES, s.T - q0), k0 = first_of_block(start, q0, n, s);
-    const int64_t keys = q0 + n - k0, wide = (keys + 15) / 16 * 16;
+    const int64_t keys = q0 + n - k0, wide = padded(keys);
     copy_in(dout + q0 * s.H * D, s.H * D, n, D, d_o);
     P::run(q + q0 * D, D, 1, kt + k0, wide_row, p, wide_row, n, wide, D, false);
     P::run(d_o, D, 1, vt + k0, wide_row, ds, wide_row, n, wide, D, false);
