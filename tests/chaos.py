@@ -140,7 +140,7 @@ def is_outcome(config: TrainConfig, expected: dict) -> bool:
 
 def uninterrupted(config: TrainConfig, ranks: int, log: Path) -> tuple[dict, float]:
     """The outcome of a run that nobody disturbs, and its seconds."""
-    whole = replace(config, run_name=f"whole_{ranks}")
+    whole = replace(config, run_name=f"whole_{ranks}_{config.max_steps}")
     started = time.monotonic()
     assert set(reap(spawn(whole, ranks, log))) == {0}, log.read_text()[-2000:]
     return outcome(whole), time.monotonic() - started
