@@ -291,7 +291,9 @@ class TrainConfig:
 
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    # Of matmuls; weights stay float32. fast: bfloat16 where the device has it in hardware, else
+    # float32; auto: that on a GPU, float32 on a CPU.
+    dtype: Literal["auto", "fast", "float32", "bfloat16"] = "auto"
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds

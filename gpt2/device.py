@@ -83,18 +83,31 @@ class Execution:
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self.dtype == torch.float32 and has_fast_bfloat16(self.device):
+            dtype += " (this processor is faster in bfloat16: --dtype fast)"
         compiled = "on" if self.compiled else "off"
-        return f"{device_name(self.device)}, {dtype} matmuls, compile {compiled}"
+        return f"{device_name(self.device)}, matmuls in {dtype}, compile {compiled}"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply it; others emulate it, and are slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def execution(device: torch.device, dtype: str = "auto", compile: str = "auto") -> Execution:
-    """What dtype (auto, float32, bfloat16) and compile (auto, on, off) mean on a device.
+    """What dtype (auto, fast, float32, bfloat16) and compile (auto, on, off) mean on a device.
 
-    auto: bfloat16 where a GPU has it, and compiled on a GPU.
+    fast: bfloat16 where the device multiplies it faster than float32.  auto: that and compiled on a
+    GPU, neither on a CPU, whose results then have float32's accuracy.
     """
     on_gpu = device.type == "cuda"
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "fast" or dtype == "auto" and on_gpu:
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    elif dtype == "auto":
+        dtype = "float32"
     return Execution(device, getattr(torch, dtype), compile == "on" or compile == "auto" and on_gpu)
 
 
