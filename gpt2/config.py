@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Switch = Literal["auto", "on", "off"]
+Precision = Literal["auto", "fast", "float32", "bfloat16"]
 Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
 
@@ -293,7 +294,7 @@ class TrainConfig:
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     # Of matmuls; weights stay float32. fast: bfloat16 where the device has it in hardware, else
     # float32; auto: that on a GPU, float32 on a CPU.
-    dtype: Literal["auto", "fast", "float32", "bfloat16"] = "auto"
+    dtype: Precision = "auto"
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
