@@ -164,11 +164,14 @@ class Choice:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear."""
+        if not torch.is_grad_enabled() and self.cpp:
+            y = _decode_linear(x, weight, bias)
+            if y is not None:
+                return y
         if not self._applies(x, weight, bias):
             return F.linear(x, weight, bias)
         if not torch.is_grad_enabled():
-            y = _decode_linear(x, weight, bias) if self.cpp else None
-            return self.of("forward", weight)(x, weight, bias) if y is None else y
+            return self.of("forward", weight)(x, weight, bias)
         if not self.products:
             return F.linear(x, weight, bias)
         return _Linear.apply(x, weight, bias, self)
