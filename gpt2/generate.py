@@ -174,6 +174,8 @@ class _Decoder:
         self.model, self.device = model, model.lm_head.weight.device
         self.pace = pace(self.device)
         self.shape = capacity, self.device, dtype, self.pace.fixed
+        # FSDP gathers between its blocks, on streams of its own, so such a step is not captured.
+        self.captures = self.pace.captured and all(map(_is_whole, model.parameters()))
 
     def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
         """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
@@ -199,7 +201,7 @@ class _Decoder:
     def step(self, token: Tensor) -> Tensor:
         """Appends token (B,) to the rows."""
         self.token.copy_(token[:, None])
-        if not self.pace.captured:
+        if not self.captures:
             return self._run(self.token, self.doc_start)
         if self.captured is None:
             self.captured = self._capture()
@@ -226,7 +228,8 @@ class _Decoder:
                 self.cache.length = length
                 self.cache.end.fill_(length)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # Other threads, such as a run's feed, may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = self._run(self.token, self.doc_start)
         self.cache.length = length  # capturing ran nothing on the device
         return graph, logits
@@ -354,18 +357,23 @@ def _evaluating(model: GPT):
     layers = [m for m in model.modules() if low and isinstance(m, nn.Linear)]
     cast = [
         (layer, name, p) for layer in layers for name, p in layer.named_parameters(recurse=False)
-        if type(p) is nn.Parameter and p.dtype == torch.float32
+        if _is_whole(p) and p.dtype == torch.float32
     ]  # fmt: skip
     model.eval()
     try:
         for layer, name, p in cast:
             setattr(layer, name, nn.Parameter(p.to(run.dtype), requires_grad=False))
-        with run.autocast():
+        with torch.cuda.device_of(weight), run.autocast():
             yield run.dtype if low else weight.dtype
     finally:
         for layer, name, p in cast:
             setattr(layer, name, p)
         model.train(was_training)
+
+
+def _is_whole(p: nn.Parameter) -> bool:
+    """Not shared out by FSDP."""
+    return type(p) is nn.Parameter
 
 
 def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -263,6 +263,17 @@ def test_the_copies_give_the_bits_of_autocast_and_leave_the_model(tiny, in_bfloa
     assert all(p is trained[name] for name, p in model.named_parameters())
 
 
+def test_a_model_that_is_shared_out_is_not_captured(model, monkeypatch):
+    class Shared(torch.nn.Parameter):
+        pass
+
+    expected = greedy(model, PROMPTS)
+    norm = model.transformer.h[0].ln_1
+    norm.weight = Shared(norm.weight.data)
+    monkeypatch.setattr(module, "pace", lambda device: Pace(True, True, 8))
+    assert greedy(model, PROMPTS) == expected
+
+
 def test_draw_inverts_the_cumulated_probabilities():
     p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
     uniform = torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2**-53], dtype=torch.float64)
