@@ -15,6 +15,7 @@ from typing import ClassVar, Literal
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Switch = Literal["auto", "on", "off"]
+Precision = Literal["auto", "fast", "float32", "bfloat16"]
 Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
 

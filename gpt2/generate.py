@@ -54,8 +54,8 @@ def generate(
     """Continues each prompt with up to max_new_tokens tokens.
 
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
-    options: num_samples, stop_tokens, stop, window, seed and stream, as of complete, which gives
-    log probabilities besides.
+    options: num_samples, stop_tokens, stop, window, seed, stream and dtype, as of complete, which
+    gives log probabilities besides.
     Returns the new tokens of each row, without the prompt and without the stop token.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
@@ -70,7 +70,7 @@ def complete(
     num_samples: int = 1, stop_tokens: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None, window: bool = False,
     seed: int | Sequence[int] | None = None, stream: Callable[[int, int], None] | None = None,
-    log_probabilities: bool = False,
+    log_probabilities: bool = False, dtype: str = "auto",
 ) -> list[Completion]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens, num_samples times.
 
@@ -83,7 +83,8 @@ def complete(
     seed: one a row, or that of the first row, which the others' follow; None: torch's generator's.
     stream: called with (row, token) for every token of the result as soon as it is known.
     Only ids that the tokenizer has (model.n_tokens) are drawn.
-    In bfloat16 (on a GPU) the linear layers' weights lie there twice meanwhile: 2 more bytes each.
+    dtype: of matmuls, as in gpt2.device.execution. In bfloat16 the linear layers' weights lie there
+    twice meanwhile: 2 more bytes each.
     Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
     options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
     block_size, and where the model's logits are not finite numbers.
@@ -97,8 +98,8 @@ def complete(
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
     picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
-    with _evaluating(model) as dtype:
-        decoder = _Decoder(model, capacity, dtype)
+    with _evaluating(model, dtype) as cache_dtype:
+        decoder = _Decoder(model, capacity, cache_dtype)
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
         drawn = []  # of each step not yet read the tokens (B,), and their log probabilities
@@ -345,14 +346,14 @@ def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> Sequence[int]:
 
 
 @contextmanager
-def _evaluating(model: GPT):
+def _evaluating(model: GPT, dtype: str):
     """The model without dropout, in the device's precision; gives the dtype of keys and values.
 
     Where that is bfloat16, copies take the place of the float32 weights that autocast would cast
     for every token, as it does under inference_mode. What FSDP shares out stays as it is.
     """
     weight, was_training = model.lm_head.weight, model.training
-    run = execution(weight.device)
+    run = execution(weight.device, dtype)
     low = run.dtype != torch.float32
     layers = [m for m in model.modules() if low and isinstance(m, nn.Linear)]
     cast = [

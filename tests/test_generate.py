@@ -224,7 +224,7 @@ class Casts(TorchDispatchMode):
 
 @pytest.fixture
 def in_bfloat16(monkeypatch):
-    monkeypatch.setattr(module, "execution", lambda device: Execution(device, torch.bfloat16))
+    monkeypatch.setattr(module, "execution", lambda device, _: Execution(device, torch.bfloat16))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -245,12 +245,22 @@ def test_under_bfloat16_weights_are_cast_once_a_call(tiny, in_bfloat16, lora, mo
         assert generate(model, PROMPTS, max_new_tokens=12, temperature=0) != before  # no old copy
 
 
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_bfloat16_on_a_cpu_is_float32_but_for_rounding(tiny, kernels):
+    model = GPT(tiny, kernels)
+    options = dict(max_new_tokens=1, log_probabilities=True, sampling=Sampling(temperature=0))
+    rows = [complete(model, PROMPTS, dtype=dtype, **options) for dtype in ("float32", "bfloat16")]
+    exact, rounded = (torch.tensor([p for row in of for p in row.log_probabilities]) for of in rows)
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    assert model.lm_head.weight.dtype == torch.float32
+
+
 def test_the_copies_give_the_bits_of_autocast_and_leave_the_model(tiny, in_bfloat16):
     model = GPT(tiny, "torch")
     names, trained = [*model.state_dict()], dict(model.named_parameters())
     with torch.no_grad(), Execution(torch.device("cpu"), torch.bfloat16).autocast():
         expected = module._Decoder(model, 12, torch.bfloat16).prefill(PROMPTS)
-    with torch.no_grad(), module._evaluating(model) as dtype:
+    with torch.no_grad(), module._evaluating(model, "auto") as dtype:
         assert model.lm_head.weight.dtype == dtype == torch.bfloat16
         assert_close(module._Decoder(model, 12, dtype).prefill(PROMPTS), expected, rtol=0, atol=0)
 
