@@ -57,8 +57,8 @@ setup(
     ],
     cmdclass={"build_ext": build_ext},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; platform_machine == 'x86_64' or platform_machine == 'aarch64'",
+        "torch>=2.11,<2.15",
+        "triton>=3.6,<3.9; platform_machine == 'x86_64' or platform_machine == 'aarch64'",
         "numpy>=2.1",
         "tiktoken>=0.8",
         "safetensors>=0.5",

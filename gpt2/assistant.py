@@ -25,6 +25,7 @@ class Assistant:
     tokenizer: Tokenizer
     template: str | None
     load: Callable[[], GPT]
+    dtype: str = "auto"  # of matmuls, as in gpt2.device.execution
 
     @cached_property
     def model(self) -> GPT:
@@ -42,7 +43,7 @@ class Assistant:
     def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
         """gpt2.generate.complete, up to an end of text."""
         stop_tokens = () if self.tokenizer.eot is None else (self.tokenizer.eot,)
-        return complete(self.model, prompts, stop_tokens=stop_tokens, **options)
+        return complete(self.model, prompts, stop_tokens=stop_tokens, dtype=self.dtype, **options)
 
     def encode(self, prompt: str, system: str = "") -> list[int]:
         """A prompt as the template has a question, or as it is; needs no model."""
@@ -61,8 +62,9 @@ class Assistant:
 
 
 def load_assistant(
-    name: str, *, device: str = "auto", kernels: str = "auto", template: str = "auto"
-) -> Assistant:
+    name: str, *, device: str = "auto", kernels: str = "auto", template: str = "auto",
+    dtype: str = "auto",
+) -> Assistant:  # fmt: skip
     """template: "auto" takes the one that was saved with the model, "none" none.
 
     Raises OSError and ValueError as load_tokenizer does, and ValueError for an unknown template.
@@ -72,7 +74,7 @@ def load_assistant(
     if chosen is not None:
         find_template(chosen)
     load = lambda: load_model(name, select_device(device), kernels)  # noqa: E731
-    return Assistant(name, load_tokenizer(name), chosen, load)
+    return Assistant(name, load_tokenizer(name), chosen, load, dtype)
 
 
 @dataclass

@@ -4,7 +4,8 @@ Whoever needs one of the three asks an Execution, so that no two parts of a run 
 """
 
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def execution(device: torch.device, dtype: str = "auto", compile: str = "auto") 
     elif dtype == "auto":
         dtype = "float32"
     return Execution(device, getattr(torch, dtype), compile == "on" or compile == "auto" and on_gpu)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch takes operations that give the same bits each time, or raises RuntimeError.
+
+    Without it a compiled embedding adds up its gradient with atomics on a GPU, in any order.
+    """
+    options = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        options.fill_uninitialized_memory = False  # nothing here reads such memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
+        options.fill_uninitialized_memory = before[1]
 
 
 def device_name(device: torch.device) -> str:

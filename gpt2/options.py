@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gpt2.config import Kernels, Sampling, check_numbers
+from gpt2.config import Kernels, Precision, Sampling, check_numbers
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,9 @@ class _Generation(Sampling):
     seed: int | None = None  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
+    # Of matmuls: bfloat16 reads half the bytes; fast: where the device has it in hardware; auto:
+    # that on a GPU, float32 on a CPU.
+    dtype: Precision = "auto"
 
     def __post_init__(self):
         super().__post_init__()

@@ -111,7 +111,11 @@ def main() -> None:
         config = parse(ChatConfig, __doc__)
         from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
     assistant = load_assistant(
-        config.model, device=config.device, kernels=config.kernels, template=config.template
+        config.model,
+        device=config.device,
+        kernels=config.kernels,
+        dtype=config.dtype,
+        template=config.template,
     )
     if assistant.template is None:
         assistant.template = DEFAULT_TEMPLATE

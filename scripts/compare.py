@@ -32,7 +32,8 @@ def main() -> None:
     prompts = read_prompts(config.prompts)
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     heads, columns = ["prompt"], [prompts]
-    assistants = [load_assistant(n, device=config.device, kernels=config.kernels)
+    assistants = [load_assistant(n, device=config.device, kernels=config.kernels,
+                                 dtype=config.dtype)
                   for n in config.models]  # fmt: skip
     # What is wrong with a prompt is known before any model is loaded, and of the models each is
     # loaded when the one before has gone: together they may not fit the memory.

@@ -24,7 +24,11 @@ def main() -> None:
         from gpt2.assistant import load_assistant
     prompts = read_prompts(config.prompt_file) if config.prompt_file else list(config.prompt)
     assistant = load_assistant(
-        config.model, device=config.device, kernels=config.kernels, template=config.template
+        config.model,
+        device=config.device,
+        kernels=config.kernels,
+        dtype=config.dtype,
+        template=config.template,
     )
     gap = "" if assistant.template is None else "\n"
     encoded = [assistant.encode(prompt) for prompt in prompts]
