@@ -19,8 +19,65 @@ Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
 
 
+OTHER_NAMES = {
+    "gpt2": "124m 117m small gpt2_small gpt2_124m d12",
+    "gpt2-medium": "350m 345m 355m medium d24",
+    "gpt2-large": "774m large d36",
+    "gpt2-xl": "1558m 1.5b xl d48",
+    "tinytiny": "62m tiny",
+    "tinystories-1m": "1m",
+    "tinystories-8m": "8m",
+    "tinystories-28m": "28m 33m",
+    "char": "shakespeare_char baby",
+    "model": "checkpoint ckpt model_path model_name_or_path",
+    "init_from": "model_name_or_path base_model pretrained",
+    "preset": "model model_name model_type",
+    "data": "dataset dataset_name data_dir data_path input_bin train_file train_data",
+    "val_data": "input_val_bin validation_file eval_data",
+    "block_size": "sequence_length seq_len max_seq_len max_seq_length max_length context_length",
+    "tokens_per_step": "total_batch_size global_batch_size train_batch_size",
+    "tokens_per_step (micro steps follow from it)": "gradient_accumulation_steps grad_accum_steps",
+    "micro_batch_size": "batch_size device_batch_size per_device_train_batch_size",
+    "epochs": "num_train_epochs num_epochs n_epochs",
+    "max_steps": "max_iters num_iterations num_train_steps train_steps n_steps steps iters",
+    "max_steps (of tokens_per_step tokens)": "epochs num_train_epochs num_epochs n_epochs",
+    "warmup_steps": "warmup_iters num_warmup_steps warmup_ratio warmup",
+    "optimizer": "optim",
+    "lr": "learning_rate max_lr peak_lr",
+    "min_lr": "final_lr learning_rate_decay_frac",
+    "schedule": "lr_scheduler_type lr_scheduler lr_schedule decay_lr",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "grad_clip": "max_grad_norm gradient_clip_val max_norm",
+    "eval_every": "eval_interval val_loss_every eval_freq",
+    "eval_steps": "eval_iters val_max_steps",
+    "sample_every": "sample_interval",
+    "save_every": "save_steps save_interval checkpoint_every",
+    "keep_last": "save_total_limit",
+    "log_every": "logging_steps log_interval",
+    "sharding": "fsdp zero_stage deepspeed",
+    "activation_checkpointing": "gradient_checkpointing recompute",
+    "dtype": "bf16 fp16 mixed_precision precision",
+    "compile": "torch_compile",
+    "out_dir": "output_dir save_dir",
+    "run_name": "wandb_run_name experiment_name name",
+    "resume": "resume_from_checkpoint resume_from",
+    "wandb_project": "wandb_log report_to",
+    "lora_rank": "lora_r",
+    "max_new_tokens": "max_tokens max_length n_predict",
+    "num_samples": "num_return_sequences",
+}
+"""What nanoGPT, llm.c and Hugging Face call presets and options, by what they are here."""
+
+
 def suggest(word: str, known) -> str:
-    """'did you mean X?' if a known word is close, else the list of known words."""
+    """What to write for an unknown word: ours for a name of another program, 'did you mean X?' if a
+    known word is close, else the list of known words. Those of options may begin with --."""
+    word = word.lower()
+    dashes, name = "--" * word.startswith("--"), word.removeprefix("--").replace("-", "_")
+    for ours, names in OTHER_NAMES.items():
+        if name in names.split() and f"{dashes}{ours.split()[0]}" in known:
+            return f"here it is {dashes}{ours}"
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
 

@@ -4,9 +4,21 @@ from pathlib import Path
 import pytest
 
 from gpt2.cli import parse
-from gpt2.config import PRESETS, DPOConfig, Sampling, SFTConfig, TrainConfig
-from gpt2.options import SampleConfig
+from gpt2.config import (
+    OTHER_NAMES,
+    PRESETS,
+    DPOConfig,
+    Sampling,
+    SFTConfig,
+    TrainConfig,
+    suggest,
+)
+from gpt2.options import ChatConfig, CompareConfig, EvaluateConfig, ExportConfig, SampleConfig
 
+EVERY = (
+    TrainConfig, SFTConfig, DPOConfig, SampleConfig, ChatConfig, CompareConfig, EvaluateConfig,
+    ExportConfig,
+)  # fmt: skip
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
 
@@ -39,11 +51,11 @@ def test_shipped_configs(path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("learning_rate: 1", "unknown key 'learning_rate'"),
+        ("learning_rate: 1", "unknown key 'learning_rate': here it is lr"),
         ("warmup_step: 1", "did you mean 'warmup_steps'"),
-        ("lr: fast", "lr: must be float"),
-        ("max_steps: 1.5", "max_steps: must be int"),
-        ("bias: 1", "bias: must be bool"),
+        ("lr: fast", "lr: must be a number, got 'fast'"),
+        ("max_steps: 1.5", "max_steps: must be a whole number, got 1.5"),
+        ("bias: 1", "bias: must be True or False, got 1"),
         ("schedule: step", "must be one of cosine"),
         ("- lr", "expected `key: value`"),
         ("lr: [1", "not valid YAML"),
@@ -61,10 +73,84 @@ def test_bad_yaml(tmp_path, text, message):
         parse(TrainConfig, "", [str(path)])
 
 
-def test_unknown_option_suggests_and_exits(capsys):
-    with pytest.raises(SystemExit) as error:
-        parse(TrainConfig, "", ["--n_layers", "3"])
-    assert error.value.code == 2 and "--n-layer" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("8M", "unknown preset '8M': here it is tinystories-8m"),
+        ("GPT2-XXL", "did you mean 'gpt2-xl'"),
+        ("--n_layers 3", "unknown option --n_layers: did you mean '--n_layer'"),
+        ("--learning-rate=1", "unknown option --learning_rate: here it is --lr$"),
+        ("--num_train_epochs 3", r"here it is --max_steps \(of tokens_per_step tokens\)$"),
+        ("--cfg_param 3", "unknown option --cfg_param: known are --activation_checkpointing, --b"),
+        ("--verify open", "--verify is no option any more, leave it out: shards are always"),
+        ("-b 64", "unknown option -b: options begin with --"),
+        ("--lr --seed 3", "--lr needs a value"),
+        ("--lr 1 2", "--lr takes one value, got 1 2"),
+        ("--lr fast", "--lr: must be a number, got 'fast'"),
+        ("--max_steps 1.5", "--max_steps: must be a whole number, got '1.5'"),
+        ("--micro_batch_size x", "--micro_batch_size: must be auto or a whole number, got 'x'"),
+        ("--doc_mask perhaps", "--doc_mask: must be True or False, got 'perhaps'"),
+        ("--compile maybe", "--compile: must be one of auto, on, off, got 'maybe'"),
+        ("a.yaml --lr 1 b.yaml", "a.yaml and b.yaml: give one recipe"),
+    ],
+)
+def test_bad_command_lines(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse(TrainConfig, "", line.split())
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(ValueError, match="--model is missing"):
+        parse(SampleConfig, "", [])
+
+
+def test_each_name_of_others_leads_to_a_name_of_ours():
+    """And none of them is ours already, in the same place."""
+    places = [PRESETS, *({f.name for f in dataclasses.fields(c)} for c in EVERY)]
+    for ours, names in OTHER_NAMES.items():
+        found = [place for place in places if ours.split()[0] in place]
+        assert found, ours
+        for name in names.split():
+            for place in found:
+                assert name in place or suggest(name, place).startswith("here it is "), name
+
+
+@pytest.mark.parametrize(
+    "line, name, value",
+    [
+        ("--max_steps 1e3", "max_steps", 1000),
+        ("--warmup_steps 0 --max_steps 20000.0", "max_steps", 20000),
+        ("--seed 9007199254740993", "seed", 9007199254740993),  # no float64 is
+        ("--lr=3e-4", "lr", 3e-4),
+        ("--lr 1 --lr 2", "lr", 2.0),
+        ("--doc_mask --lr 1", "doc_mask", True),
+        ("--doc-mask false", "doc_mask", False),
+        ("--bias", "bias", True),
+        ("--compile", "compile", "on"),
+        ("--compile False", "compile", "off"),
+        ("--n_layer None", "n_layer", None),
+        ("--wandb_project=", "wandb_project", ""),
+        ("--out_dir a.yaml", "out_dir", "a.yaml"),
+        ("--lr 1 RECIPE --seed 5", "beta1", 0.5),
+        ("--doc_mask RECIPE", "beta1", 0.5),
+        ("--lr 1e-3 RECIPE", "lr", 1e-3),
+        ("RECIPE", "max_steps", 2000),
+    ],
+)
+def test_words_of_a_command_line(tmp_path, line, name, value):
+    (tmp_path / "a.yaml").write_text("beta1: 0.5\nlr: 1\nmax_steps: 2e3\n")
+    words = line.replace("RECIPE", str(tmp_path / "a.yaml")).split()
+    found = getattr(parse(TrainConfig, "", words), name)
+    assert (type(found), found) == (type(value), value)
+
+
+def test_an_option_with_several_values_ends_at_a_recipe(tmp_path):
+    (tmp_path / "a.yaml").write_text("lora_rank: 4")
+    words = ["runs/a", "--lora_targets", "c_attn", "c_fc", str(tmp_path / "a.yaml")]
+    config = parse(SFTConfig, "", words)
+    assert (config.init_from, config.lora_targets) == ("runs/a", ("c_attn", "c_fc"))
+    assert config.lora_rank == 4
+    assert parse(SampleConfig, "", ["m", "--prompt", "a", "b.yaml"]).prompt == ("a", "b.yaml")
 
 
 @pytest.mark.parametrize(

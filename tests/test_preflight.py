@@ -293,7 +293,7 @@ def test_auto_is_an_option_like_any(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("micro_batch_size: auto\n")
     assert parse(TrainConfig, "", [str(path)]).micro_batch_size == "auto"
-    with pytest.raises(ValueError, match="must be auto or int, got 'most'"):
+    with pytest.raises(ValueError, match="must be auto or a whole number, got 'most'"):
         coerce(TrainConfig, {"micro_batch_size": "most"}, "run.yaml")
     with pytest.raises(ValueError, match="must be above 0"):
         TrainConfig(micro_batch_size=0)
