@@ -305,9 +305,11 @@ class TrainConfig:
     dropout: float | None = None  # default: the preset's, 0
     bias: bool | None = None  # default: the preset's
 
-    tokens_per_step: int = 524288  # over all ranks and micro steps
+    # Over all ranks and micro steps. Default: 524,288 for gpt2 and above; below, in proportion to
+    # the parameters of the blocks, a power of two, at least 16 rows; in whole micro steps.
+    tokens_per_step: int | None = None
     # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
-    micro_batch_size: int | Literal["auto"] = 32
+    micro_batch_size: int | Literal["auto"] = "auto"
     max_steps: int = 19073  # optimizer steps
     warmup_steps: int = 700  # steps in which lr rises linearly to its peak
     # muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at one lr.
@@ -359,6 +361,7 @@ class TrainConfig:
     wandb_project: str = ""  # log to Weights & Biases too, under this project
 
     KIND: ClassVar[str] = "pretrain"  # what `kind` in a YAML file says
+    STEP_TOKENS: ClassVar[int | None] = None  # what tokens_per_step is near by default
     lora: ClassVar[LoRAConfig | None] = None  # adapters are an option of fine-tuning
 
     def __post_init__(self):
@@ -381,6 +384,8 @@ class TrainConfig:
                 f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
                 f"{self.sharding}"
             )
+        if self.exact_reduction and self.micro_batch_size == "auto":
+            raise ValueError("exact_reduction is of one micro_batch_size: give it as a number")
         if not self.run_name or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
@@ -398,6 +403,17 @@ class TrainConfig:
             changes["vocab_size"] = vocab_size
         return dataclasses.replace(preset, **changes)
 
+    def sized(self, shape: GPTConfig, block_size: int, world_size: int) -> "TrainConfig":
+        """self with tokens_per_step as a number; shape: of the model; block_size: of a row."""
+        if self.tokens_per_step is not None:
+            return self
+        # 124M's 85M parameters make a little more than 2 ** 19.
+        tokens = 1 << (12 * shape.n_layer * shape.n_embd**2 // 160).bit_length() >> 1
+        tokens = self.STEP_TOKENS or min(max(tokens, 16 * block_size), 1 << 19)
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        unit = rows * block_size * world_size
+        return dataclasses.replace(self, tokens_per_step=max(round(tokens / unit), 1) * unit)
+
     def grad_accum_steps(self, block_size: int, world_size: int) -> int:
         """Micro steps that make up one step, once micro_batch_size is a number.
 
@@ -405,11 +421,15 @@ class TrainConfig:
         """
         per_micro_step = self.micro_batch_size * block_size * world_size
         if self.tokens_per_step % per_micro_step:
+            below = self.tokens_per_step // per_micro_step * per_micro_step
+            fits = not self.tokens_per_step % (block_size * world_size)
             raise ValueError(
                 f"tokens_per_step {self.tokens_per_step} does not divide into micro steps of "
                 f"{per_micro_step} tokens (micro_batch_size {self.micro_batch_size} x block_size "
-                f"{block_size} x {world_size} ranks); the nearest valid tokens_per_step are "
-                f"{nearest_multiples(self.tokens_per_step, per_micro_step)}"
+                f"{block_size} x {world_size} ranks): use --tokens_per_step "
+                + (f"{below} or " if below else "")
+                + f"{below + per_micro_step}"
+                + ", or --micro_batch_size auto" * fits
             )
         return self.tokens_per_step // per_micro_step
 
@@ -487,6 +507,7 @@ class SFTConfig(FineTuneConfig):
     """Options of scripts/sft.py."""
 
     KIND: ClassVar[str] = "sft"
+    STEP_TOKENS: ClassVar[int] = 16384
 
     # A known data set (alpaca, dolly, tulu2, lima, oasst1, gsm8k), a file or folder of .jsonl,
     # .json or .parquet, compressed or not; or several with commas between.
@@ -497,8 +518,8 @@ class SFTConfig(FineTuneConfig):
     overlong: Literal["drop", "cut"] = "drop"
     max_conversations: int | None = None  # read only so many
 
-    tokens_per_step: int = 16384  # rows x block_size over all ranks and micro steps, with filling
-    micro_batch_size: int = 8  # rows of block_size tokens in one forward pass on one device
+    # Rows x block_size over all ranks and micro steps, with filling; default: about 16,384.
+    tokens_per_step: int | None = None
     lr: float = 2e-5  # peak learning rate; with adapters 1e-4 to 5e-4 is usual
     run_name: str = "sft"  # everything of the run lies in out_dir/run_name
 
@@ -512,6 +533,7 @@ class DPOConfig(FineTuneConfig):
     """Options of scripts/dpo.py. init_from is also the reference, which stays as it is."""
 
     KIND: ClassVar[str] = "dpo"
+    STEP_TOKENS: ClassVar[int] = 65536
 
     # A file or folder of .jsonl, .json or .parquet, compressed or not, or several with commas
     # between; rows hold prompt, chosen, rejected, or what else gpt2.data.preferences knows.
@@ -527,8 +549,10 @@ class DPOConfig(FineTuneConfig):
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or the squared one of IPO
 
     epochs: float = 1.0  # how often each pair is seen, where max_steps is 0
-    tokens_per_step: int = 65536  # pairs x 2 x block_size over all ranks and micro steps
-    micro_batch_size: int = 4  # pairs in one forward pass on one device
+    # Pairs x 2 x block_size over all ranks and micro steps; default: about 65,536.
+    tokens_per_step: int | None = None
+    # Pairs in one forward pass on one device; auto: the most that fit.
+    micro_batch_size: int | Literal["auto"] = "auto"
     lr: float = 1e-6  # peak learning rate; with adapters 1e-5 to 1e-4 is usual
     run_name: str = "dpo"  # everything of the run lies in out_dir/run_name
 

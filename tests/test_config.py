@@ -45,7 +45,8 @@ def test_shipped_configs(path):
     row = config.model_config().block_size * (2 if isinstance(config, DPOConfig) else 1)
     few = {"char": (1,)}.get(config.preset, (1, 2, 4, 8))
     for world_size in (1, 2) if isinstance(config, SFTConfig) else few:
-        assert config.grad_accum_steps(row, world_size) >= 1
+        sized = config.sized(config.model_config(), row, world_size)
+        assert sized.grad_accum_steps(row, world_size) >= 1
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,7 @@ def test_an_option_with_several_values_ends_at_a_recipe(tmp_path):
         (TrainConfig(), dict(warmup_steps=10**6), "must not be above max_steps"),
         (TrainConfig(), dict(beta2=1.0), r"beta2 must lie in \[0, 1\)"),
         (TrainConfig(), dict(run_name="a/b"), "plain folder name"),
+        (TrainConfig(), dict(exact_reduction=True), "of one micro_batch_size: give it as a number"),
         (TrainConfig(), dict(lr=float("nan")), "lr must be a finite number"),
         (TrainConfig(), dict(grad_clip=float("inf")), "grad_clip must be a finite number"),
         (TrainConfig(), dict(save_every=-1), "save_every must not be negative"),
@@ -180,8 +182,35 @@ def test_grad_accum_is_derived_or_refused_with_the_nearest():
     config = TrainConfig(tokens_per_step=524288, micro_batch_size=16)
     assert [config.grad_accum_steps(1024, w) for w in (1, 2, 4, 8)] == [32, 16, 8, 4]
     config = dataclasses.replace(config, tokens_per_step=500000)
-    with pytest.raises(ValueError, match="nearest valid tokens_per_step are 491520 and 507904"):
+    with pytest.raises(ValueError, match="use --tokens_per_step 491520 or 507904"):
         config.grad_accum_steps(1024, 1)
+    config = dataclasses.replace(config, tokens_per_step=20480)
+    with pytest.raises(ValueError, match="tokens_per_step 16384 or 32768, or --micro_batch_size a"):
+        config.grad_accum_steps(1024, 1)
+
+
+@pytest.mark.parametrize(
+    "preset, tokens",
+    [
+        ("gpt2", 524288), ("gpt2-xl", 524288), ("tinytiny", 131072), ("tinystories-28m", 131072),
+        ("tinystories-8m", 32768), ("tinystories-1m", 8192), ("char", 4096),
+    ],
+)  # fmt: skip
+def test_a_step_is_of_the_size_of_the_model(preset, tokens):
+    shape = PRESETS[preset]
+    assert TrainConfig(preset=preset).sized(shape, shape.block_size, 1).tokens_per_step == tokens
+
+
+def test_a_step_that_was_not_given_is_whole_micro_steps():
+    small, three = PRESETS["tinystories-1m"], TrainConfig(micro_batch_size=3)
+    assert three.sized(small, 500, 4).tokens_per_step == 3 * 500 * 4  # near 8000
+    assert three.sized(small, 500, 4).grad_accum_steps(500, 4) == 1
+    assert TrainConfig().sized(small, 500, 4).tokens_per_step == 8000
+    assert TrainConfig().sized(small, 512, 64).tokens_per_step == 512 * 64
+    assert SFTConfig().sized(small, 1000, 1).tokens_per_step == 16000
+    assert DPOConfig().sized(small, 2048, 1).tokens_per_step == 65536
+    given = dataclasses.replace(three, tokens_per_step=7)
+    assert given.sized(small, 500, 4) is given
 
 
 def test_vocabulary_padding():
