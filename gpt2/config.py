@@ -51,6 +51,7 @@ OTHER_NAMES = {
     "grad_clip": "max_grad_norm gradient_clip_val max_norm",
     "eval_every": "eval_interval val_loss_every eval_freq",
     "eval_steps": "eval_iters val_max_steps",
+    "patience": "early_stopping early_stopping_patience",
     "sample_every": "sample_interval",
     "save_every": "save_steps save_interval checkpoint_every",
     "keep_last": "save_total_limit",
@@ -325,12 +326,14 @@ class TrainConfig:
 
     eval_every: int = 250  # steps between validations; 0 switches them off
     eval_steps: int = 20  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    # Validations in a row without a lower loss than before, after which the run ends; 0: never.
+    patience: int = 0
     # Steps between HellaSwag evaluations (its file lies in data/eval, or is downloaded there); 0
     # switches them off.
     hellaswag_every: int = 0
-    sample_every: int = 0  # steps between samples of text; 0 switches them off
+    sample_every: int = 0  # steps between samples of text, besides the one at the end; 0: only that
     save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
-    keep_last: int = 2  # checkpoints that stay; 0 keeps all
+    keep_last: int = 2  # checkpoints that stay, besides the best by validation loss; 0 keeps all
     on_save_error: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written
     log_every: int = 10  # steps between log lines
 
@@ -371,7 +374,8 @@ class TrainConfig:
         check_numbers(
             self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
             "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
-            "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last",
+            "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last "
+            "patience",
         )  # fmt: skip
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")

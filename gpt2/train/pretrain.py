@@ -84,6 +84,11 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
             parts = replace(parts, config=asked)
             identity = identity_of(parts)
             check_resumed(parts.config, resumed)
+            if config.patience and parts.val_data is None:
+                raise ValueError(
+                    f"patience {config.patience} counts validations, but there are none: see "
+                    "eval_every, and whether the data has a val split"
+                )
         except (ValueError, OSError, ImportError) as error:
             problem = error
         group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
