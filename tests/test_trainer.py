@@ -67,6 +67,7 @@ def test_learns(train_config):
     assert keys == {
         "step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/step_ms",
         "train/data_ms", "val/loss", "checkpoint/held_ms", "checkpoint/write_ms",
+        "sample",
     }  # fmt: skip
     assert parse(TrainConfig, "", [str(run / "config.yaml")]) == config
 
