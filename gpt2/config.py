@@ -44,6 +44,7 @@ OTHER_NAMES = {
     "warmup_steps": "warmup_iters num_warmup_steps warmup_ratio warmup",
     "optimizer": "optim",
     "lr": "learning_rate max_lr peak_lr",
+    "lr_range_test": "lr_find auto_lr_find",
     "min_lr": "final_lr learning_rate_decay_frac",
     "schedule": "lr_scheduler_type lr_scheduler lr_schedule decay_lr",
     "beta1": "adam_beta1",
@@ -317,6 +318,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4  # peak learning rate
     min_lr: float = 0.0  # learning rate at max_steps
+    # Instead of the run, up to 100 of its steps with lr rising from 1e-6 to 1, which suggest an lr
+    # and leave a picture, OUT_DIR/RUN_NAME.lr.png.
+    lr_range_test: bool = False
     # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
     schedule: Schedule = "cosine"
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled

@@ -25,6 +25,7 @@ from gpt2.evals.hellaswag import read_hellaswag
 from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train.between import Interrupted, StopSignals
+from gpt2.train.lr_range import range_config, range_test
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
 from gpt2.train.trainer import Trainer
@@ -72,10 +73,12 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written, and
     Interrupted (a SystemExit with status 75) after a signal.
     """
+    config = range_config(config) if config.lr_range_test else config
     with StopSignals() as signals, RunFolder(config.folder) as folder:
         group = dist.start(config.device, config.timeout_s)
         # One process decides, so that all go on from the same checkpoint.
-        found = group.on_main(lambda: folder.find(config.resume))
+        is_test = config.lr_range_test
+        found = group.on_main(lambda: None if is_test else folder.find(config.resume))
         problem = None
         try:
             resumed = None if found is None else checkpoint.read_checkpoint(found.path)
@@ -99,6 +102,9 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         if resumed is not None:
             trainer.resume(resumed)
         trainer.check_resources(resumed)
+        if is_test:
+            range_test(trainer, signals)
+            return dist.stop(group)
         lines = group.on_main(lambda: folder.begin(trainer.config, identity, resumed))
         if group.is_main and (parts.lines or lines):
             say("\n".join([*parts.lines, *lines]))
