@@ -253,6 +253,7 @@ def test_samples_while_training(train_config, capsys):
         (dict(tokens_per_step=250), "use --tokens_per_step 128 or 256"),
         (dict(device="cuda:99"), "cuda"),
         (dict(device="tpu"), "unknown device 'tpu'"),
+        (dict(device="mps"), "summed in float64, which Apple's GPUs have not.* --device cpu"),
         (dict(resume="nowhere"), "no checkpoint"),
         (
             dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None),
