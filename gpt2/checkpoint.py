@@ -110,11 +110,9 @@ def write_checkpoint(
         os.rename(temporary, folder)
         storage.sync(folder.parent)
         point_at(folder, "latest")
+        kept = (folder, best_checkpoint(run))
         for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
-            if path not in (
-                folder,
-                best_checkpoint(run),
-            ):  # renamed, so that a half deleted one is never seen
+            if path not in kept:  # renamed, so that a half deleted one is never seen
                 os.rename(path, path.with_name(f".{path.name}.tmp"))
     finally:
         _tidy(folder.parent)

@@ -119,6 +119,8 @@ def test_what_is_left_behind_is_not_the_best(run, at_step, capsys):
     folder = run(val, run_name="back", guard="rollback", snapshot_every=2, keep_last=0)
     assert "rolled back to step 2" in capsys.readouterr().out
     assert best_checkpoint(folder).name == "step_00000002"
+    checkpoint.set_aside(folder, 1)
+    assert best_checkpoint(folder) is None  # and no link to nothing
 
 
 @pytest.mark.ddp

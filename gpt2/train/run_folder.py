@@ -244,12 +244,10 @@ class RunFolder:
 
     def _point_at_best(self) -> None:
         """Links the checkpoint with the lowest validation loss, of those that are there."""
-        losses = dict(points(self.metrics.lines, "val/loss"))
-        saved = {
-            int(p.name.removeprefix("step_")): p for p in checkpoint.list_checkpoints(self.path)
-        }
-        if steps := [step for step in saved if step in losses]:
-            checkpoint.point_at(saved[min(steps, key=losses.get)], checkpoint.BEST)
+        found = {f"step_{step:08d}": loss for step, loss in points(self.metrics.lines, "val/loss")}
+        saved = [p for p in checkpoint.list_checkpoints(self.path) if p.name in found]
+        if saved:
+            checkpoint.point_at(min(saved, key=lambda p: found[p.name]), checkpoint.BEST)
 
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
