@@ -69,7 +69,7 @@ def test_the_best_checkpoint_stays_and_has_a_name(run, monkeypatch, capsys, writ
 
 
 def test_patience_ends_a_run_and_a_resume_says_so(run, capsys):
-    val = [4, 3, 3, 3.5, 1, 1]
+    val = [4, 3, float("nan"), 3.5, 1, 1]
     folder = run(val, patience=2, sample_every=3)
     said = "stopped early: no lower val loss than 3.0000 in 2 validations (patience 2)"
     out = capsys.readouterr().out

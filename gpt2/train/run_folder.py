@@ -225,7 +225,6 @@ class RunFolder:
         self.wait()
         checkpoint.set_aside(self.path, step)
         self.metrics.rewind(step)
-        self._point_at_best()
 
     def validated(self, step: int) -> bool:
         """After a validation was logged: whether patience ends the run with it."""
