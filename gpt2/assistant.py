@@ -4,7 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
+from gpt2.checkpoint import (
+    best_checkpoint,
+    load_chat_template,
+    load_model,
+    load_tokenizer,
+    read_checkpoint,
+)
+from gpt2.cli import complain
 from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
 from gpt2.device import select_device
 from gpt2.generate import Completion, complete
@@ -73,6 +80,9 @@ def load_assistant(
     chosen = None if template == "none" else chosen
     if chosen is not None:
         find_template(chosen)
+    best = best_checkpoint(name)
+    if best is not None and best != (newest := read_checkpoint(name).path):
+        complain(f"{newest}, the newest of {name}; the best by val loss is {best.name}")
     load = lambda: load_model(name, select_device(device), kernels)  # noqa: E731
     return Assistant(name, load_tokenizer(name), chosen, load, dtype)
 

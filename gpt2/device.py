@@ -50,6 +50,11 @@ def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:
             raise ValueError(f"device cuda:{index}: torch sees {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
+    elif chosen.type == "mps":
+        raise ValueError(
+            "device 'mps': losses are summed in float64, which Apple's GPUs have not, and nothing "
+            "here has been tested on one; use --device cpu"
+        )
     elif chosen.type != "cpu":
         raise ValueError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:1")
     return chosen

@@ -32,7 +32,9 @@ def main() -> None:
     show = parse(ShowBatchConfig, __doc__)
     run = Path(show.run)
     path = run / "config.yaml" if run.is_dir() else run
-    data, tokenizer, step_rows = _open(read_config(path, TrainConfig, SFTConfig, DPOConfig))
+    data, tokenizer, step_rows = _open(
+        read_config(path, TrainConfig, SFTConfig, DPOConfig), show.world_size
+    )
     offset = _offset(run, show.step)
     first, rows = rank_rows(show.step, step_rows, show.rank, show.world_size, offset)
     idx, *_ = data.batch(show.step, step_rows, show.rank, show.world_size, offset=offset)
@@ -49,17 +51,16 @@ def main() -> None:
         print(f"== {rows - show.rows} more rows of rank {show.rank}: --rows {rows}")
 
 
-def _open(config: TrainConfig) -> tuple[BatchSource, Tokenizer, int]:
+def _open(config: TrainConfig, world_size: int) -> tuple[BatchSource, Tokenizer, int]:
     """The data that a run trains on, its tokenizer, and the rows of a step."""
-    block_size = config.block_size
-    if block_size is None:
-        shape = load_model(config.init_from).config if config.init_from else config.model_config()
-        block_size = shape.block_size
+    shape = load_model(config.init_from).config if config.init_from else config.model_config()
+    block_size = config.block_size or shape.block_size
     if isinstance(config, FineTuneConfig):
         tokenizer = load_tokenizer(config.init_from)
         data = open_rows(with_template(config), tokenizer, block_size)[0]
     else:
         data, tokenizer = open_data(config, "train", block_size), find_tokenizer(config.data)
+    config = config.sized(shape, data.block_size, world_size)
     return data, tokenizer, config.tokens_per_step // data.block_size
 
 

@@ -14,16 +14,18 @@ import torch
 
 from gpt2 import checkpoint, dist, tokenizer
 from gpt2.cli import say
-from gpt2.config import TrainConfig
-from gpt2.data import Mixture, TokenLoader
+from gpt2.config import TrainConfig, data_sources
+from gpt2.data import Mixture, TokenLoader, find_shards, open_shards
 from gpt2.data.loader import BatchSource
 from gpt2.data.mixture import find_tokenizer, open_split
+from gpt2.data.shards import list_shards
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import read_hellaswag
 from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train.between import Interrupted, StopSignals
+from gpt2.train.lr_range import range_config, range_test
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
 from gpt2.train.trainer import Trainer
@@ -58,10 +60,11 @@ def pretraining(config: TrainConfig, group: Distributed) -> Parts:
     """What pretrain() trains."""
     data_tokenizer = find_tokenizer(config.data)
     model, block_size = make_model(config, data_tokenizer, group.device)
+    config = config.sized(model.config, block_size, group.world_size)
     share = (group.rank, group.world_size)
-    val_data = open_data(config, "val", block_size, share) if config.eval_every else None
+    val_data, lines = open_val(config, block_size, share) if config.eval_every else (None, [])
     train_data = open_data(config, "train", block_size, share)
-    return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer)
+    return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer, lines)
 
 
 def launch(config: TrainConfig, make_parts: MakeParts) -> None:
@@ -70,10 +73,12 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written, and
     Interrupted (a SystemExit with status 75) after a signal.
     """
+    config = range_config(config) if config.lr_range_test else config
     with StopSignals() as signals, RunFolder(config.folder) as folder:
         group = dist.start(config.device, config.timeout_s)
         # One process decides, so that all go on from the same checkpoint.
-        found = group.on_main(lambda: folder.find(config.resume))
+        is_test = config.lr_range_test
+        found = group.on_main(lambda: None if is_test else folder.find(config.resume))
         problem = None
         try:
             resumed = None if found is None else checkpoint.read_checkpoint(found.path)
@@ -82,6 +87,11 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
             parts = replace(parts, config=asked)
             identity = identity_of(parts)
             check_resumed(parts.config, resumed)
+            if config.patience and parts.val_data is None:
+                raise ValueError(
+                    f"patience {config.patience} counts validations, but there are none: see "
+                    "eval_every, and whether the data has a val split"
+                )
         except (ValueError, OSError, ImportError) as error:
             problem = error
         group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
@@ -92,7 +102,10 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         if resumed is not None:
             trainer.resume(resumed)
         trainer.check_resources(resumed)
-        lines = group.on_main(lambda: folder.begin(parts.config, identity, resumed))
+        if is_test:
+            range_test(trainer, signals)
+            return dist.stop(group)
+        lines = group.on_main(lambda: folder.begin(trainer.config, identity, resumed))
         if group.is_main and (parts.lines or lines):
             say("\n".join([*parts.lines, *lines]))
         try:
@@ -105,8 +118,10 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
 
 
 def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
-    """config with the very weights that init_from meant when the run began: a run's folder means
-    its newest checkpoint, and may have gone on since."""
+    """config with what was decided when the run began: the tokens of a step, and the very weights
+    that init_from meant: a run's folder means its newest checkpoint, and may have gone on since."""
+    if resumed is not None and config.tokens_per_step is None:
+        config = replace(config, tokens_per_step=resumed.train.get("tokens_per_step"))
     start = (resumed.identity or {}).get("init_from") if resumed is not None else None
     if start and config.init_from == start["asked"] and Path(start["path"]).exists():
         return replace(config, init_from=start["path"])
@@ -148,6 +163,21 @@ def open_data(
     return open_split(
         config.data, split, block_size, seed=config.seed, doc_mask=config.doc_mask, share=share
     )
+
+
+def open_val(
+    config: TrainConfig, block_size: int, share: tuple[int, int]
+) -> tuple[TokenLoader | Mixture | None, list[str]]:
+    """The loader for validation, in shorter rows where one of block_size would not be full; None
+    where the data has no such split; and what is to be said of that."""
+    folders = {Path(source.path) for source in data_sources(config.data)}
+    if not any(any(list_shards(folder, "val")) for folder in folders):
+        return None, [f"{config.data}: no val split, so nothing is validated"]
+    counts = (sum(s.n_tokens for s in open_shards(find_shards(f, "val"))) for f in folders)
+    length, lines = max(min(block_size, min(counts) - 1), 1), []
+    if length < block_size:
+        lines = [f"{config.data}: few val tokens, so validation is in rows of {length}"]
+    return open_data(config, "val", length, share), lines
 
 
 def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:

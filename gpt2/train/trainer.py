@@ -139,7 +139,8 @@ class Trainer:
         self._divide_step()
 
     def run(self, folder: RunFolder | None, signals: StopSignals) -> None:
-        """Trains to max_steps, after check_resources; everything it writes lies in the folder.
+        """Trains to max_steps, after check_resources, or until patience ends; everything it writes
+        lies in the folder.
 
         folder: begun; None on all processes but the main one. signals: what asks for an early stop.
         Raises Interrupted (a SystemExit with status 75) after a signal, once everything is saved.
@@ -151,7 +152,8 @@ class Trainer:
         try:
             self._loop()
             self.train_data.finish()  # what a check in the background finds at last
-            end = "finished"
+            is_early = self.step < self.config.max_steps
+            end = f"finished early (patience {self.config.patience})" if is_early else "finished"
         except Interrupted as interrupted:
             end = f"stopped by {interrupted.signal_name}"
             raise
@@ -205,11 +207,13 @@ class Trainer:
                 self._leave()
             if due.save(step) and step > self.first_step:
                 self._save()
-            if due.validation(step) and not self._validate():
-                self._leave()
+            if due.validation(step):
+                if not self._validate():
+                    self._leave()
+                last |= group.on_main(partial(self._is_over, step))
             if due.hellaswag(step) and not self._ask_hellaswag():
                 self._leave()
-            if due.sample(step):
+            if due.sample(step) or last:
                 self._sample()
             if last:
                 return
@@ -401,6 +405,10 @@ class Trainer:
             values = {f"val/{name}": value for name, value in found.items()}
             self._tell(values, f"val loss {found['loss']:.4f}{text}", started)
         return found is not None
+
+    def _is_over(self, step: int) -> bool:
+        """Whether patience ends the run; for the main process."""
+        return self.folder is not None and self.folder.validated(step)
 
     def _ask_hellaswag(self) -> bool:
         """Logs HellaSwag's acc_norm and acc; whether it came to its end."""
