@@ -35,7 +35,8 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt2", "gpt2.*", "triton_kernels"]),
-    package_data={"gpt2": ["assets/*"]},
+    package_data={"gpt2": ["assets/*", "configs/*"]},  # configs is a link to the folder above
+    entry_points={"console_scripts": ["gpt2-triton = gpt2.commands:main"]},
     ext_modules=[
         Pybind11Extension(
             "gpt2._token_loader",
