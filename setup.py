@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 
 TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13", "markdown-it-py>=3"]
 EXPORT = ["gguf>=0.17", "huggingface_hub>=1"]
+DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
@@ -68,5 +69,10 @@ setup(
         "pyyaml>=6",
         "xxhash>=3",
     ],
-    extras_require={"train": TRAIN, "export": EXPORT, "dev": TRAIN + EXPORT + DEV},
+    extras_require={
+        "train": TRAIN,
+        "export": EXPORT,
+        "docs": DOCS,
+        "dev": TRAIN + EXPORT + DOCS + DEV,
+    },  # fmt: skip
 )
