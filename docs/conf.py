@@ -21,6 +21,11 @@ extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+highlight_language = "none"
+smartquotes = False  # they would make one dash of --option
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say shapes and dtypes
@@ -77,10 +82,10 @@ class Options(SphinxDirective):
 
 
 def as_it_stands(app, what, name, obj, options, lines):
-    """A docstring keeps its layout: the first line is a sentence, the rest is shown as written."""
-    if len(lines) > 1:
-        rest = [f"   {line}" for line in lines[1:]]
-        lines[1:] = ["", "::", "", *rest, ""] if any(line.strip() for line in rest) else []
+    """A docstring keeps its layout: behind the first paragraph it is shown as it was written."""
+    first = lines.index("") if "" in lines else len(lines)
+    if any(lines[first:]):
+        lines[first:] = ["", "::", "", *(f"   {line}" for line in lines[first + 1 :]), ""]
 
 
 def setup(app):
