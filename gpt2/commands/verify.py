@@ -1,4 +1,4 @@
-"""Repeats steps of a run from one of its checkpoints, and compares the losses with its log.
+"""Repeats steps of a run from a checkpoint, and compares the losses with its log.
 
     gpt2-triton verify runs/shakespeare_char                      # from the last but one
     gpt2-triton verify runs/shakespeare_char --checkpoint step_00000500 --steps 100
