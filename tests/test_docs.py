@@ -15,12 +15,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import gpt2.commands
+from gpt2.config import DPOConfig, SFTConfig, TrainConfig
+from gpt2.options import ExportConfig, PrepareConfig
 
 ROOT = Path(__file__).parent.parent
 STEPS = "--max_steps 2 --warmup_steps 0 --micro_batch_size 2 --eval_every 0 --device cpu"
@@ -213,3 +216,16 @@ def test_what_a_block_that_is_not_run_says_is_parsed():
     ):
         with pytest.raises(problem):
             check_parsed(line.split())
+
+
+def test_the_site_builds_without_a_warning_and_its_options_are_the_codes(tmp_path):
+    pytest.importorskip("sphinx")
+    pytest.importorskip("myst_parser")
+    words = ["-q", "-W", "-E", "-d", tmp_path / "trees", ROOT / "docs", tmp_path / "site"]
+    done = subprocess.run([sys.executable, "-m", "sphinx", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "reference.html").read_text()
+    for config in (TrainConfig, SFTConfig, DPOConfig, PrepareConfig, ExportConfig):
+        for field in fields(config):
+            assert f'<span class="pre">--{field.name}</span>' in page
+    assert "over all ranks and micro steps" in page and "524288" in page

@@ -95,11 +95,12 @@ def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
     run(sys.executable, "-m", "venv", tmp_path / "venv", check=True)
     binaries = tmp_path / "venv" / "bin"
     [site] = (tmp_path / "venv" / "lib").glob("*/site-packages")
-    # A path from such a file is searched last, and its own such files (an editable gpt2) are not.
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     [wheel] = tmp_path.glob("*.whl")
     done = run(binaries / "pip", "install", "-q", "--no-deps", "--no-index", wheel)
     assert done.returncode == 0, done.stderr
+    # A path from such a file is searched last, and its own such files (an editable gpt2) are not
+    # read at all.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
 
     work = tmp_path / "work"
     work.mkdir()
