@@ -81,6 +81,7 @@ def test_a_recipe_of_the_package_is_found_anywhere_and_waiting_threads_sleep(tmp
 
 @pytest.mark.slow
 @pytest.mark.ddp
+@pytest.mark.timeout(3600)
 def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
     """From preparing to exporting, with the dependencies of this environment and not its gpt2."""
     source = tmp_path / "source"
@@ -92,11 +93,12 @@ def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
     done = run(*build, source)
     assert done.returncode == 0, done.stderr
     shutil.rmtree(source)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     run(sys.executable, "-m", "venv", tmp_path / "venv", check=True)
     binaries = tmp_path / "venv" / "bin"
     [site] = (tmp_path / "venv" / "lib").glob("*/site-packages")
     [wheel] = tmp_path.glob("*.whl")
-    done = run(binaries / "pip", "install", "-q", "--no-deps", "--no-index", wheel)
+    done = run(binaries / "pip", "install", "-q", "--no-deps", "--no-index", wheel, env=environment)
     assert done.returncode == 0, done.stderr
     # A path from such a file is searched last, and its own such files (an editable gpt2) are not
     # read at all.
@@ -104,7 +106,6 @@ def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
 
     work = tmp_path / "work"
     work.mkdir()
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     talk = [{"question": f"{i} + 1?", "answer": f"It is {i + 1}."} for i in range(40)]
     pairs = [{"prompt": f"{i}?", "chosen": "Yes.", "rejected": "Hardly."} for i in range(40)]
     write_rows(work / "talk.jsonl", talk)
@@ -116,7 +117,7 @@ def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
     for line in (
         "gpt2-triton prepare shakespeare_char",
         "gpt2-triton train configs/shakespeare_char.yaml --max_steps 12 --save_every 4 "
-        "--log_every 1 --eval_every 0 --device cpu",
+        "--log_every 1 --warmup_steps 0 --eval_every 0 --device cpu",
         "gpt2-triton sample runs/shakespeare_char --max_new_tokens 4",
         "gpt2-triton evaluate runs/shakespeare_char --tasks val --limit 2",
         "gpt2-triton show runs/shakespeare_char --step 1",
@@ -132,6 +133,7 @@ def test_a_wheel_works_without_a_checkout(tmp_path, free_port):
         "gpt2-triton chat runs/dpo --max_new_tokens 4",
         "gpt2-triton compare --models runs/sft runs/dpo --prompts prompts.txt --max_new_tokens 4",
     ):
+        print(line, flush=True)
         program, *words = line.split()
         # torchrun's first line names the environment that it was installed in, not this one.
         start = [binaries / "python", "-m", "torch.distributed.run"] if program == "torchrun" else [
