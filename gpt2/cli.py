@@ -21,9 +21,8 @@ from gpt2.config import REMOVED_OPTIONS, spell_sources, suggest
 
 # Control characters but tab and newline, and what reverses the direction of a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-SCRIPTS = {
-    "pretrain": "scripts/train_gpt2.py", "sft": "scripts/sft.py", "dpo": "scripts/dpo.py"
-}  # fmt: skip
+COMMANDS = {"pretrain": "train", "sft": "sft", "dpo": "dpo"}  # by the kind of a YAML file
+RECIPES = Path(__file__).parent / "configs"
 
 
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
@@ -91,7 +90,8 @@ def read_yaml(cls, path: str | Path) -> dict:
     values = _load_yaml(path)
     kind = values.pop("kind", None)
     if kind is not None and kind != getattr(cls, "KIND", None):
-        raise ValueError(f"{path}: its kind is {kind!r}, for {SCRIPTS.get(kind, 'another script')}")
+        command = COMMANDS.get(kind, "COMMAND")
+        raise ValueError(f"{path}: its kind is {kind!r}, for `gpt2-triton {command}`")
     return coerce(cls, values, str(path))
 
 
@@ -122,10 +122,14 @@ def write_yaml(config, path: str | Path) -> None:
 
 
 def _load_yaml(path: str | Path) -> dict:
+    """The content of a file, or of the recipe in the package that is meant: [configs/]NAME.yaml."""
     import yaml
 
+    path, recipe = Path(path), RECIPES / Path(path).name
+    if path.parent.name in ("", "configs") and recipe.exists() and not path.exists():
+        path = recipe
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
     if not isinstance(values, dict):

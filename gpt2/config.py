@@ -1,7 +1,7 @@
 """Options of training runs and the shape of a model: frozen dataclasses, checked when made.
 
-gpt2.cli makes command lines and YAML files of them; `python scripts/train_gpt2.py --help` shows the
-same words.
+gpt2.cli makes command lines and YAML files of them; `gpt2-triton train --help` shows the same
+words.
 """
 
 import dataclasses
@@ -507,7 +507,7 @@ class FineTuneConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(FineTuneConfig):
-    """Options of scripts/sft.py."""
+    """Options of `gpt2-triton sft`."""
 
     KIND: ClassVar[str] = "sft"
     STEP_TOKENS: ClassVar[int] = 16384
@@ -533,7 +533,7 @@ class SFTConfig(FineTuneConfig):
 
 @dataclass(frozen=True)
 class DPOConfig(FineTuneConfig):
-    """Options of scripts/dpo.py. init_from is also the reference, which stays as it is."""
+    """Options of `gpt2-triton dpo`. init_from is also the reference, which stays as it is."""
 
     KIND: ClassVar[str] = "dpo"
     STEP_TOKENS: ClassVar[int] = 65536
@@ -572,11 +572,11 @@ class DPOConfig(FineTuneConfig):
 REMOVED_OPTIONS = {
     "vocab_size": "it is that of the data's tokenizer",
     "loader": "the C++ loader is used where it was built",
-    "gpu_hour_price": "it is an option of scripts/report.py",
-    "verify": "shards are always checked in the background; prepare_data.py --verify checks all",
+    "gpu_hour_price": "it is an option of gpt2-triton report",
+    "verify": "shards are always checked in the background; prepare --verify checks all",
     "decay_fraction": "wsd decays in the last fifth of max_steps",
     "spike_z": "a spike is 8 standard deviations above the mean",
-    "hellaswag_examples": "all of them are asked; scripts/evaluate.py has --limit",
+    "hellaswag_examples": "all of them are asked; gpt2-triton evaluate has --limit",
     "eval_data": "HellaSwag's file lies in data/eval",
     "keep_every": "keep_last 0 keeps all checkpoints",
     "packing": "conversations are always packed",
