@@ -4,8 +4,9 @@
     python benchmarks/static.py --arch sm_100 --op attention --out results
 
 No GPU is used and nothing is timed: Triton's own compiler and the cuobjdump in its wheel give
-registers, spills, shared memory and instructions. This rules out bad configurations; it does not
-rank good ones (latency, L2 and bank conflicts are not in it).
+registers, spills, shared memory and instructions. The second table is a model made of them: what
+each instruction keeps of a multiprocessor's units, times how often it is executed at that shape. It
+ranks designs by what must be done; latency, L2 and bank conflicts are not in it.
 
 What is compiled is what is launched: each operator runs on tensors without data, and its launches
 are recorded instead of made, then specialised as Triton does at run time.
@@ -15,6 +16,13 @@ registers a thread. spill: bytes of stack a thread. smem: bytes a program. occ: 
 multiprocessor. load, store: widest global access in bytes. mma: tensor-core instruction. MB, GFLOP:
 least traffic and matrix work of the operation at that shape. floor: the larger of the two on an
 H200, in microseconds, which no kernel can beat.
+
+Columns of the model, in microseconds of 132 multiprocessors at 1.755 GHz. tensor, shared, mufu,
+fp32, int: the unit's time for all that is executed (shared: shared memory, with what wgmma reads
+there and shuffles; fp32: also integer multiplication; int: also minimum, select, comparison and
+conversion). issue: of all instructions, one a scheduler and clock. memory: MB at 4.3 TB/s. bound:
+the longest of them, then the second. sum: of all but issue, as if no two units ever worked at once.
+loops: the bound without what a program executes once. Documents: as if every tile were masked.
 """
 
 import argparse
@@ -48,7 +56,17 @@ FP32_FLOP_PER_S = 67e12  # without tensor cores; NVIDIA's H200 data sheet
 REGISTERS = 65536
 SHARED = {"sm_80": 164, "sm_90": 228, "sm_100": 228, "sm_120": 100, "gfx942": 64}
 WARPS = {"sm_80": 64, "sm_90": 64, "sm_100": 64, "sm_120": 48, "gfx942": 32}
-MULTIPROCESSORS = 132  # an H200's
+MULTIPROCESSORS, CLOCK_HZ = 132, 1.755e9  # an H200's; NVIDIA names 1.98e9 as the highest
+# A multiprocessor's fp32 lanes, lanes of the other arithmetic, and bf16 FMA a clock with fp32 sums.
+# sm_100's matrix instructions do not say how large they are: not counted. Programming Guide, table
+# "Throughput of Native Arithmetic Instructions"; tensor cores by the data sheets' peaks.
+LANES = {"sm_80": (64, 64), "sm_90": (128, 64), "sm_100": (128, 64), "sm_120": (128, 64)}
+TENSOR_FMA = {"sm_80": 1024, "sm_90": 2048, "sm_120": 512}
+FP32_PIPE = re.compile(r"FFMA|FMUL|FADD|HFMA2|HADD2|HMUL2|IMAD")
+INT_PIPE = re.compile(
+    "FMNMX|FSEL|FSET|F2F|I2F|SEL|ISETP|IADD|VIADD|LEA|LOP|PLOP|SHF|PRMT|SGXT|VIMNMX|IMNMX|P2R|R2P"
+)
+UNITS = ("tensor", "shared", "mufu", "fp32", "int", "issue")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 TYPES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 
@@ -64,6 +82,7 @@ class Config:
     constexprs: dict[str, Any]
     divisible_by_16: tuple[str, ...]  # arguments known to be so, in value or address
     options: dict[str, int]  # num_warps, num_stages
+    programs: int  # of the launch
     bytes: int  # least memory traffic of the operation at that shape
     flops: int  # tensor-core work at that shape
 
@@ -75,10 +94,11 @@ class Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid: tuple) -> Callable:
-        return lambda *args, **kwargs: self.launches.append((self.kernel, args, kwargs))
+        programs = math.prod(grid)
+        return lambda *args, **kwargs: self.launches.append((self.kernel, programs, args, kwargs))
 
 
-def specialised(kernel: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+def specialised(kernel: Any, programs: int, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The fields of Config that a launch decides: None and 1 become constants, multiples of 16 are
     known as such, as at run time.
     """
@@ -98,7 +118,7 @@ def specialised(kernel: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
             if type(value) is int and value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.append(name)
     return dict(kernel=kernel, signature=signature, constexprs=constexprs, options=options,
-                divisible_by_16=tuple(divisible))  # fmt: skip
+                programs=programs, divisible_by_16=tuple(divisible))  # fmt: skip
 
 
 def attention_launches(meta):
@@ -190,9 +210,9 @@ def shipped(arch: str) -> tuple[Config, ...]:
     for operator, args, expected in every_launch(meta):
         launches.clear()
         list(launch.OPERATORS[operator](*args))
-        for (kernel, *given), (op, shape, n_bytes, flops) in zip(launches, expected, strict=True):
-            fields = specialised(kernel, *given)
-            n_bytes = n_bytes or sum(t.nbytes for t in given[0] if isinstance(t, torch.Tensor))
+        for given, (op, shape, n_bytes, flops) in zip(launches, expected, strict=True):
+            fields = specialised(*given)
+            n_bytes = n_bytes or sum(t.nbytes for t in given[2] if isinstance(t, torch.Tensor))
             # layer norm's second stage comes once with each stream, and is the same
             configs[op, shape] = Config(op, shape, bytes=n_bytes, flops=flops, **fields)
     return tuple(configs.values())
@@ -235,6 +255,123 @@ def resources(compiled, arch: str) -> tuple[int, int]:
     return int(found[1]), int(found[2]) + int(found[3])
 
 
+def instructions(compiled) -> list[tuple[int, str, str]]:
+    """Address, name and operands of each instruction that a warp may execute."""
+    from triton.knobs import nvidia
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [nvidia.cuobjdump.path, "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*);"
+    found = re.findall(line, text, re.MULTILINE)
+    return [(int(at, 16), name, rest) for at, never, name, rest in found if never != "@!PT"]
+
+
+def work_loops(code: list[tuple[int, str, str]]) -> list[range]:
+    """Addresses of the innermost loops, in order: of those with exponentials where there are any,
+    else of those with products of matrices or sums.
+    """
+    branches = ((at, re.findall(r"0x([0-9a-f]+)\s*$", rest)) for at, name, rest in code
+                if name.startswith("BRA"))  # fmt: skip
+    loops = {range(int(to[0], 16), at + 1) for at, to in branches if to and int(to[0], 16) < at}
+    inner = [a for a in loops if not any(b != a and b[0] in a and b[-1] in a for b in loops)]
+    for kinds in ("MUFU.EX2", ("FADD", "FFMA")):
+        held = {a for a in inner if any(at in a and name.startswith(kinds) for at, name, _ in code)}
+        if held:
+            break
+    return sorted(held, key=lambda a: a.start)
+
+
+def cycles(name: str, rest: str, arch: str) -> dict[str, float]:
+    """What one instruction of one warp keeps of each unit of a multiprocessor, in clocks."""
+    fp32_lanes, lanes = LANES[arch]
+    clocks = {"issue": 1 / 4}  # four schedulers
+    if match := re.match(r"[HQ]GMMA\.64x(\d+)x16", name):  # of four warps together
+        columns, left = int(match[1]), rest.split(",")[1].strip()
+        clocks["tensor"] = 64 * columns * 16 / TENSOR_FMA[arch] / 4
+        rows = columns + (64 if left.startswith("gdesc") else 0)  # operands in shared memory
+        clocks["shared"] = rows * 16 * 2 / 128 / 4
+    elif match := re.match(r"HMMA\.168(\d+)", name):
+        clocks["tensor"] = 16 * 8 * int(match[1]) / TENSOR_FMA.get(arch, math.inf)
+    elif name.startswith(("LDS", "STS", "LDGSTS")):  # also LDSM, STSM: matrices of 128 bytes
+        wide = re.search(r"\.(128|64)\b|\.M\w*\.([24])\b", name)
+        clocks["shared"] = {"128": 4, "64": 2, "4": 4, "2": 2}[wide[1] or wide[2]] if wide else 1
+    elif name.startswith("SHFL"):
+        clocks["shared"] = 1
+    elif name.startswith("MUFU"):
+        clocks["mufu"] = 32 / 16
+    elif FP32_PIPE.match(name):
+        half = name.startswith(("IMAD", "FFMA2", "FADD2", "FMUL2"))
+        clocks["fp32"] = 32 / (64 if half else fp32_lanes)
+    elif INT_PIPE.match(name):
+        clocks["int"] = 32 / lanes
+    return clocks
+
+
+def trips(config: Config) -> list[tuple[float, bool]]:
+    """Of each loop in the order of the source: iterations of all programs together, and whether it
+    may be no loop because one iteration is known to be all.
+    """
+    c, kind = config.constexprs, config.op.split()
+    if kind[0] == "attention":
+        B, H, T = map(int, re.match(r"B(\d+) H(\d+) T(\d+)", config.shape).groups())
+        BH, M, N = B * H, c["BLOCK_M"], c["BLOCK_N"]
+        own, other = (N, M) if kind[1] == "dkv" else (M, N)
+        cut = max(own, other) // other  # tiles on the diagonal
+        diagonal = BH * (T // own) * cut
+        plain = BH * sum(own * (i + 1) // other for i in range(T // own)) - diagonal
+        if kind[1] == "dkv":
+            rest = [(0, False), (plain, False)] if c["HAS_DOC"] else [(plain, False), (0, False)]
+            return [(diagonal, False), *rest]
+        first = [(plain, False), (0, False)] if c["HAS_DOC"] else [(plain, False)]
+        return [*first, (diagonal, cut == 1)]
+    if kind[0] == "cross_entropy":
+        V, width = 50257, 50304
+        whole = V // c["BLOCK"]
+        tails = [math.ceil((n - whole * c["BLOCK"]) / c["TAIL"]) for n in (V, width)]
+        forward, backward = ([(n * config.programs, False) for n in (whole, tail)]
+                             for tail in tails)  # fmt: skip
+        return {"fwd": forward, "bwd": backward, "fwd+bwd": forward + backward}[kind[1]]
+    rows = re.match(r"(\d+) x", config.shape)
+    if kind[:2] == ["layer_norm", "bwd"]:
+        return [(math.ceil(int(rows[1]) / c["BLOCK_M"]), False)]
+    return []
+
+
+def model(config: Config, compiled, arch: str) -> dict[str, float]:
+    """Microseconds of each unit, and the instructions of each loop. Empty where it does not apply:
+    on AMD's GPUs, and for products in fp32, which are for checking.
+    """
+    if arch not in LANES or "fp32" in config.shape and config.op.startswith("attention"):
+        return {}
+    code, expected = instructions(compiled), trips(config)
+    loops = work_loops(code) if expected else []
+    if len(loops) != len(expected):
+        expected = [(n, once) for n, once in expected if not once]
+    if len(loops) != len(expected):
+        raise ValueError(f"{len(loops)} loops in the code where the model expects {len(expected)}")
+    warps, per_us = config.options["num_warps"], MULTIPROCESSORS * CLOCK_HZ / 1e6
+    total, looped = (dict.fromkeys(UNITS, 0.0) for _ in range(2))
+    counts = [0] * len(loops)
+    for at, name, rest in code:
+        where = next((i for i, loop in enumerate(loops) if at in loop), None)
+        times = config.programs if where is None else expected[where][0]
+        for unit, clocks in cycles(name, rest, arch).items():
+            total[unit] += times * warps * clocks / per_us
+            looped[unit] += 0 if where is None else times * warps * clocks / per_us
+        if where is not None:
+            counts[where] += 1
+    total["memory"] = 1e6 * config.bytes / common.H200_COPY_BYTES_PER_S
+    order = sorted(total, key=total.get, reverse=True)
+    return total | {
+        "bound": total[order[0]], "by": order[0], "second": total[order[1]], "then": order[1],
+        "sum": sum(total.values()) - total["issue"], "loops": max(looped.values()),
+        "counts": counts,
+    }  # fmt: skip
+
+
 def widest_access(compiled, arch: str, kind: str) -> int:
     """Bytes of the widest global "load" or "store"."""
     if arch.startswith("gfx"):
@@ -273,6 +410,7 @@ def report(arch: str, index: int) -> dict | str:
     config = shipped(arch)[index]
     try:
         compiled = compile_config(config, arch)
+        modelled = model(config, compiled, arch)
     except Exception as error:  # whatever the compiler raises is the finding
         return f"{config.op}, {config.shape}: {type(error).__name__}: {str(error)[:300]}"
     registers, spill = resources(compiled, arch)
@@ -289,6 +427,7 @@ def report(arch: str, index: int) -> dict | str:
         "store": widest_access(compiled, arch, "store"), "mma": mma, "bytes": config.bytes,
         "flops": config.flops,
         "floor_us": 1e6 * max(config.bytes / common.H200_COPY_BYTES_PER_S, config.flops / peak),
+        "model": modelled,
     }  # fmt: skip
 
 
@@ -303,8 +442,42 @@ def table(rows: list[dict]) -> str:
             "bytes": f"{r['bytes'] / 1e6:.0f}", "flops": f"{r['flops'] / 1e9:.1f}",
             "floor_us": f"{r['floor_us']:.0f}",
         }  # fmt: skip
-        cells.append(list(map(str, shown.values())))
+        cells.append([str(value) for key, value in shown.items() if key != "model"])
     return common.markdown_table(HEADER, cells)
+
+
+MODEL_HEADER = [*"op shape".split(), *UNITS, *"memory bound second sum loops instructions".split()]
+
+
+def model_table(rows: list[dict]) -> str:
+    cells = []
+    for r in rows:
+        if m := r["model"]:
+            us = [f"{m[unit]:.0f}" for unit in (*UNITS, "memory")]
+            longest = [f"{m['by']} {m['bound']:.0f}", f"{m['then']} {m['second']:.0f}"]
+            rest = [f"{m['sum']:.0f}", f"{m['loops']:.0f}", " ".join(map(str, m["counts"]))]
+            cells.append([r["op"], r["shape"], *us, *longest, *rest])
+    return common.markdown_table(MODEL_HEADER, cells)
+
+
+def record(out: Path, arch: str, version: str, rows: list[dict]) -> None:
+    """Adds this Triton's figures to out/static.json, and writes all versions' as a table."""
+    path = out / "static.json"
+    found = json.loads(path.read_text())["kernels"] if path.exists() else {}
+    for r in rows:
+        us = [round(r["model"].get(key, 0), 1) for key in ("bound", "issue")]
+        kernels = found.setdefault(arch, {}).setdefault(f"{r['op']}, {r['shape']}", {})
+        kernels[version] = [r["registers"], r["spill"], *us]
+    text = [
+        f"Commit {common.git_state()['commit']}. Of each Triton: registers, bytes spilled, bound"
+        " and issue by the model in us. Compiled ahead of time; nothing was timed."
+    ]
+    for name, kernels in found.items():
+        tritons = sorted({version for of in kernels.values() for version in of})
+        cells = [[key, *(" ".join(f"{n:g}" for n in of.get(v, ())) for v in tritons)]
+                 for key, of in kernels.items()]  # fmt: skip
+        text += [name, common.markdown_table(["kernel", *tritons], cells)]
+    common.write_results(out, "static", "\n\n".join(text), {"kernels": found})
 
 
 def main() -> int:
@@ -312,7 +485,9 @@ def main() -> int:
     parser.add_argument("--arch", default="sm_90", choices=[*ARCHITECTURES, "all"])
     parser.add_argument("--op", default="", help="only operations whose name contains this")
     parser.add_argument("--shape", default="", help="only shapes whose text contains this")
-    parser.add_argument("--out", type=Path, help="folder for static_<arch>.json and .md")
+    parser.add_argument(
+        "--out", type=Path, help="folder for of static and static_<arch>, .json and .md"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="compilers at a time")
     args = parser.parse_args()
 
@@ -330,7 +505,8 @@ def main() -> int:
         errors = [row for row in found if isinstance(row, str)]
         failed |= bool(errors) or not wanted
         print(f"{arch}, Triton {triton.__version__}, ahead of time: nothing here was timed")
-        print(table(rows))
+        tables = f"{table(rows)}\n\n{model_table(rows)}"
+        print(tables)
         print("\n".join(errors) if wanted else "no such operation")
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -338,7 +514,8 @@ def main() -> int:
             content = dict(about, rows=rows, errors=errors)
             (args.out / f"static_{arch}.json").write_text(json.dumps(content, indent=1) + "\n")
             title = f"{arch}, Triton {triton.__version__}, compiled ahead of time\n\n"
-            (args.out / f"static_{arch}.md").write_text(title + table(rows) + "\n")
+            (args.out / f"static_{arch}.md").write_text(title + tables + "\n")
+            record(args.out, arch, triton.__version__, rows)
     pool.shutdown()
     return int(failed)
 

@@ -22,6 +22,10 @@ right answer, and a non-decreasing one (packed documents, left padding) also ski
 Rounding: dot products take the input's dtype and accumulate in fp32; p and ds are rounded to that
 dtype before the second product; statistics, accumulators and delta stay in fp32.
 
+What bounds the backward is shared memory, from which a matrix product reads its operands: those
+that do not change in a loop go into registers before it. Pointers move with their loop, since a
+multiple of an int64 stride in each iteration costs a third of a masked one.
+
 B batch, T time, H heads, D head dimension. Left out: dropout, arbitrary masks, more than 128 for D.
 """
 
@@ -79,11 +83,27 @@ def _offsets(stride, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def _visible(query, key, first, HAS_DOC: tl.constexpr):
-    seen = key <= query
+def _in_registers(x):
+    """x as the result of a product with the identity: exact, but a row with an inf becomes NaN.
+
+    A product takes its left operand from registers only if it was computed; what was loaded it
+    reads from shared memory, every time, and shared memory is what bounds the backward.
+    """
+    if x.dtype != tl.float32:  # whose products are not on tensor cores
+        D: tl.constexpr = x.shape[1]
+        eye = tl.arange(0, D)[:, None] == tl.arange(0, D)[None, :]
+        x = tl.dot(x, eye.to(x.dtype), input_precision="ieee").to(x.dtype)
+    return x
+
+
+@triton.jit
+def _masked(s, query, key, first, DIAGONAL: tl.constexpr, HAS_DOC: tl.constexpr):
+    """Scores, -inf where a query does not see a key."""
+    if DIAGONAL:
+        s = tl.where(key <= query, s, float("-inf"))
     if HAS_DOC:
-        seen = seen & (key >= first)
-    return seen
+        s = tl.where(key >= first, s, float("-inf"))
+    return s
 
 
 @triton.jit
@@ -99,26 +119,27 @@ def _first_keys(doc_ptr, stride_doc_t, query, start_m, T, BLOCK_N: tl.constexpr)
 @triton.jit
 def _fwd_keys(
     acc, m, den, q, k_ptr, v_ptr, stride_t, lo, hi, query, first, T, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_DOC: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr, HAS_DOC: tl.constexpr,
 ):  # fmt: skip
     """Carry the online softmax of a tile of queries over the keys lo <= key < hi."""
     offs = _offsets(stride_t, BLOCK_N, q.shape[1])
+    k_ptr += lo * stride_t
+    v_ptr += lo * stride_t
     for start_n in tl.range(lo, hi, BLOCK_N):
         key = start_n + tl.arange(0, BLOCK_N)
-        base = start_n * stride_t
-        k = _load_rows(k_ptr + base, key, T, D, offs, MASKED)
+        k = _load_rows(k_ptr, key, T, D, offs, DIAGONAL)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N), not yet scaled
-        if MASKED:
-            seen = _visible(query[:, None], key[None, :], first[:, None], HAS_DOC)
-            s = tl.where(seen, s, float("-inf"))
+        s = _masked(s, query[:, None], key[None, :], first[:, None], DIAGONAL, HAS_DOC)
         m_new = tl.maximum(m, tl.max(s, 1) * scale_log2)  # finite: m starts at M_FLOOR
         p = tl.exp2(s * scale_log2 - m_new[:, None])
         alpha = tl.exp2(m - m_new)
         den = den * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        v = _load_rows(v_ptr + base, key, T, D, offs, MASKED)
+        v = _load_rows(v_ptr, key, T, D, offs, DIAGONAL)
         acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
         m = m_new
+        k_ptr += BLOCK_N * stride_t
+        v_ptr += BLOCK_N * stride_t
     return acc, m, den
 
 
@@ -159,11 +180,11 @@ def _attention_fwd_kernel(
         first, lo, full_lo = _first_keys(row_ptr, stride_doc_t, query, start_m, T, BLOCK_N)
         acc, m, den = _fwd_keys(
             acc, m, den, q, k_ptr, v_ptr, stride_t, lo, full_lo, query, first, T, scale_log2,
-            D, BLOCK_N, True, HAS_DOC,
+            D, BLOCK_N, False, True,
         )  # fmt: skip
     acc, m, den = _fwd_keys(
         acc, m, den, q, k_ptr, v_ptr, stride_t, full_lo, start_m, query, first, T, scale_log2,
-        D, BLOCK_N, False, HAS_DOC,
+        D, BLOCK_N, False, False,
     )  # fmt: skip
     acc, m, den = _fwd_keys(
         acc, m, den, q, k_ptr, v_ptr, stride_t, start_m, tl.minimum(start_m + BLOCK_M, T),
@@ -182,23 +203,24 @@ def _attention_fwd_kernel(
 @triton.jit
 def _dq_keys(
     dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, lo, hi, query, first, T, scale_log2,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, HAS_DOC: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, DIAGONAL: tl.constexpr, HAS_DOC: tl.constexpr,
 ):  # fmt: skip
     """Add to dq / scale of a tile of queries what the keys lo <= key < hi give."""
     offs = _offsets(stride_t, BLOCK_N, q.shape[1])
+    k_ptr += lo * stride_t
+    v_ptr += lo * stride_t
     for start_n in tl.range(lo, hi, BLOCK_N):
         key = start_n + tl.arange(0, BLOCK_N)
-        base = start_n * stride_t
-        k = _load_rows(k_ptr + base, key, T, D, offs, MASKED)
-        v = _load_rows(v_ptr + base, key, T, D, offs, MASKED)
+        k = _load_rows(k_ptr, key, T, D, offs, DIAGONAL)
+        v = _load_rows(v_ptr, key, T, D, offs, DIAGONAL)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        if MASKED:
-            seen = _visible(query[:, None], key[None, :], first[:, None], HAS_DOC)
-            s = tl.where(seen, s, float("-inf"))
+        s = _masked(s, query[:, None], key[None, :], first[:, None], DIAGONAL, HAS_DOC)
         p = tl.exp2(s * scale_log2 - lse[:, None])
         ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")  # (BLOCK_M, BLOCK_D)
+        k_ptr += BLOCK_N * stride_t
+        v_ptr += BLOCK_N * stride_t
     return dq
 
 
@@ -244,6 +266,8 @@ def _attention_bwd_dq_kernel(
     q_offs = _offsets(stride_t, BLOCK_M, BLOCK_D)
     q = _load_rows(q_ptr + start_m * stride_t, query, T, D, q_offs, True)
 
+    q = _in_registers(q)
+    do = _in_registers(do)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first = query
     full_lo = 0
@@ -252,11 +276,11 @@ def _attention_bwd_dq_kernel(
         first, lo, full_lo = _first_keys(row_ptr, stride_doc_t, query, start_m, T, BLOCK_N)
         dq = _dq_keys(
             dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, lo, full_lo, query, first, T, scale_log2,
-            D, BLOCK_N, True, HAS_DOC,
+            D, BLOCK_N, False, True,
         )  # fmt: skip
     dq = _dq_keys(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, full_lo, start_m,
-        query, first, T, scale_log2, D, BLOCK_N, False, HAS_DOC,
+        query, first, T, scale_log2, D, BLOCK_N, False, False,
     )  # fmt: skip
     dq = _dq_keys(
         dq, q, do, lse, delta, k_ptr, v_ptr, stride_t, start_m, tl.minimum(start_m + BLOCK_M, T),
@@ -271,7 +295,8 @@ def _attention_bwd_dq_kernel(
 def _dkv_queries(
     dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, doc_ptr, stride_t, stride_do_t, stride_doc_t,
     lo, hi, key, T, scale_log2,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, MASKED: tl.constexpr, HAS_DOC: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, CHECK: tl.constexpr, DIAGONAL: tl.constexpr,
+    HAS_DOC: tl.constexpr,
 ):  # fmt: skip
     """Add to dk / scale and dv of a tile of keys what the queries lo <= query < hi give.
 
@@ -280,29 +305,36 @@ def _dkv_queries(
     """
     q_offs = _offsets(stride_t, BLOCK_M, k.shape[1])
     do_offs = _offsets(stride_do_t, BLOCK_M, k.shape[1])
+    at = tl.arange(0, BLOCK_M)
+    q_ptr += lo * stride_t
+    do_ptr += lo * stride_do_t
+    lse_ptr += lo
+    delta_ptr += lo
     for start_m in tl.range(lo, hi, BLOCK_M):
-        query = start_m + tl.arange(0, BLOCK_M)
-        q = _load_rows(q_ptr + start_m * stride_t, query, T, D, q_offs, MASKED)
-        do = _load_rows(do_ptr + start_m * stride_do_t, query, T, D, do_offs, MASKED)
-        if MASKED:
+        query = start_m + at
+        q = _load_rows(q_ptr, query, T, D, q_offs, CHECK)
+        do = _load_rows(do_ptr, query, T, D, do_offs, CHECK)
+        if CHECK:
             in_row = query < T
-            lse = tl.load(lse_ptr + query, mask=in_row, other=float("inf"))  # inf makes p 0
-            delta = tl.load(delta_ptr + query, mask=in_row, other=0.0)
+            lse = tl.load(lse_ptr + at, mask=in_row, other=float("inf"))  # inf makes p 0
+            delta = tl.load(delta_ptr + at, mask=in_row, other=0.0)
         else:
-            lse = tl.load(lse_ptr + query)
-            delta = tl.load(delta_ptr + query)
+            lse = tl.load(lse_ptr + at)
+            delta = tl.load(delta_ptr + at)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-        if MASKED:
-            first = query
-            if HAS_DOC:
-                first = tl.load(doc_ptr + tl.minimum(query, T - 1) * stride_doc_t)
-            seen = _visible(query[None, :], key[:, None], first[None, :], HAS_DOC)
-            s = tl.where(seen, s, float("-inf"))
+        first = query
+        if HAS_DOC:
+            first = tl.load(doc_ptr + tl.minimum(query, T - 1) * stride_doc_t)
+        s = _masked(s, query[None, :], key[:, None], first[None, :], DIAGONAL, HAS_DOC)
         p = tl.exp2(s * scale_log2 - lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")  # (BLOCK_N, BLOCK_D)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        q_ptr += BLOCK_M * stride_t
+        do_ptr += BLOCK_M * stride_do_t
+        lse_ptr += BLOCK_M
+        delta_ptr += BLOCK_M
     return dk, dv
 
 
@@ -362,22 +394,24 @@ def _attention_bwd_dkv_kernel(
     full_lo = start_n + DIAGONAL
     full_hi = full_lo + tl.maximum(full_end - full_lo, 0) // BLOCK_M * BLOCK_M
 
+    k = _in_registers(k)
+    v = _in_registers(v)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dk, dv = _dkv_queries(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, doc_ptr, stride_t, stride_do_t,
         stride_doc_t, start_n, tl.minimum(full_lo, end), key, T, scale_log2,
-        D, BLOCK_M, True, HAS_DOC,
+        D, BLOCK_M, True, True, HAS_DOC,
     )  # fmt: skip
     dk, dv = _dkv_queries(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, doc_ptr, stride_t, stride_do_t,
         stride_doc_t, full_lo, full_hi, key, T, scale_log2,
-        D, BLOCK_M, False, HAS_DOC,
+        D, BLOCK_M, False, False, False,
     )  # fmt: skip
     dk, dv = _dkv_queries(
         dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, doc_ptr, stride_t, stride_do_t,
         stride_doc_t, full_hi, end, key, T, scale_log2,
-        D, BLOCK_M, True, HAS_DOC,
+        D, BLOCK_M, True, False, HAS_DOC,
     )  # fmt: skip
 
     dk_ptr = dqkv_ptr + (((b * T + start_n) * 3 + 1) * H + h) * D
@@ -509,7 +543,9 @@ def attention(qkv: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
     Returns (B, T, H, D), contiguous. The gradient of qkv is contiguous too, and deterministic.
     Range: p is recomputed as exp(s - lse) from an fp32 lse, so its relative error is about 1e-7
         times the score. Scores up to 100 lose nothing that torch does not; with scores near 1000
-        in fp32 the error is about 7 times torch's. Larger ones stay finite.
+        in fp32 the error is about 7 times torch's. Larger ones stay finite. All of qkv must be
+        finite: an infinite or NaN key or value makes all queries of its tile NaN, those that do not
+        see it too, as 0 times NaN.
     Raises ValueError for shapes, dtypes, strides or devices outside these; for values in doc_start
         on a CPU, or on a GPU under torch.autograd.set_detect_anomaly(True): reading them syncs.
     Source: torch.nn.functional.scaled_dot_product_attention(is_causal=True).

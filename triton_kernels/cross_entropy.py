@@ -4,7 +4,7 @@ N rows, V classes. For a row x with target t:
     lse  = log(sum(exp(x)))        loss = lse - x_t        dx_j = dloss (exp(x_j - lse) - [j = t])
 and loss and dx are 0 where t is ignore_index.
 
-One program walks over one row. Each lane keeps a running maximum m and s = sum(exp(x - m)) of its
+One program walks over one row. Each lane keeps one running maximum m and s = sum(exp(x - m)) of its
 own columns, so the walk needs no reduction across lanes until its end. There are two ways to the
 gradient:
   - the forward walks over the row a second time and writes the gradient over the logits, which is
@@ -46,19 +46,15 @@ VOCABULARY_LIMIT = 2**31 - 2**16  # columns are int32
 
 @triton.jit
 def _online(m, s, x):
-    """One more logit a lane: m running maximum, s = sum(exp(x - m)), with one exp.
+    """Some more logits a lane, neighbours in x (BLOCK,): m (LANES,) running maximum, and
+    s = sum(exp(x - m)).
 
     m starts at LOWEST, not at -inf: then -inf - m is never -inf - -inf.
     """
-    e = tl.exp2(-tl.abs(x - m) * LOG2E)
-    return tl.maximum(m, x), tl.where(x > m, s * e + 1.0, s + e)
-
-
-@triton.jit
-def _gradient(x, lse, cols, target, scale):
-    """scale (exp(x - lse) - [col = target])."""
-    g = tl.exp2((x - lse) * LOG2E) * scale
-    return tl.where(cols == target, g - scale, g)
+    x = tl.reshape(x, (m.shape[0], x.shape[0] // m.shape[0]))
+    top = tl.maximum(m, tl.max(x, axis=1))
+    e = tl.sum(tl.exp2((x - top[:, None]) * LOG2E), axis=1)
+    return top, s * tl.exp2((m - top) * LOG2E) + e
 
 
 @triton.jit
@@ -67,6 +63,7 @@ def _write_gradient(
     dx_row,  # (WIDTH,) of this row; may be x_row
     lse,
     target,
+    x_target,
     scale,
     V,
     READABLE,  # columns of x_row that may be read: V or more
@@ -74,9 +71,15 @@ def _write_gradient(
     BLOCK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The gradient of one row times scale, and zeros from column V up to WIDTH."""
+    """The gradient of one row times scale, and zeros from column V up to WIDTH.
+
+    The target's column is written again at the end, so that no other is compared with it.
+    """
     whole = V // BLOCK * BLOCK
     cols = tl.arange(0, BLOCK)
+    lse2 = lse * LOG2E
+    # every lane has read x_target and its columns before one is overwritten
+    tl.debug_barrier()
     ahead = tl.load(x_row + cols, mask=whole > 0, other=0.0, eviction_policy="evict_first")
     for start in range(0, whole, BLOCK):
         x = ahead.to(tl.float32)
@@ -88,20 +91,23 @@ def _write_gradient(
             other=0.0,
             eviction_policy="evict_first",
         )
-        g = _gradient(x, lse, start + cols, target, scale)
+        g = tl.exp2(x * LOG2E - lse2) * scale
         tl.store(dx_row + start + cols, g, cache_modifier=".cs")
     for start in range(whole, WIDTH, TAIL):
         tail_cols = start + tl.arange(0, TAIL)
         in_vocabulary = tail_cols < V
         x = tl.load(x_row + tail_cols, mask=tail_cols < READABLE, other=0.0).to(tl.float32)
         x = tl.where(in_vocabulary, x, 0.0)  # the padding may hold anything
-        g = _gradient(x, lse, tail_cols, target, scale)
+        g = tl.exp2(x * LOG2E - lse2) * scale
         tl.store(
             dx_row + tail_cols,
             tl.where(in_vocabulary, g, 0.0),
             mask=tail_cols < WIDTH,
             cache_modifier=".cs",
         )
+    tl.debug_barrier()  # what was stored there comes before
+    g = tl.exp2(x_target * LOG2E - lse2) * scale - scale
+    tl.store(dx_row + target, g, mask=(target >= 0) & (target < V))
 
 
 @triton.jit
@@ -140,8 +146,8 @@ def _cross_entropy_fwd_kernel(
 
         whole = V // BLOCK * BLOCK
         cols = tl.arange(0, BLOCK)
-        m = tl.full((BLOCK,), LOWEST, tl.float32)
-        s = tl.zeros((BLOCK,), tl.float32)
+        m = tl.full((BLOCK // 8,), LOWEST, tl.float32)
+        s = tl.zeros((BLOCK // 8,), tl.float32)
         ahead = tl.load(x_row + cols, mask=whole > 0, other=0.0, eviction_policy="evict_last")
         for start in range(0, whole, BLOCK):
             x = ahead.to(tl.float32)
@@ -152,8 +158,8 @@ def _cross_entropy_fwd_kernel(
                 eviction_policy="evict_last",
             )
             m, s = _online(m, s, x)
-        m_tail = tl.full((TAIL,), LOWEST, tl.float32)
-        s_tail = tl.zeros((TAIL,), tl.float32)
+        m_tail = tl.full((TAIL // 4,), LOWEST, tl.float32)
+        s_tail = tl.zeros((TAIL // 4,), tl.float32)
         for start in range(whole, V, TAIL):
             tail_cols = start + tl.arange(0, TAIL)
             in_vocabulary = tail_cols < V
@@ -173,10 +179,8 @@ def _cross_entropy_fwd_kernel(
         tl.store(lse_ptr + row, lse)
 
         if WRITE_GRADIENT:
-            scale = tl.where(in_range, 1.0, float("nan"))
-            # every lane has read x_target and its columns before one is overwritten
-            tl.debug_barrier()
-            _write_gradient(x_row, x_row, lse, target, scale, V, WIDTH, WIDTH, BLOCK, TAIL)
+            lse = tl.where(in_range, lse, float("nan"))
+            _write_gradient(x_row, x_row, lse, target, x_target, 1.0, V, WIDTH, WIDTH, BLOCK, TAIL)
 
 
 @triton.jit(do_not_specialize=("V", "ignore_index"))
@@ -197,9 +201,11 @@ def _cross_entropy_bwd_kernel(
     else:
         lse = tl.load(lse_ptr + row)
         scale = tl.load(dloss_ptr + row * stride_d).to(tl.float32)
-        scale = tl.where((target >= 0) & (target < V), scale, float("nan"))
+        in_range = (target >= 0) & (target < V)
+        scale = tl.where(in_range, scale, float("nan"))
         x_row = logits_ptr + row * stride_n
-        _write_gradient(x_row, dx_row, lse, target, scale, V, V, WIDTH, BLOCK, TAIL)
+        x_target = tl.load(x_row + target, mask=in_range, other=0.0).to(tl.float32)
+        _write_gradient(x_row, dx_row, lse, target, x_target, scale, V, V, WIDTH, BLOCK, TAIL)
 
 
 def _tile(device: torch.device) -> dict[str, int]:
