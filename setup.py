@@ -10,7 +10,14 @@ import sys
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
 
-TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13", "markdown-it-py>=3"]
+TRAIN = [
+    "datasets>=4",
+    "wandb>=0.20",
+    "tensorboard>=2.16",
+    "matplotlib>=3.9",
+    "rich>=13",
+    "markdown-it-py>=3",
+]
 EXPORT = ["gguf>=0.17", "huggingface_hub>=1"]
 DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 DEV = [

@@ -360,7 +360,8 @@ class TrainConfig:
     run_name: str = "gpt2"  # everything of the run lies in out_dir/run_name
     out_dir: str = "runs"  # folder of all runs
     resume: str = "never"  # never, auto (newest checkpoint of this run, if any), or a checkpoint
-    wandb_project: str = ""  # log to Weights & Biases too, under this project
+    tracker: tuple[Literal["wandb", "tensorboard"], ...] = ()  # log to W&B, TensorBoard or both too
+    wandb_project: str = ""  # log to W&B too, under this project
 
     KIND: ClassVar[str] = "pretrain"  # what `kind` in a YAML file says
     STEP_TOKENS: ClassVar[int | None] = None  # what tokens_per_step is near by default

@@ -129,7 +129,7 @@ def limits(
     if c.vocab_size > rows:
         yield f"the {c.vocab_size - rows} rows beyond the {rows} tokens are left out"
     if template is not None:
-        yield "Ollama has templates of its own kind and ignores the one inside; llama.cpp uses it"
+        yield "Ollama before 0.30 ignores the template inside the file: take a later one"
 
 
 def write_gguf(

@@ -137,6 +137,9 @@ TURNS = talk("Q", "A")
         (talk("Hi", " \n"), "no answer", r"message 2 \(assistant\) is empty"),
         (talk(" ", "Ho"), "empty message", r"message 1 \(user\) is empty"),
         ([{"role": "tool", "content": "x"}], "roles out of turn", "is from 'tool'"),
+        ([{"role": "system", "content": "s", "input": "i"}, *TURNS], "input out of place",
+         "message 1 .system. has an input"),  # which the template in Jinja has not either
+        ([TURNS[0], TURNS[1] | {"input": " i"}], "input out of place", "message 2 .assistant."),
         (talk("Hi", "Ho")[1:], "roles out of turn", "is from 'assistant', where system or user"),
         ([*talk("a"), *talk("b", "c")], "roles out of turn", "'user', where assistant is due"),
         ([*talk("a", "b"), *talk(system="x")], "roles out of turn", "message 3 is from 'system'"),

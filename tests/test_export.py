@@ -371,7 +371,8 @@ def test_llama_cpp_transformers_serve_and_lm_eval(tmp_path):
         python = tmp_path / "venv/bin/python"
         [site] = (tmp_path / "venv/lib").glob("*/site-packages")
         (site / "beside.pth").write_text(sysconfig.get_path("purelib"))
-        packages = "gguf llama-cpp-python lm-eval openai fastapi uvicorn python-multipart".split()
+        packages = "gguf llama-cpp-python[server] lm-eval openai fastapi uvicorn python-multipart"
+        packages = packages.split()
         subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
     here = Path(__file__).parent
     options = ["-q", "-x", "-o", "addopts=", "-o", "filterwarnings=", "-p", "no:cacheprovider"]

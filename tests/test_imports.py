@@ -33,7 +33,10 @@ LAYERS = [
     ["benchmarks.train_step"],
     ["scripts", "benchmarks"],
 ]  # fmt: skip
-HEAVY = {"datasets", "wandb", "transformers", "matplotlib", "rich", "tiktoken", "tyro", "yaml"}
+HEAVY = {
+    "datasets", "wandb", "tensorboard", "transformers", "matplotlib", "rich", "tiktoken", "tyro",
+    "yaml",
+}  # fmt: skip
 
 
 def layer(module: str) -> int:

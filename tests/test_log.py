@@ -181,13 +181,17 @@ def test_in_a_terminal(log, monkeypatch, has_rich):
         metrics.close()
 
 
-def test_wandb_hears_of_every_step_until_it_fails(log, monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"MODE": "offline", "SILENT": "true", "CONSOLE": "off"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
+
+
+def test_wandb_hears_of_every_step_until_it_fails(log, offline, monkeypatch, capsys):
     run_id = "0123456789abcdef" * 2
     metrics = log(wandb_project="p", run_name="lr=3:1e-4", description={"run_id": run_id})
-    run, heard = metrics.wandb, []
+    run, heard = metrics.trackers["wandb"].run, []
     assert run.id == run_id and run.name == "lr=3:1e-4"
     real = run.log
     monkeypatch.setattr(run, "log", lambda values: heard.append(values["step"]) or real(values))
@@ -196,11 +200,65 @@ def test_wandb_hears_of_every_step_until_it_fails(log, monkeypatch):
     assert heard == [5, 6, 3]
     monkeypatch.setattr(run, "log", lambda values: 1 / 0)
     metrics.log(4, {"train/loss": 2.0})
-    assert metrics.wandb is None and len(metrics.lines) == 4
+    assert metrics.trackers == {} and len(metrics.lines) == 4
+    assert "wandb fails and gets nothing more: division by zero" in capsys.readouterr().out
     run.finish()
 
 
-def test_wandb_that_cannot_start_leaves_no_run(log, tmp_path, monkeypatch):
+def read_tensorboard(folder: Path) -> dict[str, list]:
+    """What a reader of tensorboard's makes of a run's event files: (step, value) of each tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder / "tensorboard")).Reload()
+    tags = found.Tags()
+    lines = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags["scalars"]}
+    for tag in tags["tensors"]:
+        texts = [(e.step, e.tensor_proto.string_val[0].decode()) for e in found.Tensors(tag)]
+        lines[tag.removesuffix("/text_summary")] = texts
+    return lines
+
+
+def test_tensorboard_has_what_the_log_has_after_rollbacks_and_a_resume(log, tmp_path):
+    pytest.importorskip("tensorboard")
+    metrics = log(tracker=("tensorboard",), description={"lr": 1e-3, "run_name": "a|b"})
+    for step in range(1, 7):
+        metrics.log(step, {"train/loss": 7.0 - step, "sample": f"* {step}\n"})
+    metrics.log(6, {"guard/reason": "spike", "guard/skipped": 1})
+    metrics.rewind(4)
+    metrics.log(5, {"train/loss": 2.5, "train/grad_norm": NAN})
+    guard = {"guard/skipped": [(4, 1.0)], "guard/step": [(4, 6.0)]}
+    config = {"config": [(0, "    lr: 0.001\n    run_name: a|b\n")]}
+    losses = [(1, 6.0), (2, 5.0), (3, 4.0), (4, 3.0), (5, 2.5)]
+    found = read_tensorboard(tmp_path)  # while the run goes on
+    assert found.pop("sample")[:4] == [(step, f"* {step}\n") for step in (1, 2, 3, 4)]
+    assert found.pop("guard/reason")[-1] == (4, "spike")  # of texts this reader drops none
+    assert math.isnan(found.pop("train/grad_norm")[0][1])
+    assert found == {"train/loss": losses, **guard, **config}
+    # Killed while it wrote, after a checkpoint of step 3.
+    path = metrics.trackers["tensorboard"].path
+    path.write_bytes(path.read_bytes()[:-3])
+    os.rename(path, path.with_name("events.out.tfevents.0000000001.host.1"))
+    metrics = log(first_step=3, tracker=("tensorboard",))
+    metrics.log(4, {"train/loss": 1.5})
+    metrics.close()
+    found = read_tensorboard(tmp_path)
+    assert found["train/loss"] == [*losses[:3], (4, 1.5)] and not found.get("guard/skipped")
+    assert found["config"] == [*config["config"], (3, "")]
+
+
+def test_one_tracker_that_fails_leaves_the_other_and_the_log(log, offline, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    metrics = log(tracker=("tensorboard", "wandb"))
+    assert [*metrics.trackers] == ["wandb", "tensorboard"]
+    metrics.trackers["tensorboard"].path = Path("/dev/full")
+    metrics.log(1, {"train/loss": 2.0})
+    metrics.log(2, {"train/loss": 2.0})
+    said = capsys.readouterr().out
+    assert said.count("tensorboard fails and gets nothing more: [Errno 28] No space left") == 1
+    assert [*metrics.trackers] == ["wandb"] and steps(tmp_path) == [1, 2]
+
+
+def test_trackers_that_cannot_start_leave_no_run(log, tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
 
     def refuse(**options):
@@ -208,7 +266,12 @@ def test_wandb_that_cannot_start_leaves_no_run(log, tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ValueError, match=r"W&B cannot start \(no API key\): run `wandb login`"):
-        log(wandb_project="p")
+        log(tracker=("wandb",))
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+        words = rf"the tracker {name} needs {name}: pip install -e '.\[train\]'"
+        with pytest.raises(ImportError, match=words):
+            log(tracker=(name,))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -97,8 +97,8 @@ def encode_chat(
     messages: as messages_from_row gives them. Learnt are the tokens of an answer and the
     <|endoftext|> after it, unless its weight is 0.
     Raises ChatError for a conversation that is empty, has no answer at its end or none to learn,
-    roles out of turn, content that is not text or holds a marker; ValueError for an unknown
-    template and a tokenizer without an end of text.
+    roles out of turn, an input that is not a user's, content that is not text or holds a marker;
+    ValueError for an unknown template and a tokenizer without an end of text.
     """
     check_messages(messages, template)
     if messages[-1]["role"] != "assistant":
@@ -176,6 +176,11 @@ def check_messages(messages: list[Message], template: str) -> None:
             raise ChatError(kind, f"message {number} ({role}) is empty")
         if message.get("input") is not None:
             _check_text(message["input"], f"the input of message {number}", markers)
+        if _input(message) and role != "user":
+            raise ChatError(
+                "input out of place",
+                f"message {number} ({role}) has an input, which only a user's has",
+            )
         if weight not in (None, 0, 1):
             raise ChatError(
                 "unknown weight",

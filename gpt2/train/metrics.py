@@ -1,4 +1,4 @@
-"""What a run shows and keeps: progress in the terminal, metrics.jsonl, W&B, the loss curve.
+"""What a run shows and keeps: progress in the terminal, metrics.jsonl, trackers, the loss curve.
 
 Logged keys: train/loss train/lr train/grad_norm train/tokens_per_s train/mfu train/step_ms
 train/data_ms (what a step waited for its batch) val/loss; train/ and val/ with the name of each of
@@ -7,7 +7,8 @@ checkpoint/write_ms; guard/... of a skipped step; sample (text). A line's `step`
 optimizer steps done. A number that is not finite is kept as null.
 
 Nothing here ends training: what cannot be written is told once and written when it can be, and
-output that nobody reads is dropped. Only W&B that cannot start is an error, before any step.
+output that nobody reads is dropped, and so is a tracker that fails. Only one that cannot start is
+an error, before any step.
 """
 
 import io
@@ -20,6 +21,7 @@ from pathlib import Path
 from gpt2.cli import SafeOutput, printable, say
 from gpt2.config import TrainConfig
 from gpt2.storage import finite, set_aside, to_json, write_whole
+from gpt2.train.trackers import first_line, start_trackers
 
 
 class Metrics:
@@ -27,14 +29,14 @@ class Metrics:
 
     first_step: the step a resumed run starts from; lines of later steps, from before the
     interruption, are dropped. Attribute lines: what was logged.
-    Raises ValueError where W&B was asked for and cannot start, ImportError where it is missing.
+    Raises as start_trackers does.
     """
 
     def __init__(self, folder: Path, config: TrainConfig, description: dict, first_step: int):
         self.path, self.max_steps = folder / "metrics.jsonl", config.max_steps
         self.n_failed, self.bar = 0, None  # writes since the last one that worked
-        # First, so that a start that W&B refuses leaves no log, which is what makes a run.
-        self.wandb = _start_wandb(folder, config, description) if config.wandb_project else None
+        # First, so that a start that one of them refuses leaves no log, which is what makes a run.
+        self.trackers = start_trackers(folder, config, description, first_step)
         self.bar = _start_bar(config.max_steps, first_step)
         lines, damage = read_log(self.path)
         if damage:
@@ -46,7 +48,7 @@ class Metrics:
         """Keeps values under their keys at a step."""
         self.lines.append(finite({"step": step, **values}))
         self._write(f"{to_json(self.lines[-1])}\n".encode())
-        self._tell_wandb("log", {"step": step, **values})
+        self._tell("log", step, values)
 
     def logged(self, step: int, key: str) -> bool:
         """Whether a key was already logged at a step."""
@@ -58,12 +60,14 @@ class Metrics:
         What the guard found in them happened, and does not come again: it stays, as of `step`, with
         the step that it was logged at under guard/step.
         """
-        self.lines = [
-            line if line["step"] <= step else {"guard/step": line["step"], **line, "step": step}
+        kept = [
+            {"guard/step": line["step"], **line, "step": step}
             for line in self.lines
-            if line["step"] <= step or any(key.startswith("guard/") for key in line)
+            if line["step"] > step and any(key.startswith("guard/") for key in line)
         ]
+        self.lines = [line for line in self.lines if line["step"] <= step] + kept
         self._rewrite()
+        self._tell("rewind", step, kept)
 
     def show_step(
         self, step: int, values: dict[str, float], eta_s: float,
@@ -100,8 +104,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
-        self._tell_wandb("finish")
-        self.wandb = None
+        self._tell("close")
+        self.trackers = {}
 
     def _rewrite(self) -> None:
         self.size = -1  # of no file
@@ -127,34 +131,14 @@ class Metrics:
                 self.say(f"{self.path} is whole again, after {self.n_failed} failed writes")
             self.n_failed = 0
 
-    def _tell_wandb(self, method: str, *args) -> None:
-        """Calls the run of W&B, which is left out once it fails, in whatever way."""
-        try:
-            if self.wandb is not None:
-                getattr(self.wandb, method)(*args)
-        except Exception as error:
-            self.wandb = None
-            self.say(f"W&B fails and gets nothing more: {_first_line(error)}")
-
-
-def _start_wandb(folder: Path, config: TrainConfig, description: dict):
-    """The run of W&B under the run's own id, so that a resumed run continues it."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError("wandb_project needs wandb: pip install -e '.[train]'") from error
-    try:
-        run = wandb.init(
-            project=config.wandb_project, name=config.run_name[:128],
-            id=description.get("run_id"), resume="allow", dir=folder, config=description,
-        )  # fmt: skip
-        run.define_metric("*", step_metric="step")  # W&B's own step may not go back: a rollback
-    except Exception as error:
-        raise ValueError(
-            f"W&B cannot start ({_first_line(error)}): run `wandb login`, set "
-            "WANDB_MODE=offline, or leave out wandb_project"
-        ) from error
-    return run
+    def _tell(self, method: str, *args) -> None:
+        """Calls every tracker; one that fails, in whatever way, is left out from then on."""
+        for name, tracker in list(self.trackers.items()):
+            try:
+                getattr(tracker, method)(*args)
+            except Exception as error:
+                del self.trackers[name]
+                self.say(f"{name} fails and gets nothing more: {first_line(error)}")
 
 
 def _start_bar(max_steps: int, first_step: int):
@@ -238,14 +222,10 @@ def draw_curve(lines: list[dict], path: str | Path, title: str, unit: str) -> No
             warnings.simplefilter("ignore")
             axes.figure.savefig(png)
     except Exception as error:
-        raise ValueError(f"the loss curve cannot be drawn: {_first_line(error)}") from error
+        raise ValueError(f"the loss curve cannot be drawn: {first_line(error)}") from error
     write_whole(Path(path), png.getvalue())
 
 
 def duration(seconds: float) -> str:
     """h:mm:ss"""
     return str(timedelta(seconds=round(seconds)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
