@@ -292,6 +292,8 @@ class TrainConfig:
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    # Of the residual stream in training; bfloat16 moves fewer bytes and needs dtype bfloat16.
+    stream: Literal["float32", "bfloat16"] = "float32"
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
