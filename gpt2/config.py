@@ -353,6 +353,8 @@ class TrainConfig:
     # Of matmuls; weights stay float32. fast: bfloat16 where the device has it in hardware, else
     # float32; auto: that on a GPU, float32 on a CPU.
     dtype: Precision = "auto"
+    # Of the residual stream in training; bfloat16 moves fewer bytes and needs dtype bfloat16.
+    stream: Literal["float32", "bfloat16"] = "float32"
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds

@@ -180,6 +180,7 @@ class GPT(nn.Module):
         self.n_tokens = config.vocab_size  # ids that the tokenizer has: no others are generated
         # Training keeps only what enters each block, and computes the rest again going backward.
         self.activation_checkpointing = False
+        self.stream = torch.float32  # bfloat16: under autocast the residual stream is that, too
         self.transformer = nn.ModuleDict(dict(
             wte=Embedding(config.padded_vocab_size, config.n_embd, ops),
             wpe=nn.Embedding(config.block_size, config.n_embd),
@@ -219,6 +220,8 @@ class GPT(nn.Module):
             position = position - doc_start  # (B, T): each document starts at position 0
         x = self.transformer.wte(idx) + self.transformer.wpe(position)  # (B, T, C)
         x, branch = self.transformer.drop(x), None
+        if self.stream != torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.stream)
         again = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for block in self.transformer.h:
             inputs = (x, branch, doc_start, cache)

@@ -13,6 +13,7 @@ from gpt2.config import TrainConfig
 from gpt2.cpu import PRODUCTS
 from gpt2.data import write_shard
 from gpt2.data.prepare import prepare
+from gpt2.model import LayerNorm
 from gpt2.options import PrepareConfig, VerifyConfig
 from gpt2.tokenizer import ByteTokenizer
 from gpt2.train.between import learning_rate
@@ -242,6 +243,26 @@ def test_a_run_of_one_option(train_config, capsys):
     assert "512 tokens = 1 ranks" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_residual_stream_is_in_the_precision_that_was_asked_for(
+    train_config, monkeypatch, dtype
+):
+    seen, norm = [], LayerNorm.forward
+
+    def forward(self, x, residual=None):
+        if torch.is_autocast_enabled("cpu"):
+            seen.append((x if residual is None else residual).dtype)
+        return norm(self, x, residual)
+
+    monkeypatch.setattr(LayerNorm, "forward", forward)
+    config = replace(train_config, dtype="bfloat16", sample_every=2)
+    pretrain(replace(config, stream=dtype))
+    assert set(seen) == {getattr(torch, dtype)}
+    pretrain(replace(config, run_name="plain"))
+    again = losses(Path(config.out_dir) / "plain")
+    assert losses(Path(config.out_dir) / "run") == pytest.approx(again, rel=5e-3)
+
+
 def test_samples_while_training(train_config, capsys):
     pretrain(replace(train_config, sample_every=2))
     assert capsys.readouterr().out.count("sample: ") == 3
@@ -252,6 +273,7 @@ def test_samples_while_training(train_config, capsys):
     [
         (dict(tokens_per_step=250), "use --tokens_per_step 128 or 256"),
         (dict(device="cuda:99"), "cuda"),
+        (dict(stream="bfloat16", dtype="float32"), "stream bfloat16 needs matmuls in bfloat16"),
         (dict(device="tpu"), "unknown device 'tpu'"),
         (dict(device="mps"), "summed in float64, which Apple's GPUs have not.* --device cpu"),
         (dict(resume="nowhere"), "no checkpoint"),

@@ -33,6 +33,7 @@ from gpt2.device import execution
 from gpt2.dist import Distributed, Heartbeat
 from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
+from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
 from gpt2.train import between, guard
 from gpt2.train.between import Due, Interrupted, StopSignals, learning_rate
@@ -72,6 +73,7 @@ class Trainer:
         self.rows_per_step = config.tokens_per_step // train_data.block_size
         self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
+        self._set_stream()
         self.choice = None  # what a run of float32 on a CPU computes its matrix products with
         if self.execution.dtype == torch.float32 and not self.execution.compiled:
             self.choice = self.model.ops.choice
@@ -92,6 +94,17 @@ class Trainer:
             keep_memory()
         else:
             torch.set_float32_matmul_precision("high")  # TF32 where float32 matmuls are left
+
+    def _set_stream(self) -> None:
+        """Of the model, and of one that it is compared with."""
+        if self.config.stream == "bfloat16" and self.execution.dtype != torch.bfloat16:
+            raise ValueError(
+                "stream bfloat16 needs matmuls in bfloat16, and they are in float32 here: use "
+                "--dtype bfloat16 or --stream float32"
+            )
+        for model in self.objective.modules():
+            if isinstance(model, GPT):
+                model.stream = getattr(torch, self.config.stream)
 
     def resume(self, resumed: checkpoint.Checkpoint) -> None:
         """Continues from a checkpoint's step with its weights, moments and guard.
