@@ -17,6 +17,7 @@ Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Switch = Literal["auto", "on", "off"]
 Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
+WARMUP_SHARE, MOST_WARMUP = 0.04, 700  # of max_steps, and steps
 
 
 def suggest(word: str, known) -> str:
@@ -251,8 +252,12 @@ class TrainConfig:
     tokens_per_step: int = 524288  # over all ranks and micro steps
     # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
     micro_batch_size: int | Literal["auto"] = 32
-    max_steps: int = 19073  # optimizer steps
-    warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    max_steps: int = 19073  # optimizer steps; with max_minutes those that fit, whatever is given
+    # Wall time of the run on the machine that it begins on, in minutes, with all that it does;
+    # before step 0 steps are timed, and max_steps becomes what fits. 0: max_steps is as given.
+    max_minutes: float = 0.0
+    # Steps in which lr rises linearly to its peak; default: 4% of max_steps, at most 700.
+    warmup_steps: int | None = None
     # muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at one lr.
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = 6e-4  # peak learning rate
@@ -311,13 +316,15 @@ class TrainConfig:
         check_numbers(
             self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
             "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
-            "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last",
+            "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last "
+            "max_minutes",
         )  # fmt: skip
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
-        if self.warmup_steps > self.max_steps:
+        if self.warmup > self.max_steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} must not be above max_steps {self.max_steps}"
+                f"warmup_steps {self.warmup} must not be above max_steps {self.max_steps}: lower "
+                "it, or leave it out"
             )
         if self.exact_reduction and self.sharding != "none":
             raise ValueError(
@@ -331,6 +338,13 @@ class TrainConfig:
     def folder(self) -> Path:
         """Where everything of the run lies."""
         return Path(self.out_dir) / self.run_name
+
+    @property
+    def warmup(self) -> int:
+        """warmup_steps, or their default: what the recipes for 124M and 1558M have."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(round(WARMUP_SHARE * self.max_steps), MOST_WARMUP)
 
     def model_config(self, vocab_size: int | None = None) -> GPTConfig:
         """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""

@@ -105,9 +105,26 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
 
 
 def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
-    """config with the very weights that init_from meant when the run began: a run's folder means
-    its newest checkpoint, and may have gone on since."""
-    start = (resumed.identity or {}).get("init_from") if resumed is not None else None
+    """config with what was decided when the run began: the very weights that init_from meant (a
+    run's folder means its newest checkpoint, and may have gone on since), the warm-up where none is
+    given, and the steps that fit max_minutes.
+
+    Raises ValueError where max_minutes is another, or the run began without.
+    """
+    if resumed is None:
+        return config
+    if config.warmup_steps is None:
+        config = replace(config, warmup_steps=resumed.train.get("warmup_steps"))
+    if config.max_minutes:
+        steps, minutes = resumed.train["max_steps"], resumed.train.get("max_minutes", 0.0)
+        if minutes != config.max_minutes:
+            raise ValueError(
+                f"max_minutes {config.max_minutes:g}: the run began with {minutes:g} and the "
+                f"max_steps {steps} that {resumed.path} has: to change its end, resume with "
+                "--max_minutes 0 and other --max_steps"
+            )
+        config = replace(config, max_steps=steps)
+    start = (resumed.identity or {}).get("init_from")
     if start and config.init_from == start["asked"] and Path(start["path"]).exists():
         return replace(config, init_from=start["path"])
     return config

@@ -1,0 +1,171 @@
+"""max_minutes, by a clock that the tests set: no test depends on how fast the machine is."""
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.checkpoint import list_checkpoints, load_model, read_checkpoint
+from gpt2.cli import parse
+from gpt2.config import SFTConfig, TrainConfig
+from gpt2.train import minutes
+from gpt2.train.between import learning_rate
+from gpt2.train.pretrain import pretrain
+
+from .conftest import interrupt, losses
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock(seconds) makes each look at the clock come so many seconds after the one before."""
+
+    def set_clock(seconds: float) -> None:
+        ticks = itertools.count()
+        monkeypatch.setattr(minutes, "clock", lambda: next(ticks) * seconds)
+
+    set_clock(1.0)
+    return set_clock
+
+
+@pytest.fixture
+def timed(train_config, clock) -> TrainConfig:
+    """Every look at the clock is a second later, so each step and all else takes one: of 30 seconds
+    7 are gone before step 0, and one is for the copy at the end."""
+    return replace(
+        train_config, max_minutes=0.5, warmup_steps=None, eval_every=0, save_every=0, log_every=1
+    )
+
+
+def weights(config: TrainConfig) -> dict[str, torch.Tensor]:
+    path = list_checkpoints(config.folder)[-1]
+    return dict(load_model(path, kernels="torch").named_parameters())
+
+
+def same(a: TrainConfig, b: TrainConfig) -> bool:
+    one, other = weights(a), weights(b)
+    return all(torch.equal(one[name], other[name]) for name in one) and all(
+        losses(a.folder, key) == losses(b.folder, key) for key in ("train/loss", "train/lr")
+    )
+
+
+@pytest.mark.parametrize(
+    "max_steps, given, found",
+    [(1000, None, 40), (19073, None, 700), (32000, None, 700), (6, None, 0), (1000, 100, 100)],
+)
+def test_warmup_follows_max_steps_unless_it_is_given(max_steps, given, found):
+    config = TrainConfig(max_steps=max_steps, warmup_steps=given)
+    assert config.warmup == found
+    assert learning_rate(found, config) == config.lr
+    assert SFTConfig(max_steps=1000).warmup == 0
+
+
+@pytest.mark.parametrize(
+    "seconds, step_s, others, steps",
+    [
+        (100, 2, [], 50),
+        (100, 2, [(0, 10)], 45),  # only at the end
+        (110, 2, [(10, 10)], 33),  # three times, and at the end: 66 + 40 seconds
+        (106, 2, [(10, 10), (0, 6)], 30),
+        (-5, 2, [], -2),
+    ],
+)
+def test_steps_that_fit_leave_room_for_what_comes_between(seconds, step_s, others, steps):
+    assert minutes.steps_within(seconds, step_s, others) == steps
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"optimizer": "muon", "dropout": 0.2, "guard": "rollback"},
+        {"eval_every": 5, "sample_every": 5, "save_every": 5, "exact_reduction": True},
+    ],
+)
+def test_what_is_timed_leaves_no_trace_but_max_steps(timed, changes):
+    config = replace(timed, max_minutes=1.0, **changes)
+    pretrain(config)
+    saved = read_checkpoint(list_checkpoints(config.folder)[-1])
+    steps = saved.step
+    assert steps == saved.train["max_steps"] > minutes.LEAST_STEPS
+    assert parse(TrainConfig, "", [str(config.folder / "config.yaml")]).max_steps == steps
+    given = replace(config, max_minutes=0.0, max_steps=steps, run_name="given")
+    pretrain(given)
+    assert same(config, given)
+    assert losses(config.folder, "val/loss") == losses(given.folder, "val/loss")
+    # The rate has come to its end.
+    assert losses(config.folder, "train/lr")[-1] < 0.02 * config.lr
+
+
+def test_everything_that_takes_time_is_counted(timed, clock, capsys):
+    pretrain(timed)
+    plain = read_checkpoint(list_checkpoints(timed.folder)[-1]).step
+    assert plain == 30 - 7 - 1
+    every = replace(timed, run_name="every", max_minutes=2.0, eval_every=10, sample_every=20)
+    clock(1.0)
+    pretrain(every)
+    # A validation or a sample takes a second, with a copy for a checkpoint two.
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("minutes  "))
+    assert "22 steps of 1,000.0 ms" in line
+    found = read_checkpoint(list_checkpoints(every.folder)[-1]).step
+    assert found == int((120 - 15 - 1 - 2 - 2) / (1 + 2 / 10 + 2 / 20))
+
+
+def test_a_resumed_run_keeps_its_steps(timed, clock, at_step):
+    """However fast the machine is then; before the first checkpoint there is nothing to keep."""
+    pretrain(timed)
+    cut = replace(timed, run_name="cut", save_every=10)
+    at_step(0, interrupt)  # while steps are timed
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cut)
+    assert not list_checkpoints(cut.folder)
+    cut = replace(cut, resume="auto")
+    at_step(13, interrupt)
+    clock(1.0)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(cut)
+    clock(0.01)
+    pretrain(cut)
+    whole = replace(timed, run_name="whole", max_minutes=0, max_steps=len(losses(cut.folder)))
+    pretrain(whole)
+    assert same(cut, whole)
+    # The launch before had taken 10 steps and what is before step 0.
+    assert read_checkpoint(list_checkpoints(cut.folder)[-1]).state["spent_s"] > 17
+
+
+def test_a_run_that_gets_slower_keeps_its_steps_and_says_when_it_ends(
+    timed, clock, at_step, capsys
+):
+    at_step(5, lambda trainer: setattr(trainer, "spent_s", 100.0))
+    pretrain(timed)
+    lines = [x for x in capsys.readouterr().out.splitlines() if "after max_minutes" in x]
+    assert len(lines) == 1 and "step      6/22" in lines[0] and "0:01:" in lines[0]
+    assert len(losses(timed.folder)) == 22
+
+
+def test_max_minutes_that_cannot_be_met_are_refused(timed, clock):
+    clock(2.0)
+    with pytest.raises(ValueError, match="max_minutes 0.5 holds 7 steps of 2.00 s, a schedule"):
+        pretrain(timed)
+    assert not list_checkpoints(timed.folder)
+    slow = replace(timed, tokens_per_step=1 << 26, max_minutes=0.001)
+    with pytest.raises(ValueError, match="max_minutes 0.001 holds 0 steps of"):
+        pretrain(slow)
+    clock(1.0)
+    with pytest.raises(ValueError, match="warmup_steps 25 must not be above max_steps 22"):
+        pretrain(replace(timed, warmup_steps=25, max_steps=30))
+    pretrain(timed)
+    with pytest.raises(ValueError, match="max_minutes 2: the run began with 0.5 and the max_steps"):
+        pretrain(replace(timed, max_minutes=2.0, resume="auto"))
+    pretrain(replace(timed, max_minutes=0.0, max_steps=24, resume="auto"))
+    assert len(losses(timed.folder)) == 24
+
+
+def test_old_checkpoints_keep_their_warmup(train_config):
+    pretrain(train_config)
+    pretrain(replace(train_config, warmup_steps=None, max_steps=8, resume="auto"))
+    saved = json.loads((list_checkpoints(train_config.folder)[-1] / "checkpoint.json").read_text())
+    assert saved["train"]["warmup_steps"] == train_config.warmup_steps
+    assert Path(train_config.folder / "config.yaml").read_text().count("warmup_steps: 2\n") == 1
