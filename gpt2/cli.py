@@ -141,7 +141,9 @@ def _coerce_value(hint, value, where: str):
         words = [w for t in options if typing.get_origin(t) is Literal for w in typing.get_args(t)]
         if value in words:
             return value
-        hint = next(t for t in options if isinstance(t, type) and t is not type(None))
+        hint = next((t for t in options if isinstance(t, type) and t is not type(None)), None)
+        if hint is None:
+            return _coerce_value(options[0], value, where)
         if words and type(value) is not hint:
             raise ValueError(
                 f"{where}: must be {', '.join(words)} or {hint.__name__}, got {value!r}"

@@ -127,6 +127,12 @@ PRESETS: dict[str, GPTConfig] = {
 }
 
 
+# What preset auto decides where it is not given, and what is meant without it. Of the shape all.
+SHAPE = ("n_layer", "n_head", "n_embd")
+DEFAULTS = {"tokens_per_step": 524288, "optimizer": "adamw", "lr": 6e-4}
+CHOSEN = (*SHAPE, "block_size", *DEFAULTS)
+
+
 # The linear layers of a block, and the names by which one or two of them are meant. A name means
 # the layers that end with it, as in peft: c_proj is both projections.
 LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -235,7 +241,9 @@ def spell_sources(entries: list, source: str) -> str:
 class TrainConfig:
     """Options of a training run. The defaults are the 124M recipe on 10B tokens of FineWeb."""
 
-    preset: str = "gpt2"  # model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char
+    # Model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char; auto: by max_minutes,
+    # the machine and the amount of text, see gpt2.train.size.
+    preset: str = "gpt2"
     init_from: str = ""  # start from these weights: a checkpoint, a Hugging Face folder or name
     # Folder with train and val shards, or several as folder:weight,folder:weight; a weight may hold
     # from a step on, folder:weight@step. In YAML also a list of {path, weight, from_step}.
@@ -249,7 +257,8 @@ class TrainConfig:
     dropout: float | None = None  # default: the preset's, 0
     bias: bool | None = None  # default: the preset's
 
-    tokens_per_step: int = 524288  # over all ranks and micro steps
+    # Over all ranks and micro steps; default: 524,288, or what preset auto chooses.
+    tokens_per_step: int | None = None
     # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
     micro_batch_size: int | Literal["auto"] = 32
     max_steps: int = 19073  # optimizer steps; with max_minutes those that fit, whatever is given
@@ -259,8 +268,9 @@ class TrainConfig:
     # Steps in which lr rises linearly to its peak; default: 4% of max_steps, at most 700.
     warmup_steps: int | None = None
     # muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at one lr.
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 6e-4  # peak learning rate
+    # Default: adamw, with preset auto muon.
+    optimizer: Literal["adamw", "muon"] | None = None
+    lr: float | None = None  # peak learning rate; default: 6e-4, or what preset auto chooses
     min_lr: float = 0.0  # learning rate at max_steps
     # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
     schedule: Schedule = "cosine"
@@ -311,15 +321,22 @@ class TrainConfig:
 
     def __post_init__(self):
         data_sources(self.data)
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
+        if self.preset == "auto":
+            self._check_auto()
+        elif self.preset not in PRESETS:
+            known = [*PRESETS, "auto"]
+            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, known)}")
+        else:
+            for name, value in DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         check_numbers(
             self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
             "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
             "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last "
             "max_minutes",
         )  # fmt: skip
-        if self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
         if self.warmup > self.max_steps:
             raise ValueError(
@@ -333,6 +350,16 @@ class TrainConfig:
             )
         if not self.run_name or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
+
+    def _check_auto(self) -> None:
+        shape = [name for name in SHAPE if getattr(self, name) is not None]
+        if not self.max_minutes:
+            raise ValueError("preset auto chooses a size for max_minutes: give them")
+        if shape and len(shape) < len(SHAPE):
+            raise ValueError(
+                f"preset auto chooses {', '.join(SHAPE)}: give all of them or none, not only "
+                f"{', '.join(shape)}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -348,7 +375,11 @@ class TrainConfig:
 
     def model_config(self, vocab_size: int | None = None) -> GPTConfig:
         """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""
-        preset = PRESETS[self.preset]
+        preset = PRESETS[self.preset if self.preset != "auto" else "gpt2"]
+        if self.preset == "auto" and self.n_embd is None:
+            raise ValueError(
+                "preset auto has no shape before its run begins: name the run's folder"
+            )
         names = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if vocab_size is not None:

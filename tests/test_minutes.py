@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from gpt2.checkpoint import list_checkpoints, load_model, read_checkpoint
 from gpt2.cli import parse
 from gpt2.config import SFTConfig, TrainConfig
-from gpt2.train import minutes
+from gpt2.dist import Distributed
+from gpt2.train import minutes, size
 from gpt2.train.between import learning_rate
 from gpt2.train.pretrain import pretrain
 
@@ -141,7 +143,9 @@ def test_a_run_that_gets_slower_keeps_its_steps_and_says_when_it_ends(
     at_step(5, lambda trainer: setattr(trainer, "spent_s", 100.0))
     pretrain(timed)
     lines = [x for x in capsys.readouterr().out.splitlines() if "after max_minutes" in x]
-    assert len(lines) == 1 and "step      6/22" in lines[0] and "0:01:" in lines[0]
+    assert len(lines) == 17 and "step      6/22" in lines[0]
+    # Of 30 seconds 100 and more than 7 are gone; steps take none by the true clock.
+    assert re.search(r"ETA 0:00:00, 0:01:[12]\d after max_minutes$", lines[0])
     assert len(losses(timed.folder)) == 22
 
 
@@ -169,3 +173,67 @@ def test_old_checkpoints_keep_their_warmup(train_config):
     saved = json.loads((list_checkpoints(train_config.folder)[-1] / "checkpoint.json").read_text())
     assert saved["train"]["warmup_steps"] == train_config.warmup_steps
     assert Path(train_config.folder / "config.yaml").read_text().count("warmup_steps: 2\n") == 1
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(flops) makes every matmul run at that rate."""
+
+    def set_rate(flops: float) -> None:
+        monkeypatch.setattr(size, "measure_rates", lambda *args: (flops, 1e9))
+
+    set_rate(1e11)
+    return set_rate
+
+
+@pytest.mark.parametrize(
+    "max_minutes, flops, n_tokens, vocab_size, width",
+    [
+        (30, 1e11, 1 << 40, 65, 128),
+        (30, 1e11, 100_000, 65, 64),  # less text
+        (600, 1e11, 1 << 40, 65, 192),  # more time
+        (30, 1e11, 1 << 40, 50257, 64),  # as many numbers in the embedding alone
+        (0.01, 1e9, 1 << 40, 65, 64),  # never less
+        (600, 4e14, 1 << 40, 50257, 768),
+    ],
+)
+def test_auto_takes_the_largest_model_that_gets_enough_tokens(
+    machine, max_minutes, flops, n_tokens, vocab_size, width
+):
+    machine(flops)
+    config = TrainConfig(preset="auto", max_minutes=max_minutes)
+    group = Distributed(0, 1, torch.device("cpu"))
+    found, line = size.choose_size(config, n_tokens, vocab_size, group)
+    assert found.n_embd == width and f"auto: {found.n_layer} layers, {width} wide" in line
+    assert found.optimizer == "muon" and found.lr == pytest.approx(6e-3 * (128 / width) ** 0.5)
+    # What is given holds.
+    given = replace(config, optimizer="adamw", lr=1e-3, tokens_per_step=4096, block_size=32)
+    found, _ = size.choose_size(given, n_tokens, vocab_size, group)
+    kept = found.optimizer, found.lr, found.tokens_per_step, found.block_size
+    assert kept == ("adamw", 1e-3, 4096, 32)
+
+
+def test_auto_is_chosen_once(timed, machine, capsys):
+    config = replace(
+        timed, preset="auto", n_layer=None, n_head=None, n_embd=None, lr=None, optimizer=None,
+        tokens_per_step=None,
+    )  # fmt: skip
+    pretrain(config)
+    assert "auto: 2 layers, 64 wide" in capsys.readouterr().out
+    written = parse(TrainConfig, "", [str(config.folder / "config.yaml")])
+    assert (written.n_embd, written.optimizer, written.preset) == (64, "muon", "auto")
+    machine(1e15)
+    pretrain(replace(config, resume="auto"))
+    assert "auto: " not in (out := capsys.readouterr().out) and "64 wide" in out
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({}, "preset auto chooses a size for max_minutes"),
+        ({"max_minutes": 1, "n_embd": 64}, "give all of them or none, not only n_embd"),
+    ],
+)
+def test_auto_needs_minutes_and_the_whole_shape(changes, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(preset="auto", **changes)

@@ -7,7 +7,7 @@ before that has nothing to lose. What the first step does besides (compile, fill
 time that is gone.
 
 Should the machine slow down or speed up later, the steps stay, since the learning rate has to come
-to its end and a resumed run to the same bits: the end comes later or sooner, and the log says so.
+to its end and a resumed run to the same bits: the end comes later or sooner, as the log says.
 """
 
 import math
@@ -24,7 +24,6 @@ from gpt2.train.metrics import duration
 TIMED, MOST_TIMED_S = 0.02, 20.0  # steps are timed for this part of the minutes, at most so long
 LEAST_STEPS = 20  # a schedule of fewer is none
 EXAMPLES = 64  # of HellaSwag that are timed
-LATE = 0.05  # of the minutes: more is told, once so much of the steps is done
 
 
 def clock() -> float:
@@ -90,20 +89,7 @@ def lay_out(trainer) -> tuple[TrainConfig, str]:
     steps = _check(config, steps, step_s)
     line = f"{config.max_minutes:g}: {steps:,} steps of {step_s * 1e3:,.1f} ms, the mean of "
     line += f"{len(times)}, after {duration(gone)} for the start"
-    if rest := math.fsum(takes * (steps // every if every else 1) for every, takes in others):
-        line += f" and with {duration(rest)} for what comes between them"
     return replace(config, max_steps=steps), line
-
-
-def lateness(config: TrainConfig, step: int, total_s: float) -> str:
-    """What is to be said of a run that will have taken total_s seconds; "" where it is on time."""
-    late_s = total_s - 60 * config.max_minutes
-    if late_s <= LATE * 60 * config.max_minutes or step < LATE * config.max_steps:
-        return ""
-    return (
-        f"step {step:>6}/{config.max_steps}  steps are slower than when they were laid out: the "
-        f"end comes about {duration(late_s)} after max_minutes {config.max_minutes:g}"
-    )
 
 
 def _check(config: TrainConfig, steps: int, step_s: float) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from gpt2 import checkpoint, dist, tokenizer
 from gpt2.cli import say
-from gpt2.config import TrainConfig
+from gpt2.config import CHOSEN, TrainConfig
 from gpt2.data import Mixture, TokenLoader
 from gpt2.data.loader import BatchSource
 from gpt2.data.mixture import find_tokenizer, open_split
@@ -26,6 +26,7 @@ from gpt2.model import GPT
 from gpt2.train.between import Interrupted, StopSignals
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
+from gpt2.train.size import choose_size
 from gpt2.train.trainer import Trainer
 
 EVAL_DATA = "data/eval"  # the folder of HellaSwag's file
@@ -56,12 +57,16 @@ def pretrain(config: TrainConfig) -> None:
 
 def pretraining(config: TrainConfig, group: Distributed) -> Parts:
     """What pretrain() trains."""
-    data_tokenizer = find_tokenizer(config.data)
+    data_tokenizer, lines = find_tokenizer(config.data), []
+    if config.preset == "auto" and any(getattr(config, name) is None for name in CHOSEN):
+        n_tokens = open_data(config, "train", config.block_size or 1).n_tokens
+        config, line = choose_size(config, n_tokens, data_tokenizer.vocab_size, group)
+        lines.append(line)
     model, block_size = make_model(config, data_tokenizer, group.device)
     share = (group.rank, group.world_size)
     val_data = open_data(config, "val", block_size, share) if config.eval_every else None
     train_data = open_data(config, "train", block_size, share)
-    return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer)
+    return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer, lines)
 
 
 def launch(config: TrainConfig, make_parts: MakeParts) -> None:
@@ -106,15 +111,16 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
 
 def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
     """config with what was decided when the run began: the very weights that init_from meant (a
-    run's folder means its newest checkpoint, and may have gone on since), the warm-up where none is
-    given, and the steps that fit max_minutes.
+    run's folder means its newest checkpoint, and may have gone on since), the steps that fit
+    max_minutes, and what is not given: the warm-up, and with preset auto the model.
 
     Raises ValueError where max_minutes is another, or the run began without.
     """
     if resumed is None:
         return config
-    if config.warmup_steps is None:
-        config = replace(config, warmup_steps=resumed.train.get("warmup_steps"))
+    names = ["warmup_steps", *(CHOSEN if config.preset == "auto" else ())]
+    kept = {n: resumed.train.get(n) for n in names if getattr(config, n) is None}
+    config = replace(config, **kept)
     if config.max_minutes:
         steps, minutes = resumed.train["max_steps"], resumed.train.get("max_minutes", 0.0)
         if minutes != config.max_minutes:

@@ -75,7 +75,6 @@ class Trainer:
         self.model.activation_checkpointing = config.activation_checkpointing
         self.signals = StopSignals()  # those of run(), once it has begun
         self.started, self.spent_s = minutes.clock(), 0.0  # spent_s: by the launches before
-        self.is_late = False  # whether the run will end after max_minutes, once that was told
         self.choice = None  # what a run of float32 on a CPU computes its matrix products with
         if self.execution.dtype == torch.float32 and not self.execution.compiled:
             self.choice = self.model.ops.choice
@@ -478,14 +477,12 @@ class Trainer:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (peak * self.group.world_size)
         self.folder.log(step, values)
-        eta_s = (self.config.max_steps - step) * seconds
-        predicted = self.predicted["step_ms"]
-        self.folder.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
-        if self.config.max_minutes and not self.is_late:
-            late = minutes.lateness(self.config, step, self.wall_s() + eta_s)
-            self.is_late = bool(late)
-            if late:
-                self.folder.say(late)
+        eta_s, predicted = (self.config.max_steps - step) * seconds, self.predicted["step_ms"]
+        limit_s = 60 * self.config.max_minutes or math.inf
+        self.folder.metrics.show_step(
+            step, values, eta_s, predicted, tuple(sums)[:SHOWN],
+            late_s=self.wall_s() + eta_s - limit_s,
+        )  # fmt: skip
 
     def _open(self, folder: RunFolder) -> None:
         """Says what the run is, and opens what it writes."""
