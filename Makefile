@@ -1,10 +1,11 @@
 # make train   installs, trains a small GPT on tiny Shakespeare, shows its loss curve and a sample
 # make test    installs and runs the tests
+# make docs    builds this documentation as a site, build/site
 # make slow    runs the tests that take minutes each
 # make chaos   kills and damages runs some hundred times and counts what is lost
 # make gpu     on a machine with a GPU: parity tests at full size, then every benchmark that wants one
 # make tune    on a machine with a GPU: times other tiles for the kernels than those shipped
-# The first four work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
+# The first five work in .venv of their own and install only once. PYTHON=python3.12 make train picks another Python.
 
 # So that a command whose output goes through tee fails where it fails.
 SHELL := bash
@@ -20,25 +21,37 @@ RUN := runs/shakespeare_char
 OUT ?= benchmarks/results/gpu
 MODELS ?= gpt2 gpt2-medium gpt2-xl
 
-.PHONY: train test slow chaos gpu gpu-tests tune clean
+# The one line of pip's that says what it is at, written over by the next; where nobody looks on, only
+# the downloads of 10 MB and more.
+PROGRESS = while read -r line; do \
+	if [ -t 1 ]; then printf '\r\033[K   %.76s' "$$line"; \
+	elif [[ $$line =~ ^Downloading.*\([0-9]{2}.*MB ]]; then echo "   $$line"; fi; \
+	done; if [ -t 1 ]; then printf '\r\033[K'; fi
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -c constraints.txt
+
+.PHONY: train test docs slow chaos gpu gpu-tests tune clean
 
 train: .venv/.train
 	@echo "== Preparing tiny Shakespeare (1.1 MB, in the package)"
-	@$(BIN)/python scripts/prepare_data.py shakespeare_char
+	@$(BIN)/gpt2-triton prepare shakespeare_char
 	@echo "== Training a character-level GPT; an interrupted run continues where it stopped"
-	@$(BIN)/python scripts/train_gpt2.py configs/shakespeare_char.yaml --resume auto
+	@$(BIN)/gpt2-triton train configs/shakespeare_char.yaml --resume auto
 	@echo "== A sample"
-	@$(BIN)/python scripts/sample.py $(RUN) --prompt "ROMEO:" --max_new_tokens 300 --seed 1
+	@$(BIN)/gpt2-triton sample $(RUN) --prompt "ROMEO:" --max_new_tokens 300 --seed 1
 	@echo
 	@echo "The loss curve is $(RUN)/loss.png. Next, for instance:"
-	@echo "  $(BIN)/python scripts/sample.py $(RUN) --prompt 'KING:' 'To be, or' --temperature 0.6"
-	@echo "  $(BIN)/python scripts/prepare_data.py --text YOUR.txt     # then train on it: see README.md"
-	@echo "  $(BIN)/python scripts/train_gpt2.py --help"
+	@echo "  source .venv/bin/activate        # then gpt2-triton alone lists the commands"
+	@echo "  gpt2-triton sample $(RUN) --prompt 'KING:' 'To be, or' --temperature 0.6"
+	@echo "  gpt2-triton prepare --text YOUR.txt     # then train on it: see README.md"
 
 test: .venv/.test
 	@echo "== Running ruff and the tests"
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest
+
+docs: .venv/.docs
+	@$(BIN)/sphinx-build -q -W -d build/doctrees docs build/site
+	@echo "build/site/index.html"
 
 slow: .venv/.test
 	@echo "== The long tests: 12,000 broken shards, 200 kills, sanitizers, every kernel for every GPU"
@@ -50,19 +63,23 @@ chaos: .venv/.test
 
 .venv/.train: $(SOURCES)
 	@$(MAKE) --no-print-directory install EXTRA=train
+	@touch $@
+
+.venv/.docs: $(SOURCES)
+	@$(MAKE) --no-print-directory install EXTRA=docs
+	@touch $@
 
 .venv/.test: $(SOURCES)
 	@$(MAKE) --no-print-directory install EXTRA=dev
-	@touch .venv/.train
+	@touch $@ .venv/.train .venv/.docs
 
 .PHONY: install
 install:
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'error: Python 3.11 or later is needed, $(PYTHON) is {v[0]}.{v[1]}; run: PYTHON=python3.12 make $(MAKECMDGOALS)')"
 	@echo "== Installing into .venv (once; a few minutes, most of it PyTorch)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "error: python -m venv failed; on Debian: apt-get install python3-venv"; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools pybind11
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints.txt -e '.[$(EXTRA)]'
-	@touch .venv/.$(if $(filter dev,$(EXTRA)),test,train)
+	@$(PIP) setuptools pybind11 | ($(PROGRESS))
+	@$(PIP) --no-build-isolation -e '.[$(EXTRA)]' | ($(PROGRESS))
 
 gpu-tests:
 	@mkdir -p $(OUT)

@@ -12,6 +12,7 @@ from setuptools import find_packages, setup
 
 TRAIN = ["datasets>=4", "wandb>=0.20", "matplotlib>=3.9", "rich>=13", "markdown-it-py>=3"]
 EXPORT = ["gguf>=0.17", "huggingface_hub>=1"]
+DOCS = ["sphinx>=9", "myst-parser>=5", "furo>=2025.12"]
 DEV = [
     "pytest>=9",
     "pytest-timeout>=2.4",
@@ -35,7 +36,8 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["gpt2", "gpt2.*", "triton_kernels"]),
-    package_data={"gpt2": ["assets/*"]},
+    package_data={"gpt2": ["assets/*", "configs/*"]},  # configs is a link to the folder above
+    entry_points={"console_scripts": ["gpt2-triton = gpt2.commands:main"]},
     ext_modules=[
         Pybind11Extension(
             "gpt2._token_loader",
@@ -57,8 +59,8 @@ setup(
     ],
     cmdclass={"build_ext": build_ext},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "triton>=3.6,<3.8; platform_machine == 'x86_64' or platform_machine == 'aarch64'",
+        "torch>=2.11,<2.15",
+        "triton>=3.6,<3.9; platform_machine == 'x86_64' or platform_machine == 'aarch64'",
         "numpy>=2.1",
         "tiktoken>=0.8",
         "safetensors>=0.5",
@@ -67,5 +69,10 @@ setup(
         "pyyaml>=6",
         "xxhash>=3",
     ],
-    extras_require={"train": TRAIN, "export": EXPORT, "dev": TRAIN + EXPORT + DEV},
+    extras_require={
+        "train": TRAIN,
+        "export": EXPORT,
+        "docs": DOCS,
+        "dev": TRAIN + EXPORT + DOCS + DEV,
+    },  # fmt: skip
 )

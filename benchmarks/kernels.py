@@ -16,7 +16,9 @@ operation the larger of its least bytes over the copy bandwidth and its FLOPs ov
 summed over phases; "of floor" is that time over the median. Attention counts 4 B H T^2 D / 2 FLOPs
 forward and 2.5 times that backward, the convention of its papers. SDPA and flex_attention get
 separate q, k and v and return three gradients, so they pay for no packing, which a model with one
-c_attn would; eager and torch.compile start from the packed tensor, as ours does.
+c_attn would; eager and torch.compile start from the packed tensor, as ours does. FA3, FA4 and
+flex_attention's FLASH (the modules flash_attn_interface and flash_attn.cute) are timed where they
+are installed; elsewhere their rows say what is missing.
 
 --tune takes one kernel after the other: each candidate takes the table's place, must pass the
 parity check, and is timed in the mode that the kernel decides (attention's dq and dk/dv in the
@@ -165,7 +167,8 @@ def attention_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16)
     def call(module, qkv) -> tuple:
         return (module.attention(qkv),)
 
-    def sdpa(backend, *qkv) -> tuple:
+    def sdpa(backend, implementation, *qkv) -> tuple:
+        _use_flash(implementation)
         q, k, v = (t.transpose(1, 2) for t in qkv)  # (B, H, T, D)
         with sdpa_kernel(backend):
             return (F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2),)
@@ -175,9 +178,12 @@ def attention_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16)
     own_inputs = {}
     if HAS_CUDA:
         apart = {
-            "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION),
-            "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION),
-            "flex_attention": _flex_attention(T),
+            "SDPA flash": partial(sdpa, SDPBackend.FLASH_ATTENTION, None),
+            "SDPA FA3": partial(sdpa, SDPBackend.FLASH_ATTENTION, "FA3"),
+            "SDPA FA4": partial(sdpa, SDPBackend.FLASH_ATTENTION, "FA4"),
+            "SDPA cuDNN": partial(sdpa, SDPBackend.CUDNN_ATTENTION, None),
+            "flex_attention": _flex_attention(T, "TRITON"),
+            "flex_attention FLASH": _flex_attention(T, "FLASH"),
         }
         providers |= apart
         own_inputs = dict.fromkeys(apart, [_tensor(B, T, H, D, dtype=dtype) for _ in "qkv"])
@@ -192,7 +198,21 @@ def attention_problem(B: int, T: int, H: int, D: int, dtype: torch.dtype = BF16)
     )  # fmt: skip
 
 
-def _flex_attention(T: int) -> Callable:
+def _use_flash(implementation: str | None) -> None:
+    """Which kernels torch's FLASH_ATTENTION means from now on: "FA3" or "FA4", None: torch's own.
+
+    Raises ImportError or RuntimeError where they are not installed.
+    """
+    from torch.nn import attention
+
+    if attention.current_flash_attention_impl() != implementation:
+        if implementation is None:
+            attention.restore_flash_attention_impl()
+        else:
+            attention.activate_flash_attention_impl(implementation)
+
+
+def _flex_attention(T: int, backend: str) -> Callable:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device="cuda")
@@ -200,7 +220,8 @@ def _flex_attention(T: int) -> Callable:
 
     def call(*qkv: Tensor) -> tuple:
         q, k, v = (t.transpose(1, 2) for t in qkv)
-        return (compiled(q, k, v, block_mask=mask).transpose(1, 2),)
+        out = compiled(q, k, v, block_mask=mask, kernel_options={"BACKEND": backend})
+        return (out.transpose(1, 2),)
 
     return call
 

@@ -57,6 +57,7 @@ N_TOKENS = 20_000_000
 PROFILED = 3  # steps
 # Of an H200 in bf16 at T = 1024: tokens/s, and times the faster of the others. What to reach.
 BARS = {"gpt2": (600e3, 1.25), "gpt2-medium": (230e3, 1.15), "gpt2-xl": (55e3, None)}
+PUBLISHED = {"gpt2": 490e3}  # tokens/s of one H200: modded-nanogpt, track 3, d5098d67
 # The first that matches counts: attention kernels are made of matmuls, too.
 PATTERNS = {
     "attention": r"attention|attn|flash|fmha|sdpa|mha_",
@@ -257,6 +258,10 @@ def bars(result: dict) -> list[str]:
     others = [r for n, r in result["contestants"].items() if n != "trainer" and "median_ms" in r]
     tokens_per_s, ratio = BARS[model]
     found = [("tokens/s", ours["tokens_per_s"], ">=", tokens_per_s, ",.0f")]
+    if model in PUBLISHED:
+        times = ours["tokens_per_s"] / PUBLISHED[model]
+        name = f"times the {PUBLISHED[model]:,.0f} tokens/s of modded-nanogpt's one H200"
+        found.append((name, times, ">=", 1.0, ".2f"))
     if others and ratio is not None:
         times = ours["tokens_per_s"] / max(r["tokens_per_s"] for r in others)
         found.append(("times the fastest other", times, ">=", ratio, ".2f"))

@@ -60,6 +60,11 @@ void add(pybind11::module_& m, const char* suffix) {
                               at<const T>(dout), at<const float>(lse), at<T>(dqkv), B, length, H,
                               D, threads);
          });
+  define("decode_linear_", [](Address x, Address w, Address bias, Address y, Size M, Size N, Size K,
+                              int threads) {
+    decode_linear(at<const float>(x), at<const T>(w), at<const float>(bias), at<float>(y), M, N, K,
+                  threads);
+  });
 }
 
 }  // namespace
@@ -70,11 +75,4 @@ PYBIND11_MODULE(_cpu_kernels, m) {
   add<bfloat16>(m, "bfloat16");
   m.def("keep_memory", &keep_memory);
   m.def("has_decode_linear", &has_decode_linear, "Whether this CPU has AVX2 and FMA.");
-  m.def(
-      "decode_linear",
-      [](Address x, Address w, Address bias, Address y, Size M, Size N, Size K, int threads) {
-        decode_linear(at<const float>(x), at<const float>(w), at<const float>(bias), at<float>(y),
-                      M, N, K, threads);
-      },
-      pybind11::call_guard<pybind11::gil_scoped_release>());
 }

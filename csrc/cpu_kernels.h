@@ -31,6 +31,7 @@ void attention_backward(const T* qkv, const int32_t* start, const T* out, const 
                         int threads);
 
 // y (M, N) = x (M, K) w (N, K)^T + bias (N) or nullptr, for a few rows; where has_decode_linear().
-void decode_linear(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
+template <typename T>
+void decode_linear(const float* x, const T* w, const float* bias, float* y, int64_t M, int64_t N,
                    int64_t K, int threads);
 bool has_decode_linear();

@@ -1,6 +1,6 @@
 // Linear layers for a decode step on a CPU, where x has a few rows only.
 //
-//     y (M, N) = x (M, K) w (N, K)^T + bias (N),   float32, all contiguous
+//     y (M, N) = x (M, K) w (N, K)^T + bias (N),   all contiguous, float32; w may be bfloat16
 //
 // Every weight is read once and used M times, so for small M the time is that of reading w. A core
 // that reads one stream of consecutive addresses gets about half of the memory's bandwidth on the
@@ -13,7 +13,7 @@
 //
 // Threads are OpenMP's. torch links libgomp.so.1 too and is loaded first, so they are its threads.
 
-#include "cpu_kernels.h"
+#include "cpu_math.h"
 
 #include <stdexcept>
 
@@ -30,7 +30,14 @@ namespace {
 #if HAS_KERNEL
 constexpr int LANES = 8;
 constexpr int STREAMS = 4;
-constexpr int64_t AHEAD = 128;  // floats that each stream is prefetched ahead: eight cache lines
+constexpr int64_t AHEAD = 512;  // bytes that each stream is prefetched ahead: eight cache lines
+
+AVX2 inline __m256 load_lanes(const float* p) { return _mm256_loadu_ps(p); }
+
+AVX2 inline __m256 load_lanes(const bfloat16* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
 
 AVX2 inline float sum(__m256 v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -40,9 +47,9 @@ AVX2 inline float sum(__m256 v) {
 
 // ROWS rows of x (apart by K) times COLUMNS rows of w (apart by far * K), into y (apart by N and
 // far).
-template <int ROWS, int COLUMNS>
-AVX2 inline void tile(const float* x, const float* w, const float* bias, float* y, int64_t N,
-                      int64_t K, int64_t far) {
+template <int ROWS, int COLUMNS, typename T>
+AVX2 inline void tile(const float* x, const T* w, const float* bias, float* y, int64_t N, int64_t K,
+                      int64_t far) {
   __m256 acc[ROWS][COLUMNS];
 #pragma GCC unroll 4
   for (int r = 0; r < ROWS; ++r)
@@ -52,10 +59,10 @@ AVX2 inline void tile(const float* x, const float* w, const float* bias, float* 
   for (; k + LANES <= K; k += LANES) {
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) {
-      const float* at = w + c * far * K + k;
+      const T* at = w + c * far * K + k;
       // Prefetching past the end of w is harmless.
-      _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_T0);
-      const __m256 weight = _mm256_loadu_ps(at);
+      _mm_prefetch(reinterpret_cast<const char*>(at) + AHEAD, _MM_HINT_T0);
+      const __m256 weight = load_lanes(at);
 #pragma GCC unroll 4
       for (int r = 0; r < ROWS; ++r)
         acc[r][c] = _mm256_fmadd_ps(_mm256_loadu_ps(x + r * K + k), weight, acc[r][c]);
@@ -66,15 +73,17 @@ AVX2 inline void tile(const float* x, const float* w, const float* bias, float* 
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) {
       float total = sum(acc[r][c]);
-      for (int64_t rest = k; rest < K; ++rest) total += x[r * K + rest] * w[c * far * K + rest];
+      for (int64_t rest = k; rest < K; ++rest) {
+        total += x[r * K + rest] * load(w + c * far * K + rest);
+      }
       y[r * N + c * far] = total + (bias ? bias[c * far] : 0.0f);
     }
   }
 }
 
 // All M rows of x times the rows n, n + far, ... of w.
-template <int COLUMNS>
-AVX2 void columns(const float* x, const float* w, const float* bias, float* y, int64_t M, int64_t N,
+template <int COLUMNS, typename T>
+AVX2 void columns(const float* x, const T* w, const float* bias, float* y, int64_t M, int64_t N,
                   int64_t K, int64_t n, int64_t far) {
   w += n * K;
   y += n;
@@ -87,7 +96,8 @@ AVX2 void columns(const float* x, const float* w, const float* bias, float* y, i
 
 }  // namespace
 
-AVX2 void decode_linear(const float* x, const float* w, const float* bias, float* y, int64_t M,
+template <typename T>
+AVX2 void decode_linear(const float* x, const T* w, const float* bias, float* y, int64_t M,
                         int64_t N, int64_t K, int n_threads) {
   const int64_t far = N / STREAMS;
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
@@ -101,10 +111,15 @@ bool has_decode_linear() {
 #else
 }  // namespace
 
-void decode_linear(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t,
-                   int) {
+template <typename T>
+void decode_linear(const float*, const T*, const float*, float*, int64_t, int64_t, int64_t, int) {
   throw std::runtime_error("not supported on this CPU");
 }
 
 bool has_decode_linear() { return false; }
 #endif
+
+template void decode_linear(const float*, const float*, const float*, float*, int64_t, int64_t,
+                            int64_t, int);
+template void decode_linear(const float*, const bfloat16*, const float*, float*, int64_t, int64_t,
+                            int64_t, int);

@@ -4,7 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from gpt2.checkpoint import load_chat_template, load_model, load_tokenizer
+from gpt2.checkpoint import (
+    best_checkpoint,
+    load_chat_template,
+    load_model,
+    load_tokenizer,
+    read_checkpoint,
+)
+from gpt2.cli import complain
 from gpt2.data.chat import Message, check_messages, encode_prompt, find_template
 from gpt2.device import select_device
 from gpt2.generate import Completion, complete
@@ -25,6 +32,7 @@ class Assistant:
     tokenizer: Tokenizer
     template: str | None
     load: Callable[[], GPT]
+    dtype: str = "auto"  # of matmuls, as in gpt2.device.execution
 
     @cached_property
     def model(self) -> GPT:
@@ -42,7 +50,7 @@ class Assistant:
     def complete(self, prompts: list[list[int]], **options) -> list[Completion]:
         """gpt2.generate.complete, up to an end of text."""
         stop_tokens = () if self.tokenizer.eot is None else (self.tokenizer.eot,)
-        return complete(self.model, prompts, stop_tokens=stop_tokens, **options)
+        return complete(self.model, prompts, stop_tokens=stop_tokens, dtype=self.dtype, **options)
 
     def encode(self, prompt: str, system: str = "") -> list[int]:
         """A prompt as the template has a question, or as it is; needs no model."""
@@ -61,8 +69,9 @@ class Assistant:
 
 
 def load_assistant(
-    name: str, *, device: str = "auto", kernels: str = "auto", template: str = "auto"
-) -> Assistant:
+    name: str, *, device: str = "auto", kernels: str = "auto", template: str = "auto",
+    dtype: str = "auto",
+) -> Assistant:  # fmt: skip
     """template: "auto" takes the one that was saved with the model, "none" none.
 
     Raises OSError and ValueError as load_tokenizer does, and ValueError for an unknown template.
@@ -71,8 +80,11 @@ def load_assistant(
     chosen = None if template == "none" else chosen
     if chosen is not None:
         find_template(chosen)
+    best = best_checkpoint(name)
+    if best is not None and best != (newest := read_checkpoint(name).path):
+        complain(f"{newest}, the newest of {name}; the best by val loss is {best.name}")
     load = lambda: load_model(name, select_device(device), kernels)  # noqa: E731
-    return Assistant(name, load_tokenizer(name), chosen, load)
+    return Assistant(name, load_tokenizer(name), chosen, load, dtype)
 
 
 @dataclass

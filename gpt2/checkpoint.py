@@ -5,6 +5,7 @@ RUN/checkpoints/step_00001000/
     *.safetensors       weights and moments, see gpt2.state. LoRA adapters lie in peft's layout,
                         with adapter_config.json; checkpoint.json names their base model
 RUN/checkpoints/latest  a link to the newest one
+RUN/checkpoints/best    a link to the one with the lowest validation loss, which keep_last spares
 
 Folders named step_<digits> are checkpoints, in the order of the number; nothing else there is
 touched. One is written as .step_<digits>.tmp, synced, then renamed: one that exists is complete.
@@ -34,6 +35,7 @@ from gpt2.state import MODEL, OPTIMIZER, Optimizer, Tensors, restore, snapshot
 META, FORMAT = "checkpoint.json", 2  # format 1 had no run_id and identity
 FILES = (MODEL, OPTIMIZER, lora.TENSORS, lora.CONFIG)  # no other is read
 DAMAGED = "damaged; use another checkpoint"
+BEST = "best"
 WHOLE, OLD, HALF = r"(step_([0-9]+))", r"\.(step_([0-9]+))\.old", r"\.(step_([0-9]+))\.tmp"
 
 
@@ -76,7 +78,7 @@ def write_checkpoint(
     run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0
 ) -> Path:
     """Writes a snapshot as RUN/checkpoints/step_<step>, then deletes all but the newest keep_last
-    (0 keeps all) and this one; returns its path.
+    (0 keeps all), the best and this one; returns its path.
 
     Raises OSError where there is no room or it cannot be written, ValueError for weights or moments
     that are not finite; what was there before stays.
@@ -107,9 +109,10 @@ def write_checkpoint(
             os.rename(folder, old)
         os.rename(temporary, folder)
         storage.sync(folder.parent)
-        _point_latest_at(folder)
+        point_at(folder, "latest")
+        kept = (folder, best_checkpoint(run))
         for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
-            if path != folder:  # renamed, so that a half deleted one is never seen
+            if path not in kept:  # renamed, so that a half deleted one is never seen
                 os.rename(path, path.with_name(f".{path.name}.tmp"))
     finally:
         _tidy(folder.parent)
@@ -127,8 +130,16 @@ def set_aside(run: str | Path, after_step: int) -> list[Path]:
                 target = target.with_name(f"{target.name}.again")
             moved.append(path.rename(target))
     if moved and (good := list_checkpoints(run)):
-        _point_latest_at(good[-1])
+        point_at(good[-1], "latest")
+    if (best := best_checkpoint(run)) and not best.exists():
+        (folder / BEST).unlink()
     return moved
+
+
+def best_checkpoint(run: str | Path) -> Path | None:
+    """The checkpoint that the link of a run's best names, if there is a link."""
+    link = Path(run) / "checkpoints" / BEST
+    return link.parent / os.readlink(link) if link.is_symlink() else None
 
 
 def _named(folder: Path, pattern: str) -> list[tuple[int, str, Path]]:
@@ -149,13 +160,13 @@ def _tidy(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _point_latest_at(folder: Path) -> None:
-    """Moves the link at once: it never points at nothing."""
-    temporary = folder.with_name(".latest.tmp")
+def point_at(folder: Path, name: str) -> None:
+    """Makes a link beside a checkpoint point at it, at once: it never points at nothing."""
+    temporary = folder.with_name(f".{name}.tmp")
     with suppress(OSError):  # a file system without links: nothing here reads it
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
-        os.replace(temporary, folder.with_name("latest"))
+        os.replace(temporary, folder.with_name(name))
 
 
 def _sign(meta: dict) -> str | None:

@@ -21,42 +21,64 @@ from gpt2.config import REMOVED_OPTIONS, spell_sources, suggest
 
 # Control characters but tab and newline, and what reverses the direction of a line.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-SCRIPTS = {
-    "pretrain": "scripts/train_gpt2.py", "sft": "scripts/sft.py", "dpo": "scripts/dpo.py"
-}  # fmt: skip
+COMMANDS = {"pretrain": "train", "sft": "sft", "dpo": "dpo"}  # by the kind of a YAML file
+RECIPES = Path(__file__).parent / "configs"
+
+
+KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
 def parse(cls, description: str, argv: list[str] | None = None):
-    """A config dataclass from a command line: [FILE.yaml | FIRST] [--option value ...].
+    """A config dataclass from a command line: [FIRST] [FILE.yaml] [--option value ...].
 
-    A first word that is no option is a YAML file, or else the value of the field that cls names as
-    POSITIONAL, or of its first field.
-    Raises ValueError for a bad file or value; exits with status 2 and a message for a bad option.
+    FIRST is the value of the field that cls names as POSITIONAL, or of its first field. The recipe
+    of a training run may stand anywhere, a YAML file for another script first.
+    Raises ValueError for a bad file, option or value; --help prints what there is and exits.
     """
-    import tyro
-
     argv = list(sys.argv[1:] if argv is None else argv)
+    recipe, options = _read_words(cls, [word for word in argv if word not in ("-h", "--help")])
+    values = read_yaml(cls, recipe) if recipe else {}
+    if "-h" in argv or "--help" in argv:
+        import tyro
+
+        # tyro joins lines that begin with a letter; commands are to stay apart.
+        description = re.sub(r"\n+ {4}", "\n$ ", description)
+        default, config = cls(**values) if values else None, (tyro.conf.FlagConversionOff,)
+        tyro.cli(cls, args=["--help"], default=default, description=description, config=config)
+    values |= coerce(cls, options)
+    for field in dataclasses.fields(cls):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ValueError(f"--{field.name} is missing; --help says what it is")
+    return cls(**values)
+
+
+def _read_words(cls, argv: list[str]) -> tuple[str, dict]:
+    """The recipe among the words of a command line, "" without one, and its options as text."""
     fields = dataclasses.fields(cls)
-    values = {}
-    if argv and not argv[0].startswith("-"):
-        first = argv.pop(0)
-        if first.endswith((".yaml", ".yml")):
-            values = read_yaml(cls, first)
+    many = {f.name for f in fields if typing.get_origin(f.type) is tuple}
+    alone = {f.name: "True" for f in fields if f.type in (bool, bool | None)}
+    alone |= {f.name: "on" for f in fields if "on" in typing.get_args(f.type)}
+    recipes, found, name = [], {}, getattr(cls, "POSITIONAL", fields[0].name)
+    for i, word in enumerate(argv):
+        is_full = name not in found or bool(found[name]) or name in alone
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            found[name] = [value] if equals else []
+        elif word.endswith((".yaml", ".yml")) and (is_full and hasattr(cls, "KIND") or i == 0):
+            recipes.append(word)
+        elif is_full and name not in many and re.match("-[a-zA-Z]", word):
+            raise ValueError(f"unknown option {word}: options begin with --; --help lists them")
         else:
-            argv = [f"--{getattr(cls, 'POSITIONAL', fields[0].name)}", first, *argv]
-    for word in argv:
-        name = word.split("=")[0].removeprefix("--")
-        if word.startswith("--") and name in REMOVED_OPTIONS and not hasattr(cls, name):
-            raise ValueError(f"--{name} is no option any more: {REMOVED_OPTIONS[name]}")
-    default = cls(**values) if values else None
-    # Switches take a value like all other options: --doc_mask True. Without one True is meant.
-    switches = {f"--{field.name}" for field in fields if field.type in (bool, "bool")}
-    for i, (word, after) in enumerate(zip(argv, [*argv[1:], "--"], strict=False)):
-        argv[i] = f"{word}=True" if word in switches and after.startswith("--") else word
-    config = (tyro.conf.FlagConversionOff,)
-    # tyro joins lines that begin with a letter; commands are to stay apart.
-    description = re.sub(r"\n+ {4}", "\n$ ", description)
-    return tyro.cli(cls, args=argv, default=default, description=description, config=config)
+            found.setdefault(name, []).append(word)
+    if len(recipes) > 1:
+        raise ValueError(f"{' and '.join(recipes)}: give one recipe")
+    for name, words in found.items():
+        if name not in many and len(words) > 1:
+            raise ValueError(f"--{name} takes one value, got {' '.join(words)}")
+        if name not in many:
+            found[name] = words[0] if words else alone.get(name)
+    return "".join(recipes), found
 
 
 def read_yaml(cls, path: str | Path) -> dict:
@@ -68,7 +90,8 @@ def read_yaml(cls, path: str | Path) -> dict:
     values = _load_yaml(path)
     kind = values.pop("kind", None)
     if kind is not None and kind != getattr(cls, "KIND", None):
-        raise ValueError(f"{path}: its kind is {kind!r}, for {SCRIPTS.get(kind, 'another script')}")
+        command = COMMANDS.get(kind, "COMMAND")
+        raise ValueError(f"{path}: its kind is {kind!r}, for `gpt2-triton {command}`")
     return coerce(cls, values, str(path))
 
 
@@ -99,10 +122,14 @@ def write_yaml(config, path: str | Path) -> None:
 
 
 def _load_yaml(path: str | Path) -> dict:
+    """The content of a file, or of the recipe in the package that is meant: [configs/]NAME.yaml."""
     import yaml
 
+    path, recipe = Path(path), RECIPES / Path(path).name
+    if path.parent.name in ("", "configs") and recipe.exists() and not path.exists():
+        path = recipe
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
     if not isinstance(values, dict):
@@ -110,55 +137,64 @@ def _load_yaml(path: str | Path) -> dict:
     return values
 
 
-def coerce(cls, values: dict, source: str) -> dict:
-    """values with each one as the type of its field; source names them in errors."""
+def coerce(cls, values: dict, source: str = "") -> dict:
+    """values with each one as the type of its field; source names them in errors, "" means the
+    command line."""
     hints = typing.get_type_hints(cls)
-    result = {}
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+    result, start = {}, f"{source}: " if source else "--"
     for key, value in values.items():
-        if key not in hints and key in REMOVED_OPTIONS:
-            raise ValueError(
-                f"{source}: {key} is no option any more, leave it out: {REMOVED_OPTIONS[key]}"
-            )
-        if key not in hints:
-            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), hints)}")
+        if key not in known and key in REMOVED_OPTIONS:
+            reason = f"is no option any more, leave it out: {REMOVED_OPTIONS[key]}"
+            raise ValueError(f"{start}{key} {reason}")
+        if key not in known and source:
+            raise ValueError(f"{source}: unknown key {key!r}: {suggest(str(key), known)}")
+        if key not in known:
+            others = suggest(f"--{key}", [f"--{name}" for name in known])
+            raise ValueError(f"unknown option --{key}: {others}")
         if key == "data" and isinstance(value, list):
             value = spell_sources(value, f"{source}: data")
-        result[key] = _coerce_value(hints[key], value, f"{source}: {key}")
+        if value is None and not source:
+            raise ValueError(f"--{key} needs a value")
+        result[key] = _coerce_value(known[key], value, f"{start}{key}")
     return result
 
 
 def _coerce_value(hint, value, where: str):
+    """A value as its field has it, from YAML or from a word of a command line."""
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
         # YAML reads a bare on and off as booleans.
-        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        value = {"True": "on", "False": "off"}.get(str(value).capitalize(), value)
         if value not in options:
             raise ValueError(f"{where}: must be one of {', '.join(options)}, got {value!r}")
         return value
+    words = ""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        if value is None and type(None) in options:
+        if type(None) in options and value in (None, "None"):
             return None
-        words = [w for t in options if typing.get_origin(t) is Literal for w in typing.get_args(t)]
-        if value in words:
+        known = [w for t in options if typing.get_origin(t) is Literal for w in typing.get_args(t)]
+        if value in known:
             return value
         hint = next((t for t in options if isinstance(t, type) and t is not type(None)), None)
         if hint is None:
             return _coerce_value(options[0], value, where)
-        if words and type(value) is not hint:
-            raise ValueError(
-                f"{where}: must be {', '.join(words)} or {hint.__name__}, got {value!r}"
-            )
+        words = "".join(f"{word} or " for word in known)
     if typing.get_origin(hint) is tuple:  # of any length, all of one type
         if not isinstance(value, list | tuple):
             raise ValueError(f"{where}: must be a list, got {value!r}")
         return tuple(_coerce_value(options[0], v, f"{where} {i}") for i, v in enumerate(value, 1))
-    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
-        try:  # YAML reads 1e-3 as text
-            return float(value)
-        except ValueError:
-            pass
+    if hint in (int, float) and type(value) in (int, float, str):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e3 as text
+            number = float(value)
+            if hint is float:
+                return number
+            if number.is_integer():
+                return int(value if str(value).isdigit() else number)
+    if hint is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
     if type(value) is not hint:
-        raise ValueError(f"{where}: must be {hint.__name__}, got {value!r}")
+        raise ValueError(f"{where}: must be {words}{KINDS[hint]}, got {value!r}")
     return value
 
 

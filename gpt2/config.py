@@ -1,7 +1,7 @@
 """Options of training runs and the shape of a model: frozen dataclasses, checked when made.
 
-gpt2.cli makes command lines and YAML files of them; `python scripts/train_gpt2.py --help` shows the
-same words.
+gpt2.cli makes command lines and YAML files of them; `gpt2-triton train --help` shows the same
+words.
 """
 
 import dataclasses
@@ -15,13 +15,65 @@ from typing import ClassVar, Literal
 
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 Switch = Literal["auto", "on", "off"]
+Precision = Literal["auto", "fast", "float32", "bfloat16"]
 Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
 WARMUP_SHARE, MOST_WARMUP = 0.04, 700  # of max_steps, and steps
 
 
+OTHER_NAMES = {
+    "gpt2": "124m 117m small gpt2_small gpt2_124m d12",
+    "gpt2-medium": "350m 345m 355m medium d24",
+    "gpt2-large": "774m large d36",
+    "gpt2-xl": "1558m 1.5b xl d48",
+    "tinytiny": "62m",
+    "tinystories-1m": "1m",
+    "tinystories-8m": "8m",
+    "tinystories-28m": "28m 33m",
+    "char": "shakespeare_char baby",
+    "model": "checkpoint ckpt model_path model_name_or_path",
+    "init_from": "model_name_or_path base_model pretrained",
+    "preset": "model model_name model_type",
+    "data": "input_bin train_file",
+    "val_data": "input_val_bin validation_file",
+    "block_size": "sequence_length seq_len max_seq_len max_seq_length max_length context_length",
+    "tokens_per_step": "total_batch_size global_batch_size train_batch_size",
+    "tokens_per_step (micro steps follow from it)": "gradient_accumulation_steps grad_accum_steps",
+    "micro_batch_size": "batch_size device_batch_size per_device_train_batch_size",
+    "epochs": "num_train_epochs num_epochs n_epochs",
+    "max_steps": "max_iters num_iterations num_train_steps train_steps n_steps steps iters",
+    "max_steps (of tokens_per_step tokens)": "epochs num_train_epochs num_epochs n_epochs",
+    "lr": "learning_rate max_lr peak_lr",
+    "lr_range_test": "lr_find auto_lr_find",
+    "min_lr": "final_lr learning_rate_decay_frac",
+    "schedule": "lr_scheduler_type lr_scheduler lr_schedule decay_lr",
+    "grad_clip": "max_grad_norm gradient_clip_val max_norm",
+    "eval_every": "eval_interval val_loss_every eval_freq",
+    "eval_steps": "eval_iters val_max_steps",
+    "patience": "early_stopping early_stopping_patience",
+    "save_every": "save_steps save_interval checkpoint_every",
+    "keep_last": "save_total_limit",
+    "log_every": "logging_steps log_interval",
+    "sharding": "fsdp zero_stage deepspeed",
+    "activation_checkpointing": "gradient_checkpointing recompute",
+    "dtype": "bf16 fp16 mixed_precision precision",
+    "out_dir": "output_dir save_dir",
+    "resume": "resume_from_checkpoint resume_from",
+    "wandb_project": "wandb_log report_to",
+    "max_new_tokens": "max_tokens max_length n_predict",
+    "num_samples": "num_return_sequences",
+}
+"""What nanoGPT, llm.c and Hugging Face call presets and options, where ours is not close to it."""
+
+
 def suggest(word: str, known) -> str:
-    """'did you mean X?' if a known word is close, else the list of known words."""
+    """What to write for an unknown word: ours for a name of another program, 'did you mean X?' if a
+    known word is close, else the list of known words. Those of options may begin with --."""
+    word = word.lower()
+    dashes, name = "--" * word.startswith("--"), word.removeprefix("--").replace("-", "_")
+    for ours, names in OTHER_NAMES.items():
+        if name in names.split() and f"{dashes}{ours.split()[0]}" in known:
+            return f"here it is {dashes}{ours}"
     close = difflib.get_close_matches(word, list(known), n=1)
     return f"did you mean {close[0]!r}?" if close else "known are " + ", ".join(sorted(known))
 
@@ -129,8 +181,8 @@ PRESETS: dict[str, GPTConfig] = {
 
 # What preset auto decides where it is not given, and what is meant without it. Of the shape all.
 SHAPE = ("n_layer", "n_head", "n_embd")
-DEFAULTS = {"tokens_per_step": 524288, "optimizer": "adamw", "lr": 6e-4}
-CHOSEN = (*SHAPE, "block_size", *DEFAULTS)
+DEFAULTS = {"optimizer": "adamw", "lr": 6e-4}
+CHOSEN = (*SHAPE, "block_size", "tokens_per_step", *DEFAULTS)
 
 
 # The linear layers of a block, and the names by which one or two of them are meant. A name means
@@ -257,10 +309,11 @@ class TrainConfig:
     dropout: float | None = None  # default: the preset's, 0
     bias: bool | None = None  # default: the preset's
 
-    # Over all ranks and micro steps; default: 524,288, or what preset auto chooses.
+    # Over all ranks and micro steps. Default: 524,288 for gpt2 and above; below, in proportion to
+    # the parameters of the blocks, a power of two, at least 16 rows; in whole micro steps.
     tokens_per_step: int | None = None
     # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
-    micro_batch_size: int | Literal["auto"] = 32
+    micro_batch_size: int | Literal["auto"] = "auto"
     max_steps: int = 19073  # optimizer steps; with max_minutes those that fit, whatever is given
     # Wall time of the run on the machine that it begins on, in minutes, with all that it does;
     # before step 0 steps are timed, and max_steps becomes what fits. 0: max_steps is as given.
@@ -272,6 +325,9 @@ class TrainConfig:
     optimizer: Literal["adamw", "muon"] | None = None
     lr: float | None = None  # peak learning rate; default: 6e-4, or what preset auto chooses
     min_lr: float = 0.0  # learning rate at max_steps
+    # Instead of the run, up to 100 of its steps with lr rising from 1e-6 to 1, which suggest an lr
+    # and leave a picture, OUT_DIR/RUN_NAME.lr.png.
+    lr_range_test: bool = False
     # How lr falls after the warmup; wsd: not before the last fifth of max_steps.
     schedule: Schedule = "cosine"
     weight_decay: float = 0.1  # of matrices and embeddings, decoupled
@@ -281,12 +337,14 @@ class TrainConfig:
 
     eval_every: int = 250  # steps between validations; 0 switches them off
     eval_steps: int = 20  # validation tokens in units of tokens_per_step; 0 takes the whole split
+    # Validations in a row without a lower loss than before, after which the run ends; 0: never.
+    patience: int = 0
     # Steps between HellaSwag evaluations (its file lies in data/eval, or is downloaded there); 0
     # switches them off.
     hellaswag_every: int = 0
-    sample_every: int = 0  # steps between samples of text; 0 switches them off
+    sample_every: int = 0  # steps between samples of text, besides the one at the end; 0: only that
     save_every: int = 1000  # steps between checkpoints, besides the one at the end; 0: only that
-    keep_last: int = 2  # checkpoints that stay; 0 keeps all
+    keep_last: int = 2  # checkpoints that stay, besides the best by validation loss; 0 keeps all
     on_save_error: Literal["continue", "stop"] = "continue"  # where a checkpoint cannot be written
     log_every: int = 10  # steps between log lines
 
@@ -306,7 +364,9 @@ class TrainConfig:
 
     seed: int = 1337  # of weights, data order and dropout
     device: str = "auto"  # auto, cpu, cuda, cuda:1
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matmuls; weights stay float32
+    # Of matmuls; weights stay float32. fast: bfloat16 where the device has it in hardware, else
+    # float32; auto: that on a GPU, float32 on a CPU.
+    dtype: Precision = "auto"
     compile: Switch = "auto"  # torch.compile; auto: on for CUDA
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
     timeout_s: float = 600.0  # how long ranks wait for one that does not answer, seconds
@@ -317,6 +377,7 @@ class TrainConfig:
     wandb_project: str = ""  # log to Weights & Biases too, under this project
 
     KIND: ClassVar[str] = "pretrain"  # what `kind` in a YAML file says
+    STEP_TOKENS: ClassVar[int | None] = None  # what tokens_per_step is near by default
     lora: ClassVar[LoRAConfig | None] = None  # adapters are an option of fine-tuning
 
     def __post_init__(self):
@@ -334,7 +395,7 @@ class TrainConfig:
             self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
             "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
             "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last "
-            "max_minutes",
+            "patience max_minutes",
         )  # fmt: skip
         if self.lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
@@ -343,18 +404,22 @@ class TrainConfig:
                 f"warmup_steps {self.warmup} must not be above max_steps {self.max_steps}: lower "
                 "it, or leave it out"
             )
+        if self.lr_range_test and self.max_minutes:
+            raise ValueError("lr_range_test has a length of its own: leave max_minutes out")
         if self.exact_reduction and self.sharding != "none":
             raise ValueError(
                 f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
                 f"{self.sharding}"
             )
+        if self.exact_reduction and self.micro_batch_size == "auto":
+            raise ValueError("exact_reduction is of one micro_batch_size: give it as a number")
         if not self.run_name or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
     def _check_auto(self) -> None:
         shape = [name for name in SHAPE if getattr(self, name) is not None]
         if not self.max_minutes:
-            raise ValueError("preset auto chooses a size for max_minutes: give them")
+            raise ValueError("preset auto chooses a size for the minutes: give max_minutes")
         if shape and len(shape) < len(SHAPE):
             raise ValueError(
                 f"preset auto chooses {', '.join(SHAPE)}: give all of them or none, not only "
@@ -386,6 +451,17 @@ class TrainConfig:
             changes["vocab_size"] = vocab_size
         return dataclasses.replace(preset, **changes)
 
+    def sized(self, shape: GPTConfig, block_size: int, world_size: int) -> "TrainConfig":
+        """self with tokens_per_step as a number; shape: of the model; block_size: of a row."""
+        if self.tokens_per_step is not None:
+            return self
+        # 124M's 85M parameters make a little more than 2 ** 19.
+        tokens = 1 << (12 * shape.n_layer * shape.n_embd**2 // 160).bit_length() >> 1
+        tokens = self.STEP_TOKENS or min(max(tokens, 16 * block_size), 1 << 19)
+        rows = 1 if self.micro_batch_size == "auto" else self.micro_batch_size
+        unit = rows * block_size * world_size
+        return dataclasses.replace(self, tokens_per_step=max(round(tokens / unit), 1) * unit)
+
     def grad_accum_steps(self, block_size: int, world_size: int) -> int:
         """Micro steps that make up one step, once micro_batch_size is a number.
 
@@ -393,11 +469,15 @@ class TrainConfig:
         """
         per_micro_step = self.micro_batch_size * block_size * world_size
         if self.tokens_per_step % per_micro_step:
+            below = self.tokens_per_step // per_micro_step * per_micro_step
+            fits = not self.tokens_per_step % (block_size * world_size)
             raise ValueError(
                 f"tokens_per_step {self.tokens_per_step} does not divide into micro steps of "
                 f"{per_micro_step} tokens (micro_batch_size {self.micro_batch_size} x block_size "
-                f"{block_size} x {world_size} ranks); the nearest valid tokens_per_step are "
-                f"{nearest_multiples(self.tokens_per_step, per_micro_step)}"
+                f"{block_size} x {world_size} ranks): use --tokens_per_step "
+                + (f"{below} or " if below else "")
+                + f"{below + per_micro_step}"
+                + ", or --micro_batch_size auto" * fits
             )
         return self.tokens_per_step // per_micro_step
 
@@ -472,9 +552,10 @@ class FineTuneConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class SFTConfig(FineTuneConfig):
-    """Options of scripts/sft.py."""
+    """Options of `gpt2-triton sft`."""
 
     KIND: ClassVar[str] = "sft"
+    STEP_TOKENS: ClassVar[int] = 16384
 
     # A known data set (alpaca, dolly, tulu2, lima, oasst1, gsm8k), a file or folder of .jsonl,
     # .json or .parquet, compressed or not; or several with commas between.
@@ -485,8 +566,8 @@ class SFTConfig(FineTuneConfig):
     overlong: Literal["drop", "cut"] = "drop"
     max_conversations: int | None = None  # read only so many
 
-    tokens_per_step: int = 16384  # rows x block_size over all ranks and micro steps, with filling
-    micro_batch_size: int = 8  # rows of block_size tokens in one forward pass on one device
+    # Rows x block_size over all ranks and micro steps, with filling; default: about 16,384.
+    tokens_per_step: int | None = None
     lr: float = 2e-5  # peak learning rate; with adapters 1e-4 to 5e-4 is usual
     run_name: str = "sft"  # everything of the run lies in out_dir/run_name
 
@@ -497,9 +578,10 @@ class SFTConfig(FineTuneConfig):
 
 @dataclass(frozen=True)
 class DPOConfig(FineTuneConfig):
-    """Options of scripts/dpo.py. init_from is also the reference, which stays as it is."""
+    """Options of `gpt2-triton dpo`. init_from is also the reference, which stays as it is."""
 
     KIND: ClassVar[str] = "dpo"
+    STEP_TOKENS: ClassVar[int] = 65536
 
     # A file or folder of .jsonl, .json or .parquet, compressed or not, or several with commas
     # between; rows hold prompt, chosen, rejected, or what else gpt2.data.preferences knows.
@@ -515,8 +597,10 @@ class DPOConfig(FineTuneConfig):
     loss_type: Literal["sigmoid", "ipo"] = "sigmoid"  # DPO's own, or the squared one of IPO
 
     epochs: float = 1.0  # how often each pair is seen, where max_steps is 0
-    tokens_per_step: int = 65536  # pairs x 2 x block_size over all ranks and micro steps
-    micro_batch_size: int = 4  # pairs in one forward pass on one device
+    # Pairs x 2 x block_size over all ranks and micro steps; default: about 65,536.
+    tokens_per_step: int | None = None
+    # Pairs in one forward pass on one device; auto: the most that fit.
+    micro_batch_size: int | Literal["auto"] = "auto"
     lr: float = 1e-6  # peak learning rate; with adapters 1e-5 to 1e-4 is usual
     run_name: str = "dpo"  # everything of the run lies in out_dir/run_name
 
@@ -533,11 +617,11 @@ class DPOConfig(FineTuneConfig):
 REMOVED_OPTIONS = {
     "vocab_size": "it is that of the data's tokenizer",
     "loader": "the C++ loader is used where it was built",
-    "gpu_hour_price": "it is an option of scripts/report.py",
-    "verify": "shards are always checked in the background; prepare_data.py --verify checks all",
+    "gpu_hour_price": "it is an option of gpt2-triton report",
+    "verify": "shards are always checked in the background; prepare --verify checks all",
     "decay_fraction": "wsd decays in the last fifth of max_steps",
     "spike_z": "a spike is 8 standard deviations above the mean",
-    "hellaswag_examples": "all of them are asked; scripts/evaluate.py has --limit",
+    "hellaswag_examples": "all of them are asked; gpt2-triton evaluate has --limit",
     "eval_data": "HellaSwag's file lies in data/eval",
     "keep_every": "keep_last 0 keeps all checkpoints",
     "packing": "conversations are always packed",

@@ -174,13 +174,18 @@ class Choice:
         return _Linear.apply(x, weight, bias, self)
 
     def _applies(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether this is a plain product of float32; of anything else F.linear says what comes
-        out, or what is wrong."""
+        """Whether this is a plain product of float32, or without gradients of a weight that is
+        bfloat16; of anything else F.linear says what comes out, or what is wrong."""
         tensors = (x, weight) if bias is None else (x, weight, bias)
+        casts = torch.is_autocast_enabled("cpu")
+        if weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+            of_one_kind = all(t.dtype == torch.bfloat16 for t in tensors[0 if not casts else 1 :])
+        else:
+            of_one_kind = not casts and all(t.dtype == torch.float32 for t in tensors)
         return (
-            _takes(*tensors)
-            and not torch.is_autocast_enabled("cpu")
-            and all(t.dtype == torch.float32 and t.layout == torch.strided for t in tensors)
+            of_one_kind
+            and _takes(*tensors)
+            and all(t.layout == torch.strided for t in tensors)
             and weight.dim() == 2
             and weight.numel() > 0
             and x.numel() > 0
@@ -217,11 +222,10 @@ def _decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     n_out, n_in = weight.shape
     if x.numel() > DECODE_ROWS * n_in or not kernels.has_decode_linear():
         return None
-    x = x.contiguous()
+    x, bias = x.float().contiguous(), None if bias is None else bias.float()
     y = x.new_empty(*x.shape[:-1], n_out)
-    pointers = [0 if t is None else t.data_ptr() for t in (x, weight, bias, y)]
-    kernels.decode_linear(*pointers, x.numel() // n_in, n_out, n_in, torch.get_num_threads())
-    return y
+    _call("decode_linear", weight.dtype, x, weight, bias, y, x.numel() // n_in, n_out, n_in)
+    return y.to(weight.dtype)
 
 
 def has_onednn() -> bool:

@@ -4,7 +4,8 @@ Whoever needs one of the three asks an Execution, so that no two parts of a run 
 """
 
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +50,11 @@ def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:
             raise ValueError(f"device cuda:{index}: torch sees {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
+    elif chosen.type == "mps":
+        raise ValueError(
+            "device 'mps': losses are summed in float64, which Apple's GPUs have not, and nothing "
+            "here has been tested on one; use --device cpu"
+        )
     elif chosen.type != "cpu":
         raise ValueError(f"device {device!r} is not supported: use auto, cpu, cuda or cuda:1")
     return chosen
@@ -83,19 +89,50 @@ class Execution:
 
     def describe(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        on_cpu = self.device.type == "cpu"
+        if on_cpu and self.dtype == torch.float32 and has_fast_bfloat16(self.device):
+            dtype += " (this processor is faster in bfloat16: --dtype fast)"
         compiled = "on" if self.compiled else "off"
-        return f"{device_name(self.device)}, {dtype} matmuls, compile {compiled}"
+        return f"{device_name(self.device)}, matmuls in {dtype}, compile {compiled}"
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions that multiply it; others emulate it, and are slower."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def execution(device: torch.device, dtype: str = "auto", compile: str = "auto") -> Execution:
-    """What dtype (auto, float32, bfloat16) and compile (auto, on, off) mean on a device.
+    """What dtype (auto, fast, float32, bfloat16) and compile (auto, on, off) mean on a device.
 
-    auto: bfloat16 where a GPU has it, and compiled on a GPU.
+    fast: bfloat16 where the device multiplies it faster than float32.  auto: that and compiled on a
+    GPU, neither on a CPU, whose results then have float32's accuracy.
     """
     on_gpu = device.type == "cuda"
-    if dtype == "auto":
-        dtype = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    if dtype == "fast" or dtype == "auto" and on_gpu:
+        dtype = "bfloat16" if has_fast_bfloat16(device) else "float32"
+    elif dtype == "auto":
+        dtype = "float32"
     return Execution(device, getattr(torch, dtype), compile == "on" or compile == "auto" and on_gpu)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """torch takes operations that give the same bits each time, or raises RuntimeError.
+
+    Without it a compiled embedding adds up its gradient with atomics on a GPU, in any order.
+    """
+    options = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), options.fill_uninitialized_memory
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        options.fill_uninitialized_memory = False  # nothing here reads such memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=warn_only)
+        options.fill_uninitialized_memory = before[1]
 
 
 def device_name(device: torch.device) -> str:

@@ -1,4 +1,4 @@
-"""A model for other programs: what scripts/export.py writes, checks and uploads.
+"""A model for other programs: what `gpt2-triton export` writes, checks and uploads.
 
 Hugging Face's folder is made by gpt2.hf. Here are the model card, GGUF (llama.cpp, Ollama, LM
 Studio), the comparison of what was written with the model, and the upload to the hub.

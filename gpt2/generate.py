@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt2.config import Sampling
 from gpt2.device import execution
@@ -54,8 +54,8 @@ def generate(
     """Continues each prompt with up to max_new_tokens tokens.
 
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
-    options: num_samples, stop_tokens, stop, window, seed and stream, as of complete, which gives
-    log probabilities besides.
+    options: num_samples, stop_tokens, stop, window, seed, stream and dtype, as of complete, which
+    gives log probabilities besides.
     Returns the new tokens of each row, without the prompt and without the stop token.
     """
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
@@ -70,7 +70,7 @@ def complete(
     num_samples: int = 1, stop_tokens: Collection[int] = (),
     stop: Callable[[int, list[int]], bool] | None = None, window: bool = False,
     seed: int | Sequence[int] | None = None, stream: Callable[[int, int], None] | None = None,
-    log_probabilities: bool = False,
+    log_probabilities: bool = False, dtype: str = "auto",
 ) -> list[Completion]:  # fmt: skip
     """Continues each prompt with up to max_new_tokens tokens, num_samples times.
 
@@ -83,6 +83,8 @@ def complete(
     seed: one a row, or that of the first row, which the others' follow; None: torch's generator's.
     stream: called with (row, token) for every token of the result as soon as it is known.
     Only ids that the tokenizer has (model.n_tokens) are drawn.
+    dtype: of matmuls, as in gpt2.device.execution. In bfloat16 the linear layers' weights lie there
+    twice meanwhile: 2 more bytes each.
     Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
     options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
     block_size, and where the model's logits are not finite numbers.
@@ -96,8 +98,8 @@ def complete(
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
     picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
-    with _evaluating(model) as dtype:
-        decoder = _Decoder(model, capacity, dtype)
+    with _evaluating(model, dtype) as cache_dtype:
+        decoder = _Decoder(model, capacity, cache_dtype)
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
         drawn = []  # of each step not yet read the tokens (B,), and their log probabilities
@@ -173,6 +175,8 @@ class _Decoder:
         self.model, self.device = model, model.lm_head.weight.device
         self.pace = pace(self.device)
         self.shape = capacity, self.device, dtype, self.pace.fixed
+        # FSDP gathers between its blocks, on streams of its own, so such a step is not captured.
+        self.captures = self.pace.captured and all(map(_is_whole, model.parameters()))
 
     def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
         """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
@@ -198,7 +202,7 @@ class _Decoder:
     def step(self, token: Tensor) -> Tensor:
         """Appends token (B,) to the rows."""
         self.token.copy_(token[:, None])
-        if not self.pace.captured:
+        if not self.captures:
             return self._run(self.token, self.doc_start)
         if self.captured is None:
             self.captured = self._capture()
@@ -214,7 +218,7 @@ class _Decoder:
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a graph, and where it leaves its logits. The cache is as it was before.
 
-        The graph reads the bfloat16 weights that autocast keeps until _evaluating ends.
+        The graph reads the weights that _evaluating has put into the model.
         """
         length, graph = self.cache.length, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -225,7 +229,8 @@ class _Decoder:
                 self.cache.length = length
                 self.cache.end.fill_(length)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(graph):
+        # Other threads, such as a run's feed, may allocate meanwhile.
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             logits = self._run(self.token, self.doc_start)
         self.cache.length = length  # capturing ran nothing on the device
         return graph, logits
@@ -341,22 +346,35 @@ def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> Sequence[int]:
 
 
 @contextmanager
-def _evaluating(model: GPT):
-    """The model without dropout, in the device's precision; gives the dtype of keys and values."""
+def _evaluating(model: GPT, dtype: str):
+    """The model without dropout, in the device's precision; gives the dtype of keys and values.
+
+    Where that is bfloat16, copies take the place of the float32 weights that autocast would cast
+    for every token, as it does under inference_mode. What FSDP shares out stays as it is.
+    """
     weight, was_training = model.lm_head.weight, model.training
-    dtype = execution(weight.device).dtype
-    low = dtype != torch.float32
-    # Autocast casts a weight once, and not for each token, where it requires gradients.
-    frozen = [p for p in model.parameters() if not p.requires_grad]
-    model.eval().requires_grad_()
+    run = execution(weight.device, dtype)
+    low = run.dtype != torch.float32
+    layers = [m for m in model.modules() if low and isinstance(m, nn.Linear)]
+    cast = [
+        (layer, name, p) for layer in layers for name, p in layer.named_parameters(recurse=False)
+        if _is_whole(p) and p.dtype == torch.float32
+    ]  # fmt: skip
+    model.eval()
     try:
-        with torch.autocast(weight.device.type, dtype, enabled=low):
-            yield dtype if low else weight.dtype
+        for layer, name, p in cast:
+            setattr(layer, name, nn.Parameter(p.to(run.dtype), requires_grad=False))
+        with torch.cuda.device_of(weight), run.autocast():
+            yield run.dtype if low else weight.dtype
     finally:
-        torch.clear_autocast_cache()
+        for layer, name, p in cast:
+            setattr(layer, name, p)
         model.train(was_training)
-        for p in frozen:
-            p.requires_grad_(False)
+
+
+def _is_whole(p: nn.Parameter) -> bool:
+    """Not shared out by FSDP."""
+    return type(p) is nn.Parameter
 
 
 def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Tensor | None]:

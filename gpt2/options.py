@@ -1,19 +1,22 @@
-"""Options of the scripts that do not train: preparing, sampling, evaluating, exporting, showing."""
+"""Options of the commands that do not train: prepare, sample, evaluate, export, show and others."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from gpt2.config import Kernels, Sampling, check_numbers
+from gpt2.config import Kernels, Precision, Sampling, check_numbers
 
 
 @dataclass(frozen=True)
 class _Generation(Sampling):
-    """What the scripts that generate have in common; each has defaults of its own."""
+    """What the commands that generate have in common; each has defaults of its own."""
 
     max_new_tokens: int = 200
     seed: int | None = None  # the same seed gives the same text
     device: str = "auto"  # auto, cpu, cuda, cuda:1
     kernels: Kernels = "auto"  # triton, cpp, torch; auto: the fastest that runs here
+    # Of matmuls: bfloat16 reads half the bytes; fast: where the device has it in hardware; auto:
+    # that on a GPU, float32 on a CPU.
+    dtype: Precision = "auto"
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,7 +39,7 @@ class _OfModels:
 
 @dataclass(frozen=True)
 class SampleConfig(_Generation, _OfModel):
-    """Options of scripts/sample.py."""
+    """Options of `gpt2-triton sample`."""
 
     temperature: float = 0.8  # 0 takes the most likely token always
     prompt: tuple[str, ...] = ("\n",)  # one or more; they are generated as one batch
@@ -51,7 +54,7 @@ class SampleConfig(_Generation, _OfModel):
 
 @dataclass(frozen=True)
 class ChatConfig(_Generation, _OfModel):
-    """Options of scripts/chat.py."""
+    """Options of `gpt2-triton chat`."""
 
     temperature: float = 0.7  # 0 takes the most likely token always
     top_p: float | None = 0.95  # keep the most likely tokens that together reach this probability
@@ -62,7 +65,7 @@ class ChatConfig(_Generation, _OfModel):
 
 @dataclass(frozen=True)
 class CompareConfig(_Generation, _OfModels):
-    """Options of scripts/compare.py."""
+    """Options of `gpt2-triton compare`."""
 
     temperature: float = 0.0  # 0 takes the most likely token always
     max_new_tokens: int = 128
@@ -84,7 +87,7 @@ Task = Literal["hellaswag", "wikitext2", "wikitext103", "lambada", "val"]
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Options of scripts/prepare_data.py."""
+    """Options of `gpt2-triton prepare`."""
 
     name: str = ""  # a registered data set; see the list above
     text: str = ""  # or a UTF-8 text file, or a folder of .txt, .text, .md and .raw files
@@ -139,7 +142,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig(_OfModel):
-    """Options of scripts/evaluate.py."""
+    """Options of `gpt2-triton evaluate`."""
 
     tasks: tuple[Task, ...] = ("hellaswag", "wikitext2", "wikitext103", "lambada")  # which ones
     data_dir: str = "data/eval"  # where the tasks' files are looked for, and downloaded to
@@ -173,7 +176,7 @@ GGUF_DTYPES = ("f32", "f16", "q8_0")
 
 @dataclass(frozen=True)
 class ExportConfig(_OfModel):
-    """Options of scripts/export.py."""
+    """Options of `gpt2-triton export`."""
 
     out: str  # folder to write, or NAME.gguf; must not exist
     format: Literal["hf", "gguf"] = "hf"  # Hugging Face's folder; llama.cpp's file
@@ -196,7 +199,7 @@ class ExportConfig(_OfModel):
 
 @dataclass(frozen=True)
 class ShowBatchConfig:
-    """Options of scripts/show_batch.py."""
+    """Options of `gpt2-triton show`."""
 
     run: str  # a run's folder, or the YAML file of a recipe
     step: int = 0
@@ -207,7 +210,7 @@ class ShowBatchConfig:
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Options of scripts/report.py."""
+    """Options of `gpt2-triton report`."""
 
     run: str  # a run's folder
     gpu_hour_price: float = 0.0  # what an hour of one GPU costs; 0: not known
@@ -218,7 +221,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """Options of scripts/verify_run.py."""
+    """Options of `gpt2-triton verify`."""
 
     run: str  # a run's folder
     checkpoint: str = ""  # its name or path, or start for step 0; default: the newest but one

@@ -1,27 +1,7 @@
-"""Repeats some steps of a run from one of its checkpoints and compares the losses with its log.
+"""`gpt2-triton verify`, for a checkout and for torchrun."""
 
-    python scripts/verify_run.py runs/shakespeare_char                # from the last but one
-    python scripts/verify_run.py runs/shakespeare_char --checkpoint step_00000500 --steps 100
-    torchrun --nproc-per-node 2 scripts/verify_run.py runs/mine       # of a run on 2 ranks
-
-First the data is compared with the hashes in the run's receipt. Then the trainer itself trains on
-with the stored options, in a temporary folder: the run's own is only read. The exit status is 0
-where everything agrees, and 1 where it does not.
-"""
-
-import sys
-
-from gpt2.cli import parse, run_script, starting
-from gpt2.options import VerifyConfig
-
-
-def main() -> None:
-    with starting():
-        options = parse(VerifyConfig, __doc__)
-        from gpt2.train.verify import verify_run
-    if not verify_run(options):
-        sys.exit(1)
-
+from gpt2.cli import run_script
+from gpt2.commands.verify import main
 
 if __name__ == "__main__":
     run_script(main)

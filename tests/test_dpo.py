@@ -189,7 +189,7 @@ def test_a_folder_of_peft_loads_as_a_model(config, tmp_path):
         ({"dropout": 0.1}, "dropout 0.1: DPO compares"),
         ({"lora_rank": -1}, "lora_rank must not be negative"),
         ({"lora_dropout": 0.1}, "lora_dropout goes with adapters"),
-        ({"tokens_per_step": 1000}, "nearest valid tokens_per_step are 768 and 1024"),
+        ({"tokens_per_step": 1000}, "use --tokens_per_step 768 or 1024"),
         ({"data": "alpaca"}, "no such file or folder: 'alpaca'"),
     ],
 )

@@ -6,16 +6,18 @@ rounds a batch of another shape.
 
 import importlib
 import math
+from collections import Counter
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpt2.config import GPTConfig, Sampling
+from gpt2.config import GPTConfig, LoRAConfig, Sampling
 from gpt2.device import Execution
 from gpt2.generate import Pace, complete, draw, filter_logits, generate
 from gpt2.hf import export_hf
+from gpt2.lora import add_lora
 from gpt2.model import GPT
 
 module = importlib.import_module("gpt2.generate")  # gpt2.generate is the function
@@ -203,22 +205,83 @@ def test_fixed_shapes_and_polling_change_nothing(model, monkeypatch, window, pol
     assert sorted(streamed["fixed"]) == sorted(streamed["usual"])
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_under_bfloat16_weights_are_cast_once_a_call(tiny, monkeypatch, frozen):
-    monkeypatch.setattr(module, "execution", lambda device: Execution(device, torch.bfloat16))
-    model = GPT(tiny, "torch").requires_grad_(not frozen)
+class Casts(TorchDispatchMode):
+    """Counts by name how often parameters are cast to bfloat16 while it is on."""
 
-    def casts(n: int) -> int:
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as found:
-            generate(model, [[1]], max_new_tokens=n, temperature=0)
-        shape = [*model.lm_head.weight.shape]
-        return sum(e.count for e in found.key_averages(group_by_input_shape=True)
-                   if e.key == "aten::_to_copy" and e.input_shapes[0] == shape)  # fmt: skip
+    def __init__(self, model):
+        super().__init__()
+        self.names = {p.data_ptr(): name for name, p in model.named_parameters()}
+        self.counts = Counter()
 
-    assert casts(1) == casts(6) == 1
-    before = generate(model, PROMPTS, max_new_tokens=12, temperature=0)
-    model.lm_head.weight.data.copy_(model.lm_head.weight.flip(0))
-    assert generate(model, PROMPTS, max_new_tokens=12, temperature=0) != before  # no old copy
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and isinstance(result, torch.Tensor):
+            same = result.shape == args[0].shape and result.dtype == torch.bfloat16
+            name = self.names.get(args[0].data_ptr()) if same else None
+            self.counts.update([name] if name else [])
+        return result
+
+
+@pytest.fixture
+def in_bfloat16(monkeypatch):
+    monkeypatch.setattr(module, "execution", lambda device, _: Execution(device, torch.bfloat16))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("lora", [False, True])
+def test_under_bfloat16_weights_are_cast_once_a_call(tiny, in_bfloat16, lora, mode):
+    model = GPT(tiny, "torch")
+    if lora:
+        add_lora(model, LoRAConfig(rank=2))
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    held = {p: name for name, p in model.named_parameters()}
+    names = [held[p] for m in linear for p in m.parameters(recurse=False)]
+    with mode(), Casts(model) as casts:
+        before = generate(model, PROMPTS, max_new_tokens=12, temperature=0)
+    assert casts.counts == Counter(names) and len(names) > 4 * tiny.n_layer
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    with mode():
+        assert generate(model, PROMPTS, max_new_tokens=12, temperature=0) != before  # no old copy
+
+
+@pytest.mark.parametrize("kernels", ["torch", "auto"])
+def test_bfloat16_on_a_cpu_is_float32_but_for_rounding(tiny, kernels):
+    model = GPT(tiny, kernels)
+    options = dict(max_new_tokens=1, log_probabilities=True, sampling=Sampling(temperature=0))
+    rows = [complete(model, PROMPTS, dtype=dtype, **options) for dtype in ("float32", "bfloat16")]
+    exact, rounded = (torch.tensor([p for row in of for p in row.log_probabilities]) for of in rows)
+    assert 0 < (exact - rounded).abs().max() < 0.05
+    assert model.lm_head.weight.dtype == torch.float32
+
+
+def test_the_copies_give_the_bits_of_autocast_and_leave_the_model(tiny, in_bfloat16):
+    model = GPT(tiny, "torch")
+    names, trained = [*model.state_dict()], dict(model.named_parameters())
+    with torch.no_grad(), Execution(torch.device("cpu"), torch.bfloat16).autocast():
+        expected = module._Decoder(model, 12, torch.bfloat16).prefill(PROMPTS)
+    with torch.no_grad(), module._evaluating(model, "auto") as dtype:
+        assert model.lm_head.weight.dtype == dtype == torch.bfloat16
+        assert_close(module._Decoder(model, 12, dtype).prefill(PROMPTS), expected, rtol=0, atol=0)
+
+    def fail(row, tokens):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, PROMPTS, max_new_tokens=12, stop=fail)
+    assert [*model.state_dict()] == names and model.lm_head.weight is model.transformer.wte.weight
+    assert all(p is trained[name] for name, p in model.named_parameters())
+
+
+def test_a_model_that_is_shared_out_is_not_captured(model, monkeypatch):
+    class Shared(torch.nn.Parameter):
+        pass
+
+    expected = greedy(model, PROMPTS)
+    norm = model.transformer.h[0].ln_1
+    norm.weight = Shared(norm.weight.data)
+    monkeypatch.setattr(module, "pace", lambda device: Pace(True, True, 8))
+    assert greedy(model, PROMPTS) == expected
 
 
 def test_draw_inverts_the_cumulated_probabilities():

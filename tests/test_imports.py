@@ -26,6 +26,8 @@ LAYERS = [
     ["gpt2.evals"],
     ["gpt2.train"],
     ["gpt2.assistant", "gpt2.export"],
+    ["gpt2.commands"],
+    ["gpt2.__main__"],
     ["benchmarks.common"],
     ["benchmarks.baseline", "benchmarks.kernels"],
     ["benchmarks.train_step"],

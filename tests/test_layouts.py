@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,13 +13,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._inductor.utils import run_and_get_code
 
 from gpt2.checkpoint import list_checkpoints
 from gpt2.config import TrainConfig
 from gpt2.data import TokenLoader, write_shard
+from gpt2.device import execution
 from gpt2.dist import Distributed
 from gpt2.model import GPT
-from gpt2.train.layouts import ShardedMuonAdamW
+from gpt2.train.layouts import ShardedMuonAdamW, make_layout
 from gpt2.train.metrics import read_metrics
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.optim import make_optimizer
@@ -209,6 +212,71 @@ def test_moments_are_shared_out_equally(tiny):
 def test_one_process_has_nothing_to_share_out(train_config, capsys):
     pretrain(replace(train_config, max_steps=2, warmup_steps=0, sharding="full"))
     assert "sharding full (one process: nothing to share out)" in capsys.readouterr().out
+
+
+class Watched(torch.nn.Module):
+    """An objective that notes whether torch is deterministic, and then may fail."""
+
+    def __init__(self, model: GPT, fails: bool):
+        super().__init__()
+        self.model, self.fails, self.seen = model, fails, []
+
+    def note(self, *_):
+        self.seen.append(torch.are_deterministic_algorithms_enabled())
+
+    def forward(self, batch):
+        self.note()
+        if self.fails:
+            raise RuntimeError("in forward")
+        loss = self.model(batch["idx"]).float().mean()
+        loss.register_hook(self.note)
+        return loss, {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize("exact", [False, True])
+def test_passes_are_deterministic_where_exactness_is_asked_for(
+    tiny, train_config, exact, before, fails
+):
+    config = replace(train_config, exact_reduction=exact)
+    objective, group = Watched(GPT(tiny), fails), Distributed()
+    layout = make_layout(config, objective, group, execution(group.device))
+    layout.divide_step(1)
+    batch = {"idx": torch.zeros(1, 4, dtype=torch.int64)}
+    torch.use_deterministic_algorithms(before, warn_only=before)
+    try:
+        with pytest.raises(RuntimeError, match="in forward") if fails else nullcontext():
+            layout.backward(layout.train_forward(batch)[0])
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == before and fill
+        assert torch.are_deterministic_algorithms_enabled() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert objective.seen == [exact or before] * (1 if fails else 2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own compiler
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_compiled_embedding_adds_up_its_gradient_in_order(tiny, train_config, exact):
+    """Where exactness is asked for: by torch's index_put, which sorts on a GPU, instead of
+    inductor's own code, whose additions are atomic there.
+    """
+    model, group = GPT(replace(tiny, n_layer=1), "torch"), Distributed()
+    config = replace(train_config, exact_reduction=exact)
+    layout = make_layout(
+        config, LanguageModeling(model), group, execution(group.device, "auto", "on")
+    )
+    layout.divide_step(1)
+    idx = torch.randint(tiny.vocab_size, (2, 16))
+
+    def passes():
+        layout.backward(layout.train_forward({"idx": idx, "targets": idx})[0])
+
+    torch._dynamo.reset()
+    _, codes = run_and_get_code(passes)
+    forward, backward = codes
+    assert "embedding" in backward and ("aten.index_put_(" in backward) == exact
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

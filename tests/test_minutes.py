@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,10 +35,10 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def timed(train_config, clock) -> TrainConfig:
-    """Every look at the clock is a second later, so each step and all else takes one: of 30 seconds
-    7 are gone before step 0, and one is for the copy at the end."""
+    """Every look at the clock is a second later, so each step and all else takes one: of 36 seconds
+    9 are gone before step 0, and 3 are for a sample and copies at the end."""
     return replace(
-        train_config, max_minutes=0.5, warmup_steps=None, eval_every=0, save_every=0, log_every=1
+        train_config, max_minutes=0.6, warmup_steps=None, eval_every=0, save_every=0, log_every=1
     )
 
 
@@ -104,13 +105,13 @@ def test_what_is_timed_leaves_no_trace_but_max_steps(timed, changes):
 def test_everything_that_takes_time_is_counted(timed, clock, capsys):
     pretrain(timed)
     plain = read_checkpoint(list_checkpoints(timed.folder)[-1]).step
-    assert plain == 30 - 7 - 1
+    assert plain == 36 - 9 - 3
     every = replace(timed, run_name="every", max_minutes=2.0, eval_every=10, sample_every=20)
     clock(1.0)
     pretrain(every)
     # A validation or a sample takes a second, with a copy for a checkpoint two.
     line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("minutes  "))
-    assert "22 steps of 1,000.0 ms" in line
+    assert "24 steps of 1,000.0 ms" in line
     found = read_checkpoint(list_checkpoints(every.folder)[-1]).step
     assert found == int((120 - 15 - 1 - 2 - 2) / (1 + 2 / 10 + 2 / 20))
 
@@ -143,28 +144,28 @@ def test_a_run_that_gets_slower_keeps_its_steps_and_says_when_it_ends(
     at_step(5, lambda trainer: setattr(trainer, "spent_s", 100.0))
     pretrain(timed)
     lines = [x for x in capsys.readouterr().out.splitlines() if "after max_minutes" in x]
-    assert len(lines) == 17 and "step      6/22" in lines[0]
-    # Of 30 seconds 100 and more than 7 are gone; steps take none by the true clock.
+    assert len(lines) == 19 and "step      6/24" in lines[0]
+    # Of 36 seconds 100 and more than 9 are gone; steps take none by the true clock.
     assert re.search(r"ETA 0:00:00, 0:01:[12]\d after max_minutes$", lines[0])
-    assert len(losses(timed.folder)) == 22
+    assert len(losses(timed.folder)) == 24
 
 
 def test_max_minutes_that_cannot_be_met_are_refused(timed, clock):
     clock(2.0)
-    with pytest.raises(ValueError, match="max_minutes 0.5 holds 7 steps of 2.00 s, a schedule"):
+    with pytest.raises(ValueError, match="max_minutes 0.6 holds 6 steps of 2.00 s, a schedule"):
         pretrain(timed)
     assert not list_checkpoints(timed.folder)
     slow = replace(timed, tokens_per_step=1 << 26, max_minutes=0.001)
     with pytest.raises(ValueError, match="max_minutes 0.001 holds 0 steps of"):
         pretrain(slow)
     clock(1.0)
-    with pytest.raises(ValueError, match="warmup_steps 25 must not be above max_steps 22"):
+    with pytest.raises(ValueError, match="warmup_steps 25 must not be above max_steps 24"):
         pretrain(replace(timed, warmup_steps=25, max_steps=30))
     pretrain(timed)
-    with pytest.raises(ValueError, match="max_minutes 2: the run began with 0.5 and the max_steps"):
+    with pytest.raises(ValueError, match="max_minutes 2: the run began with 0.6 and the max_steps"):
         pretrain(replace(timed, max_minutes=2.0, resume="auto"))
-    pretrain(replace(timed, max_minutes=0.0, max_steps=24, resume="auto"))
-    assert len(losses(timed.folder)) == 24
+    pretrain(replace(timed, max_minutes=0.0, max_steps=26, resume="auto"))
+    assert len(losses(timed.folder)) == 26
 
 
 def test_old_checkpoints_keep_their_warmup(train_config):
@@ -198,17 +199,19 @@ def machine(monkeypatch):
     ],
 )
 def test_auto_takes_the_largest_model_that_gets_enough_tokens(
-    machine, max_minutes, flops, n_tokens, vocab_size, width
+    machine, monkeypatch, max_minutes, flops, n_tokens, vocab_size, width
 ):
     machine(flops)
+    monkeypatch.setattr(size, "open_split", lambda *_: SimpleNamespace(n_tokens=n_tokens))
+    monkeypatch.setattr(size, "find_tokenizer", lambda _: SimpleNamespace(vocab_size=vocab_size))
     config = TrainConfig(preset="auto", max_minutes=max_minutes)
     group = Distributed(0, 1, torch.device("cpu"))
-    found, line = size.choose_size(config, n_tokens, vocab_size, group)
-    assert found.n_embd == width and f"auto: {found.n_layer} layers, {width} wide" in line
+    found, lines = size.choose_size(config, group)
+    assert found.n_embd == width and f"auto: {found.n_layer} layers, {width} wide" in lines[0]
     assert found.optimizer == "muon" and found.lr == pytest.approx(6e-3 * (128 / width) ** 0.5)
     # What is given holds.
     given = replace(config, optimizer="adamw", lr=1e-3, tokens_per_step=4096, block_size=32)
-    found, _ = size.choose_size(given, n_tokens, vocab_size, group)
+    found, _ = size.choose_size(given, group)
     kept = found.optimizer, found.lr, found.tokens_per_step, found.block_size
     assert kept == ("adamw", 1e-3, 4096, 32)
 
@@ -230,10 +233,11 @@ def test_auto_is_chosen_once(timed, machine, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({}, "preset auto chooses a size for max_minutes"),
+        ({"preset": "gpt2", "max_minutes": 1, "lr_range_test": True}, "leave max_minutes out"),
+        ({}, "preset auto chooses a size for the minutes"),
         ({"max_minutes": 1, "n_embd": 64}, "give all of them or none, not only n_embd"),
     ],
 )
-def test_auto_needs_minutes_and_the_whole_shape(changes, message):
+def test_options_that_contradict_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        TrainConfig(preset="auto", **changes)
+        TrainConfig(**{"preset": "auto"} | changes)

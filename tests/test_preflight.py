@@ -151,7 +151,7 @@ def test_what_cannot_fit_is_refused_with_what_does(config, free):
     for rows in (12, "auto"):
         with pytest.raises(ValueError, match="even micro_batch_size 1 does not fit: use activ"):
             fly(replace(config, micro_batch_size=rows))
-    with pytest.raises(ValueError, match="the nearest valid tokens_per_step are 64 and 128"):
+    with pytest.raises(ValueError, match="use --tokens_per_step 64 or 128"):
         fly(replace(config, tokens_per_step=100, micro_batch_size="auto"))
 
 
@@ -246,6 +246,7 @@ def test_what_a_gpu_or_its_host_has_no_room_for(config, gpu, monkeypatch):
     "changes, has_val, n",
     [
         ({}, True, 3), ({"keep_last": 1}, True, 2), ({"save_every": 0}, True, 1),
+        ({"eval_every": 50}, True, 4), ({"eval_every": 50}, False, 3),  # the best stays, too
         ({"keep_last": 0}, True, 10),
         ({"keep_last": 0, "save_every": 0, "hellaswag_every": 5}, True, 20),
         ({"keep_last": 0, "save_every": 0, "eval_every": 25}, True, 4),
@@ -293,7 +294,7 @@ def test_auto_is_an_option_like_any(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("micro_batch_size: auto\n")
     assert parse(TrainConfig, "", [str(path)]).micro_batch_size == "auto"
-    with pytest.raises(ValueError, match="must be auto or int, got 'most'"):
+    with pytest.raises(ValueError, match="must be auto or a whole number, got 'most'"):
         coerce(TrainConfig, {"micro_batch_size": "most"}, "run.yaml")
     with pytest.raises(ValueError, match="must be above 0"):
         TrainConfig(micro_batch_size=0)

@@ -106,6 +106,13 @@ def test_the_template_is_saved_and_val_data_is_its_own(config, tmp_path, capsys)
         before = template
 
 
+def test_all_of_the_data_may_be_for_training(config, capsys):
+    finetune(replace(config, val_fraction=0.0))
+    out = capsys.readouterr().out
+    assert "val_fraction 0 leaves none of" in out and "so nothing is validated" in out
+    assert "train: 40 conversations" in out and losses(run_of(config), "val/loss") == []
+
+
 def same_as_whole(config, file="model.safetensors") -> Path:
     """Interrupted in its fifth step and resumed, a run gives the bits of one that was not."""
     whole, cut = (replace(config, run_name=name) for name in ("whole", "cut"))
@@ -158,7 +165,6 @@ def test_two_ranks_give_the_losses_of_one(config, free_port):
         (dict(data="nowhere.jsonl"), "known data set"),
         (dict(val_data="nowhere.jsonl"), "known data set"),
         (dict(block_size=97), "longer than the context"),
-        (dict(val_fraction=0.0), "val_fraction 0 leaves none of .* for validation"),
         (dict(val_fraction=1.0), r"val_fraction must lie in \[0, 1\)"),
         (dict(epochs=0.0), "epochs must be above 0"),
         (dict(val_data="x.jsonl", eval_every=0), "is for validation, but eval_every is 0"),

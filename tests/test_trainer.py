@@ -3,13 +3,15 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from gpt2.checkpoint import list_checkpoints, load_model, read_checkpoint
-from gpt2.cli import parse
+from gpt2.cli import parse, read_config
 from gpt2.config import TrainConfig
 from gpt2.cpu import PRODUCTS
+from gpt2.data import write_shard
 from gpt2.data.prepare import prepare
 from gpt2.options import PrepareConfig, VerifyConfig
 from gpt2.tokenizer import ByteTokenizer
@@ -65,6 +67,7 @@ def test_learns(train_config):
     assert keys == {
         "step", "train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/step_ms",
         "train/data_ms", "val/loss", "checkpoint/held_ms", "checkpoint/write_ms",
+        "sample",
     }  # fmt: skip
     assert parse(TrainConfig, "", [str(run / "config.yaml")]) == config
 
@@ -199,6 +202,46 @@ def test_init_from_a_checkpoint(train_config):
         pretrain(replace(config, n_embd=64, run_name="third"))
 
 
+@pytest.mark.parametrize(
+    "n_val, words",
+    [
+        (0, "no val split, so nothing is validated"),
+        (20, "few val tokens, so validation is in rows of 19"),
+        (2, "few val tokens, so validation is in rows of 1"),
+    ],
+)
+def test_little_or_no_validation_data(train_config, tmp_path, capsys, n_val, words):
+    (tmp_path / "few").mkdir()
+    (tmp_path / "few" / "manifest.json").write_text('{"tokenizer": {"name": "byte"}}')
+    write_shard(tmp_path / "few" / "train_000000.bin", np.arange(600) % 256)
+    if n_val:
+        write_shard(tmp_path / "few" / "val_000000.bin", np.arange(n_val))
+    config = replace(train_config, data=str(tmp_path / "few"), eval_steps=0)
+    pretrain(config)
+    assert words in capsys.readouterr().out
+    val = losses(config.folder, "val/loss")
+    assert len(val) == 2 * bool(n_val) and all(map(math.isfinite, val))
+    pretrain(replace(config, resume="auto", max_steps=7))
+    assert len(losses(config.folder)) == 7
+
+
+def test_a_run_of_one_option(train_config, capsys):
+    """The size of a step and of its micro batches follow; a resumed run keeps them."""
+    config = replace(train_config, tokens_per_step=None, micro_batch_size="auto", max_steps=2)
+    pretrain(config)
+    assert "step                  512 tokens = 1 ranks x 1 micro steps x 16 rows x 32" in (
+        capsys.readouterr().out
+    )
+    saved = read_config(config.folder / "config.yaml", TrainConfig)
+    assert (saved.tokens_per_step, saved.micro_batch_size) == (512, 16)
+    pretrain(replace(config, resume="auto", max_steps=3))
+    assert "changed since the checkpoint: tokens_per_step" not in capsys.readouterr().out
+    with pytest.MonkeyPatch.context() as patch:  # of a version with another rule
+        patch.setattr(TrainConfig, "STEP_TOKENS", 64)
+        pretrain(replace(config, resume="auto", max_steps=4))
+    assert "512 tokens = 1 ranks" in capsys.readouterr().out
+
+
 def test_samples_while_training(train_config, capsys):
     pretrain(replace(train_config, sample_every=2))
     assert capsys.readouterr().out.count("sample: ") == 3
@@ -207,9 +250,10 @@ def test_samples_while_training(train_config, capsys):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(tokens_per_step=250), "nearest valid tokens_per_step are 128 and 256"),
+        (dict(tokens_per_step=250), "use --tokens_per_step 128 or 256"),
         (dict(device="cuda:99"), "cuda"),
         (dict(device="tpu"), "unknown device 'tpu'"),
+        (dict(device="mps"), "summed in float64, which Apple's GPUs have not.* --device cpu"),
         (dict(resume="nowhere"), "no checkpoint"),
         (
             dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None),

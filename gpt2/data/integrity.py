@@ -89,7 +89,8 @@ def verify(folder: str | Path) -> list[str]:
     A folder of shards without a manifest (nanoGPT's, llm.c's) has its headers and sizes checked.
     Raises OSError (no such folder, no shards) and ValueError (damaged manifest).
     """
-    folder, listing = Path(folder), {s: layout.list_shards(folder, s) for s in ("train", "val")}
+    folder = Path(folder)
+    listing = {split: layout.list_shards(folder, split) for split in ("train", "val")}
     if not any(map(any, listing.values())):
         layout.find_shards(folder, "train")  # raises
     problems = []

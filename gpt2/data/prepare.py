@@ -94,7 +94,7 @@ def prepare(config: PrepareConfig) -> Path:
             "tokenizer": job.tokenizer.to_dict(),
             "tokenizer_sha256": tokenizer_sha256(job.tokenizer), "source": name,
             "licence": dataset.licence if dataset else "that of the text",
-            "command": shlex.join(["python", *sys.argv]), "version": _version(), **found,
+            "command": shlex.join(sys.orig_argv), "version": _version(), **found,
         }  # fmt: skip
         write_json(partial / "manifest.json", manifest)
         os.rename(partial, out)

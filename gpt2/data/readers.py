@@ -338,8 +338,8 @@ def _unreachable(name: str, error: Exception) -> OSError:
     reason = str(error).strip().split("\n")[0]
     return OSError(
         f"{name}: the hub cannot be reached ({reason}); check the name and the network (and "
-        "HF_HUB_OFFLINE), or fetch its files elsewhere and name them (prepare_data.py: --parquet "
-        "or --jsonl; sft.py and dpo.py: --data)"
+        "HF_HUB_OFFLINE), or fetch its files elsewhere and name them (prepare: --parquet or "
+        "--jsonl; sft and dpo: --data)"
     )
 
 

@@ -110,7 +110,7 @@ def list_shards(folder: Path, split: str) -> tuple[dict[Path, dict | None], list
     Raises OSError without the folder, and ValueError for a damaged manifest.
     """
     if not folder.is_dir():
-        remedy = "Make one with: python scripts/prepare_data.py --help"
+        remedy = "Make one with: gpt2-triton prepare --help"
         raise OSError(errno.ENOENT, f"no such data folder. {remedy}", str(folder))
     there = sorted(path for path in folder.iterdir() if _is_shard_name(path.name, split))
     records = manifest_records(folder)
@@ -205,7 +205,7 @@ def folder_tokenizer(data: str | Path) -> dict | None:
     except Exception as error:  # pickle raises whatever a damaged file leads it to
         raise ValueError(
             f"{path}: not the vocabulary of nanoGPT's character data ({error}); prepare the text "
-            "with scripts/prepare_data.py --text FILE --tokenizer char"
+            "with gpt2-triton prepare --text FILE --tokenizer char"
         ) from error
     return {"name": "char", "chars": chars}
 

@@ -1,1 +1,1 @@
-"""How good a model is: HellaSwag, perplexity, LAMBADA, validation loss; scripts/evaluate.py."""
+"""How good a model is: HellaSwag, perplexity, LAMBADA, validation loss."""

@@ -6,8 +6,8 @@ once, by the first window that holds it: so every token but the first block_size
 block_size - stride tokens before it. Words are what white space separates.
 
 WikiText comes cut into words, with spaces around punctuation and " @-@ " for a hyphen. The GPT-2
-paper and lm-eval undo that before tokenizing (detokenize), and so does scripts/evaluate.py unless
-told not to; words and bytes stay those of the text as it was given.
+paper and lm-eval undo that before tokenizing (detokenize), and so does evaluate unless told
+not to; words and bytes stay those of the text as it was given.
 
 Sources: Radford et al. (2019), section 3.1; Merity et al., Pointer Sentinel Mixture Models (2016).
 """

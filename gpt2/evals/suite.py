@@ -1,4 +1,4 @@
-"""scripts/evaluate.py without its command line: tasks on a model, a table, a JSON file."""
+"""`gpt2-triton evaluate` without its command line: tasks on a model, a table, a JSON file."""
 
 import json
 import math

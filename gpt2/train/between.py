@@ -32,6 +32,7 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.train.layouts import Layout
 
 WSD_DECAY = 0.2  # the part of max_steps in which wsd decays
+RANGE = (1e-6, 1.0)  # of lr, in a test
 SAMPLE_TOKENS = 100
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: the run is saved, the same command line goes on with it
@@ -44,7 +45,10 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         cosine, linear   fall from lr to min_lr at max_steps
         constant         stays at lr
         wsd              stays at lr, then falls linearly over the last fifth of max_steps
+    With lr_range_test it rises exponentially over RANGE.
     """
+    if config.lr_range_test:
+        return RANGE[0] * (RANGE[1] / RANGE[0]) ** (step / max(config.max_steps - 1, 1))
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":

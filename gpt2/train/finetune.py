@@ -45,6 +45,7 @@ def finetuning(config: FineTuneConfig, group: Distributed) -> Parts:
     compiled = execution(group.device, config.dtype, config.compile).compiled
     trim = not (compiled or config.exact_reduction)
     train_data, val_data, lines = open_rows(config, tokenizer, length, trim=trim)
+    config = config.sized(model.config, train_data.block_size, group.world_size)
     if not config.max_steps:  # as many as see every row `epochs` times, the last one perhaps more
         rows_per_step = max(config.tokens_per_step // train_data.block_size, 1)
         steps = math.ceil(config.epochs * train_data.n_windows / rows_per_step)
@@ -65,7 +66,7 @@ def open_rows(
 
     length: positions of a row, of a pair's half; trim: see PairLoader. The lines say how many of
     the data's rows were left out or cut, and why. Raises ValueError and OSError as
-    load_conversations does, and for validation without rows.
+    load_conversations does.
     """
     if isinstance(config, DPOConfig):
         load, limit, make = load_pairs, config.max_pairs, partial(PairLoader, trim=trim)
@@ -77,11 +78,6 @@ def open_rows(
     )  # fmt: skip
     make = partial(make, seed=config.seed, pad=tokenizer.eot, chat_template=config.template)
     split = bool(config.eval_every) and not config.val_data
-    if split and not config.val_fraction:
-        raise ValueError(
-            f"val_fraction 0 leaves none of {config.data} for validation: raise it, name a file as "
-            "val_data, or switch validation off with eval_every 0"
-        )
     train, val = load(config.data, val_fraction=config.val_fraction if split else 0.0)
     lines = train.log()
     saved = checkpoint.load_chat_template(config.init_from)
@@ -92,7 +88,9 @@ def open_rows(
         lines += val.log()
     train_rows = make(train, length)
     lines.append(f"train: {train_rows.describe()}")
-    if not config.eval_every:
+    if split and not config.val_fraction:
+        lines.append(f"val_fraction 0 leaves none of {config.data}, so nothing is validated")
+    if not config.eval_every or not len(val):
         return train_rows, None, lines
     val_rows = make(val, length, shuffle=False)
     return train_rows, val_rows, [*lines, f"val: {val_rows.describe()}"]

@@ -21,6 +21,7 @@ them at a time is gathered, each rank does some, and takes its part of what come
 Sources: Rajbhandari et al., ZeRO (arXiv 1910.02054); Zhao et al., PyTorch FSDP (arXiv 2304.11277).
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt2.config import TrainConfig
-from gpt2.device import Execution
+from gpt2.device import Execution, deterministic
 from gpt2.dist import Distributed
 from gpt2.model import Block
 from gpt2.state import STEP, state_names
@@ -120,14 +121,16 @@ class Layout:
 
 
 class ExactSum(Layout):
-    """Like DDP, with sums that do not depend on the number of ranks; see TreeSum."""
+    """Like DDP, with sums that do not depend on the number of ranks (see TreeSum), and passes that
+    give the same bits each time."""
 
     def divide_step(self, micro_steps: int) -> None:
         group = self.group
         self.tree = TreeSum(micro_steps * group.world_size, group.rank, group.world_size)
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        with deterministic():
+            loss.backward()
         self.tree.add([p.grad for p in self.params] + [loss.detach()])
         for p in self.params:
             p.grad = None
@@ -139,7 +142,10 @@ class ExactSum(Layout):
         return total if self.group.is_main else torch.zeros_like(total)  # it is everyone's already
 
     def _wrap(self, objective: nn.Module, compiled: bool) -> None:
+        if self.group.device.type == "cuda":  # cuBLAS wants to hear it before its first product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         self._set_forward(objective, objective, compiled)
+        self.train_forward = deterministic()(self.train_forward)
 
 
 class TreeSum:

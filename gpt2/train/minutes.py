@@ -77,8 +77,7 @@ def lay_out(trainer) -> tuple[TrainConfig, str]:
         every, asked = trainer.hellaswag, trainer.hellaswag[:EXAMPLES]
         part = len(every) / len(asked)
         between_steps.append((config.hellaswag_every, lambda: trainer.ask_hellaswag(asked), part))
-    if config.sample_every:
-        between_steps.append((config.sample_every, trainer.sample, 1))
+    between_steps.append((config.sample_every, trainer.sample, 1))
     others = [(config.save_every, save_s)]
     for every, work, parts in between_steps:
         work()

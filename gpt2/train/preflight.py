@@ -127,7 +127,8 @@ def preflight(
             f"{size(bandwidth)}/s",
         ))  # fmt: skip
     is_saved = map(Due(config, has_val).save, range(first_step + 1, config.max_steps + 1))
-    table.append(_check_disk(config, group, saved, sum(is_saved)))
+    has_best = has_val and config.eval_every > 0
+    table.append(_check_disk(config, group, saved, sum(is_saved), has_best))
     return config, table, {"step_ms": step_s and step_s * 1e3, "peak_bytes": peak}
 
 
@@ -214,9 +215,12 @@ def _choose(
     ]  # fmt: skip
 
 
-def _check_disk(config: TrainConfig, group: Distributed, one: int, n_saves: int) -> tuple[str, str]:
-    """A row of the table; one: bytes of a checkpoint. Raises OSError where they find no room."""
-    n = min(config.keep_last + 1, n_saves) if config.keep_last else n_saves
+def _check_disk(
+    config: TrainConfig, group: Distributed, one: int, n_saves: int, has_best: bool
+) -> tuple[str, str]:  # fmt: skip
+    """A row of the table; one: bytes of a checkpoint; has_best: besides the newest the best one
+    stays. Raises OSError where they find no room."""
+    n = min(config.keep_last + 1 + has_best, n_saves) if config.keep_last else n_saves
     here = next(p for p in (config.folder, *config.folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(here).free
     if config.keep_last:  # those of this run make room

@@ -14,16 +14,18 @@ import torch
 
 from gpt2 import checkpoint, dist, tokenizer
 from gpt2.cli import say
-from gpt2.config import CHOSEN, TrainConfig
-from gpt2.data import Mixture, TokenLoader
+from gpt2.config import CHOSEN, TrainConfig, data_sources
+from gpt2.data import Mixture, TokenLoader, find_shards, open_shards
 from gpt2.data.loader import BatchSource
 from gpt2.data.mixture import find_tokenizer, open_split
+from gpt2.data.shards import list_shards
 from gpt2.dist import Distributed
 from gpt2.evals.files import find_file
 from gpt2.evals.hellaswag import read_hellaswag
 from gpt2.lora import add_lora
 from gpt2.model import GPT
 from gpt2.train.between import Interrupted, StopSignals
+from gpt2.train.lr_range import range_config, range_test
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
 from gpt2.train.size import choose_size
@@ -57,14 +59,11 @@ def pretrain(config: TrainConfig) -> None:
 
 def pretraining(config: TrainConfig, group: Distributed) -> Parts:
     """What pretrain() trains."""
-    data_tokenizer, lines = find_tokenizer(config.data), []
-    if config.preset == "auto" and any(getattr(config, name) is None for name in CHOSEN):
-        n_tokens = open_data(config, "train", config.block_size or 1).n_tokens
-        config, line = choose_size(config, n_tokens, data_tokenizer.vocab_size, group)
-        lines.append(line)
+    data_tokenizer = find_tokenizer(config.data)
     model, block_size = make_model(config, data_tokenizer, group.device)
+    config = config.sized(model.config, block_size, group.world_size)
     share = (group.rank, group.world_size)
-    val_data = open_data(config, "val", block_size, share) if config.eval_every else None
+    val_data, lines = open_val(config, block_size, share) if config.eval_every else (None, [])
     train_data = open_data(config, "train", block_size, share)
     return Parts(config, LanguageModeling(model), train_data, val_data, data_tokenizer, lines)
 
@@ -75,11 +74,15 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
     Raises ValueError and OSError for what cannot be trained, before anything is written, and
     Interrupted (a SystemExit with status 75) after a signal.
     """
+    config = range_config(config) if config.lr_range_test else config
     with StopSignals() as signals, RunFolder(config.folder) as folder:
         group = dist.start(config.device, config.timeout_s)
         # One process decides, so that all go on from the same checkpoint.
-        found = group.on_main(lambda: folder.find(config.resume))
-        problem = None
+        is_test = config.lr_range_test
+        found = group.on_main(lambda: None if is_test else folder.find(config.resume))
+        problem, chosen = None, []
+        if config.preset == "auto" and found is None:
+            config, chosen = group.on_main(lambda: choose_size(config, group))
         try:
             resumed = None if found is None else checkpoint.read_checkpoint(found.path)
             parts = make_parts(pin_start(config, resumed), group)
@@ -87,6 +90,11 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
             parts = replace(parts, config=asked)
             identity = identity_of(parts)
             check_resumed(parts.config, resumed)
+            if config.patience and parts.val_data is None:
+                raise ValueError(
+                    f"patience {config.patience} counts validations, but there are none: see "
+                    "eval_every, and whether the data has a val split"
+                )
         except (ValueError, OSError, ImportError) as error:
             problem = error
         group.agree({} if problem else fingerprint(parts, identity, resumed), problem)
@@ -97,9 +105,13 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         if resumed is not None:
             trainer.resume(resumed)
         trainer.check_resources(resumed)
-        lines = group.on_main(lambda: folder.begin(parts.config, identity, resumed))
-        if group.is_main and (parts.lines or lines):
-            say("\n".join([*parts.lines, *lines]))
+        if is_test:
+            range_test(trainer, signals)
+            return dist.stop(group)
+        lines = group.on_main(lambda: folder.begin(trainer.config, identity, resumed))
+        lines = [*chosen, *parts.lines, *lines]
+        if group.is_main and lines:
+            say("\n".join(lines))
         try:
             trainer.run(folder if group.is_main else None, signals)
         except Interrupted:
@@ -112,13 +124,13 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
 def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
     """config with what was decided when the run began: the very weights that init_from meant (a
     run's folder means its newest checkpoint, and may have gone on since), the steps that fit
-    max_minutes, and what is not given: the warm-up, and with preset auto the model.
+    max_minutes, and what is not given: the step's tokens, the warm-up, and preset auto's model.
 
     Raises ValueError where max_minutes is another, or the run began without.
     """
     if resumed is None:
         return config
-    names = ["warmup_steps", *(CHOSEN if config.preset == "auto" else ())]
+    names = ["tokens_per_step", "warmup_steps", *(CHOSEN if config.preset == "auto" else ())]
     kept = {n: resumed.train.get(n) for n in names if getattr(config, n) is None}
     config = replace(config, **kept)
     if config.max_minutes:
@@ -171,6 +183,21 @@ def open_data(
     return open_split(
         config.data, split, block_size, seed=config.seed, doc_mask=config.doc_mask, share=share
     )
+
+
+def open_val(
+    config: TrainConfig, block_size: int, share: tuple[int, int]
+) -> tuple[TokenLoader | Mixture | None, list[str]]:
+    """The loader for validation, in shorter rows where one of block_size would not be full; None
+    where the data has no such split; and what is to be said of that."""
+    folders = {Path(source.path) for source in data_sources(config.data)}
+    if not any(any(list_shards(folder, "val")) for folder in folders):
+        return None, [f"{config.data}: no val split, so nothing is validated"]
+    counts = (sum(s.n_tokens for s in open_shards(find_shards(f, "val"))) for f in folders)
+    length, lines = max(min(block_size, min(counts) - 1), 1), []
+    if length < block_size:
+        lines = [f"{config.data}: few val tokens, so validation is in rows of {length}"]
+    return open_data(config, "val", length, share), lines
 
 
 def make_model(config: TrainConfig, data_tokenizer: tokenizer.Tokenizer, device) -> tuple[GPT, int]:

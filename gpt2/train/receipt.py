@@ -121,8 +121,8 @@ def commit_of(git: dict) -> str:
 
 def versions() -> dict[str, str | None]:
     """Of what decides what comes out; None: not installed."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "numpy", "gpt2-triton"):
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}  # and its build
+    for name in ("triton", "numpy", "gpt2-triton"):
         found[name] = None
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -26,6 +26,7 @@ FINEWEB = {"124M": 3.2924}
 FINEWEB_VAL_TOKENS = 10_485_760  # the first of the validation shard, by custom
 HELLASWAG = {"124M": "29.45%", "350M": "37.52%", "774M": "43.20%", "1558M": "48.89%"}
 MOST_EVENTS = 20  # rows of the table of skipped steps
+MOST_SAMPLES = 4
 CURVE = "![loss curve](loss.png)"
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 56em; margin: 2em auto; padding: 0 1em; }
@@ -233,7 +234,10 @@ def _speed_and_cost(lines: list[dict], launches: list[dict], price: float) -> It
 
 
 def _samples(lines: list[dict]) -> str:
-    samples = [(line["step"], str(line["sample"])) for line in lines if "sample" in line][-3:]
+    """The first, the last, and some between them."""
+    found = [(line["step"], str(line["sample"])) for line in lines if "sample" in line]
+    n = min(len(found), MOST_SAMPLES)
+    samples = [found[i * (len(found) - 1) // max(n - 1, 1)] for i in range(n)]
     return "\n\n".join(f"Step {step:,}:\n\n{_verbatim(text)}" for step, text in samples)
 
 

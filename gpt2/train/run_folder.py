@@ -17,6 +17,7 @@ of everything else a failed write is told, and that is all. Files with other nam
 
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -169,6 +170,7 @@ class RunFolder:
         self._copy: checkpoint.Tensors | None = None  # of what is written, 12 bytes a parameter
         self._pending: tuple[int, float, Future] | None = None  # step, held_ms, path and write_ms
         self.stopping = False  # whether the next checkpoint is the last one
+        self._point_at_best()
 
     def save(
         self, step: int, model: GPT, optimizer: torch.optim.Optimizer, *,
@@ -212,6 +214,7 @@ class RunFolder:
             why = f"{error.strerror or error}; training goes on (on_save_error)"
             self.say(f"{place}  NOT saved: {why}")
             return
+        self._point_at_best()
         self.log(step, {"checkpoint/held_ms": held_ms, "checkpoint/write_ms": write_ms})
         self.report(step)
         times = f"held training {held_ms:.0f} ms, took {write_ms:.0f} ms"
@@ -223,6 +226,28 @@ class RunFolder:
         checkpoint.set_aside(self.path, step)
         self.metrics.rewind(step)
 
+    def validated(self, step: int) -> bool:
+        """After a validation was logged: whether patience ends the run with it."""
+        if self._pending is None:  # else when that checkpoint is written
+            self._point_at_best()
+        found = [line["val/loss"] for line in self.metrics.lines if "val/loss" in line]
+        found = [math.inf if loss is None else loss for loss in found]  # null: not finite
+        since, patience = len(found) - 1 - found.index(min(found)), self.config.patience
+        self.stopping = 0 < patience <= since and step < self.config.max_steps
+        if self.stopping:
+            self.say(
+                f"stopped early: no lower val loss than {min(found):.4f} in {since} validations "
+                f"(patience {patience})"
+            )
+        return self.stopping
+
+    def _point_at_best(self) -> None:
+        """Links the checkpoint with the lowest validation loss, of those that are there."""
+        found = {f"step_{step:08d}": loss for step, loss in points(self.metrics.lines, "val/loss")}
+        saved = [p for p in checkpoint.list_checkpoints(self.path) if p.name in found]
+        if saved:
+            checkpoint.point_at(min(saved, key=lambda p: found[p.name]), checkpoint.BEST)
+
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
         try:
@@ -231,8 +256,8 @@ class RunFolder:
             self._writer.shutdown()
             self.report(step, end)
             self.metrics.close()
-        if end == "finished":
-            self._show_result()
+        if end.startswith("finished"):
+            self._show_result(step)
 
     def report(self, step: int, end: str = "running") -> None:
         """Brings receipt and, now and then, the report up to date."""
@@ -246,14 +271,16 @@ class RunFolder:
         except (OSError, ImportError, ValueError) as error:
             self.say(f"no report: {error}")
 
-    def _show_result(self) -> None:
+    def _show_result(self, step: int) -> None:
         times, val = (points(self.metrics.lines, key) for key in ("train/step_ms", "val/loss"))
-        text = f"done: {self.config.max_steps:,} steps"
+        text = f"done: {step:,} steps"
         text += f", {median_high(ms for _, ms in times):.1f} ms a step (median)" if times else ""
         say(text + (f", val loss {val[-1][1]:.4f}" if val else ""))
         say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
         found = checkpoint.list_checkpoints(self.path)
         say(f"checkpoint: {found[-1] if found else 'none was needed'}")
+        if (best := checkpoint.best_checkpoint(self.path)) and best != found[-1]:
+            say(f"the best by val loss: {best.with_name(checkpoint.BEST)}, which is {best.name}")
 
 
 def identity_of(parts) -> dict:

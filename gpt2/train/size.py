@@ -14,7 +14,8 @@ GPT-2's tokens. Beyond, they are an extrapolation.
 import math
 from dataclasses import replace
 
-from gpt2.config import TrainConfig
+from gpt2.config import CHOSEN, GPTConfig, TrainConfig
+from gpt2.data.mixture import find_tokenizer, open_split
 from gpt2.device import execution
 from gpt2.dist import Distributed
 from gpt2.train.preflight import measure_rates, size
@@ -33,24 +34,24 @@ LR, LR_WIDTH = 6e-3, 128
 STEP, STEP_AT, STEP_POWER = 768, 1e6, 0.7
 
 
-def choose_size(
-    config: TrainConfig, n_tokens: int, vocab_size: int, group: Distributed
-) -> tuple[TrainConfig, str]:
-    """config with all that preset auto decides and that is not given, and why, in words.
+def choose_size(config: TrainConfig, group: Distributed) -> tuple[TrainConfig, list[str]]:
+    """config with all that preset auto decides and that is not given, and why, as a line for the
+    log; by this process's device, which all others are taken to be like.
 
-    n_tokens: of the text that is trained on. All ranks call it, and find the same.
+    Raises what opening the data does.
     """
-    how, chosen = execution(group.device, config.dtype, config.compile), None
-    sizes = SIZES
+    if all(getattr(config, name) is not None for name in CHOSEN):
+        return config, []
+    n_tokens = open_split(config.data, "train", 1).n_tokens
+    vocab_size = find_tokenizer(config.data).vocab_size
+    how, chosen, sizes = execution(group.device, config.dtype, config.compile), None, SIZES
     if config.n_embd is not None:
-        sizes = ((config.n_layer, config.n_head, config.n_embd, 1024),)
+        sizes = ((config.n_layer, config.n_head, config.n_embd, GPTConfig.block_size),)
     for n_layer, n_head, width, length in sizes:
         length = config.block_size or length
         n = 12 * n_layer * width**2 + vocab_size * width
-        flops = 6 * n + 12 * n_layer * width * length
-        slowest = min(group.gather(measure_rates(width, 1 << 14, how)[0]))
-        rate = EFFICIENCY * slowest * group.world_size
-        tokens = 60 * config.max_minutes * rate / flops
+        rate = EFFICIENCY * measure_rates(width, 1 << 14, how)[0] * group.world_size
+        tokens = 60 * config.max_minutes * rate / (6 * n + 12 * n_layer * width * length)
         if chosen and min(tokens, EPOCHS * n_tokens) < TOKENS * n:
             break
         chosen = n_layer, n_head, width, length, n, rate, tokens
@@ -62,8 +63,6 @@ def choose_size(
         "tokens_per_step": rows * length, "optimizer": "muon", "lr": LR * (LR_WIDTH / width) ** 0.5,
     }  # fmt: skip
     found = {name: value for name, value in found.items() if getattr(config, name) is None}
-    if config.micro_batch_size == TrainConfig.micro_batch_size:
-        found["micro_batch_size"] = "auto"
     line = (
         f"auto: {n_layer} layers, {width} wide, {n:,} parameters: about {size(rate, 'FLOP')}/s for "
         f"{config.max_minutes:g} minutes make {tokens:,.0f} tokens, {tokens / n:.1f} for each "
@@ -71,4 +70,4 @@ def choose_size(
     )
     if tokens > EPOCHS * n_tokens:
         line += f"; more than {EPOCHS} teach little: fewer minutes, or more text"
-    return replace(config, **found), line
+    return replace(config, **found), [line]

@@ -147,7 +147,8 @@ class Trainer:
             self.resources.append(("minutes", line))
 
     def run(self, folder: RunFolder | None, signals: StopSignals) -> None:
-        """Trains to max_steps, after check_resources; everything it writes lies in the folder.
+        """Trains to max_steps, after check_resources, or until patience ends; everything it writes
+        lies in the folder.
 
         folder: begun; None on all processes but the main one. signals: what asks for an early stop.
         Raises Interrupted (a SystemExit with status 75) after a signal, once everything is saved.
@@ -159,7 +160,8 @@ class Trainer:
         try:
             self._loop()
             self.train_data.finish()  # what a check in the background finds at last
-            end = "finished"
+            is_early = self.step < self.config.max_steps
+            end = f"finished early (patience {self.config.patience})" if is_early else "finished"
         except Interrupted as interrupted:
             end = f"stopped by {interrupted.signal_name}"
             raise
@@ -219,11 +221,13 @@ class Trainer:
                 self._leave()
             if due.save(step) and step > self.first_step:
                 self._save()
-            if due.validation(step) and not self._validate():
-                self._leave()
+            if due.validation(step):
+                if not self._validate():
+                    self._leave()
+                last |= group.on_main(partial(self._is_over, step))
             if due.hellaswag(step) and not self._log_hellaswag():
                 self._leave()
-            if due.sample(step):
+            if due.sample(step) or last:
                 self._log_sample()
             if last:
                 return
@@ -420,6 +424,10 @@ class Trainer:
             values = {f"val/{name}": value for name, value in found.items()}
             self._tell(values, f"val loss {found['loss']:.4f}{text}", started)
         return found is not None
+
+    def _is_over(self, step: int) -> bool:
+        """Whether patience ends the run; for the main process."""
+        return self.folder is not None and self.folder.validated(step)
 
     def ask_hellaswag(self, examples: list[Example]) -> dict[str, float] | None:
         """See gpt2.evals.hellaswag; None where a signal came."""

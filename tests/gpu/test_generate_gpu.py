@@ -1,6 +1,8 @@
 """Generation on a CUDA GPU: the captured step against the same step run eagerly."""
 
 import importlib
+import threading
+import time
 
 import pytest
 import torch
@@ -85,6 +87,44 @@ def test_the_host_does_not_wait_between_polls(model, monkeypatch):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 40
+
+
+def test_other_threads_may_allocate_during_a_capture(model, monkeypatch):
+    expected = generate(model, PROMPTS, max_new_tokens=60, temperature=0)
+    run, done, errors = module._Decoder._run, threading.Event(), []
+
+    def allocate():
+        for n in range(60):  # each larger than those before, so none of them comes from a cache
+            try:
+                torch.empty((20 + 2 * n) * 2**20, dtype=torch.int8, device="cuda")
+                torch.empty(2**20).pin_memory().to("cuda", non_blocking=True)
+            except RuntimeError as error:
+                errors.append(error)
+            if done.wait(0.02):
+                return
+
+    def slow(self, *args):
+        time.sleep(0.05)
+        return run(self, *args)
+
+    monkeypatch.setattr(module._Decoder, "_run", slow)
+    thread = threading.Thread(target=allocate)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert generate(model, PROMPTS, max_new_tokens=60, temperature=0) == expected
+    finally:
+        done.set()
+        thread.join()
+    assert not errors
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_than_the_current_device(model):
+    expected = generate(model, PROMPTS, max_new_tokens=60, temperature=0)
+    assert torch.cuda.current_device() == 0
+    assert generate(model.to("cuda:1"), PROMPTS, max_new_tokens=60, temperature=0) == expected
+    assert torch.cuda.current_device() == 0
 
 
 def test_the_shape_of_gpt2_in_bfloat16():
