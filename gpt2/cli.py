@@ -176,7 +176,9 @@ def _coerce_value(hint, value, where: str):
         known = [w for t in options if typing.get_origin(t) is Literal for w in typing.get_args(t)]
         if value in known:
             return value
-        hint = next(t for t in options if isinstance(t, type) and t is not type(None))
+        hint = next((t for t in options if isinstance(t, type) and t is not type(None)), None)
+        if hint is None:
+            return _coerce_value(options[0], value, where)
         words = "".join(f"{word} or " for word in known)
     if typing.get_origin(hint) is tuple:  # of any length, all of one type
         if not isinstance(value, list | tuple):

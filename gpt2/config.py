@@ -18,6 +18,7 @@ Switch = Literal["auto", "on", "off"]
 Precision = Literal["auto", "fast", "float32", "bfloat16"]
 Kernels = Literal["auto", "triton", "cpp", "torch"]
 IGNORE_INDEX = -100  # the target of a position that does not count
+WARMUP_SHARE, MOST_WARMUP = 0.04, 700  # of max_steps, and steps
 
 
 OTHER_NAMES = {
@@ -178,6 +179,12 @@ PRESETS: dict[str, GPTConfig] = {
 }
 
 
+# What preset auto decides where it is not given, and what is meant without it. Of the shape all.
+SHAPE = ("n_layer", "n_head", "n_embd")
+DEFAULTS = {"optimizer": "adamw", "lr": 6e-4}
+CHOSEN = (*SHAPE, "block_size", "tokens_per_step", *DEFAULTS)
+
+
 # The linear layers of a block, and the names by which one or two of them are meant. A name means
 # the layers that end with it, as in peft: c_proj is both projections.
 LORA_LAYERS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -286,7 +293,9 @@ def spell_sources(entries: list, source: str) -> str:
 class TrainConfig:
     """Options of a training run. The defaults are the 124M recipe on 10B tokens of FineWeb."""
 
-    preset: str = "gpt2"  # model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char
+    # Model shape: gpt2[-medium|-large|-xl], tinystories-*, tinytiny, char; auto: by max_minutes,
+    # the machine and the amount of text, see gpt2.train.size.
+    preset: str = "gpt2"
     init_from: str = ""  # start from these weights: a checkpoint, a Hugging Face folder or name
     # Folder with train and val shards, or several as folder:weight,folder:weight; a weight may hold
     # from a step on, folder:weight@step. In YAML also a list of {path, weight, from_step}.
@@ -305,11 +314,16 @@ class TrainConfig:
     tokens_per_step: int | None = None
     # Rows of block_size tokens in one forward pass on one device; auto: the most that fit.
     micro_batch_size: int | Literal["auto"] = "auto"
-    max_steps: int = 19073  # optimizer steps
-    warmup_steps: int = 700  # steps in which lr rises linearly to its peak
+    max_steps: int = 19073  # optimizer steps; with max_minutes those that fit, whatever is given
+    # Wall time of the run on the machine that it begins on, in minutes, with all that it does;
+    # before step 0 steps are timed, and max_steps becomes what fits. 0: max_steps is as given.
+    max_minutes: float = 0.0
+    # Steps in which lr rises linearly to its peak; default: 4% of max_steps, at most 700.
+    warmup_steps: int | None = None
     # muon: Muon for the matrices of the blocks, AdamW for embeddings and vectors, all at one lr.
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = 6e-4  # peak learning rate
+    # Default: adamw, with preset auto muon.
+    optimizer: Literal["adamw", "muon"] | None = None
+    lr: float | None = None  # peak learning rate; default: 6e-4, or what preset auto chooses
     min_lr: float = 0.0  # learning rate at max_steps
     # Instead of the run, up to 100 of its steps with lr rising from 1e-6 to 1, which suggest an lr
     # and leave a picture, OUT_DIR/RUN_NAME.lr.png.
@@ -371,20 +385,30 @@ class TrainConfig:
 
     def __post_init__(self):
         data_sources(self.data)
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, PRESETS)}")
+        if self.preset == "auto":
+            self._check_auto()
+        elif self.preset not in PRESETS:
+            known = [*PRESETS, "auto"]
+            raise ValueError(f"unknown preset {self.preset!r}: {suggest(self.preset, known)}")
+        else:
+            for name, value in DEFAULTS.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, value)
         check_numbers(
             self, above_0="tokens_per_step micro_batch_size max_steps log_every lr snapshot_every "
             "timeout_s", below_1="beta1 beta2", at_least_0="warmup_steps min_lr weight_decay seed "
             "grad_clip eval_every eval_steps hellaswag_every sample_every save_every keep_last "
-            "patience",
+            "patience max_minutes",
         )  # fmt: skip
-        if self.min_lr > self.lr:
+        if self.lr is not None and self.min_lr > self.lr:
             raise ValueError(f"min_lr {self.min_lr} must not be above lr {self.lr}")
-        if self.warmup_steps > self.max_steps:
+        if self.warmup > self.max_steps:
             raise ValueError(
-                f"warmup_steps {self.warmup_steps} must not be above max_steps {self.max_steps}"
+                f"warmup_steps {self.warmup} must not be above max_steps {self.max_steps}: lower "
+                "it, or leave it out"
             )
+        if self.lr_range_test and self.max_minutes:
+            raise ValueError("lr_range_test has a length of its own: leave max_minutes out")
         if self.exact_reduction and self.sharding != "none":
             raise ValueError(
                 f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
@@ -395,14 +419,35 @@ class TrainConfig:
         if not self.run_name or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
+    def _check_auto(self) -> None:
+        shape = [name for name in SHAPE if getattr(self, name) is not None]
+        if not self.max_minutes:
+            raise ValueError("preset auto chooses a size for the minutes: give max_minutes")
+        if shape and len(shape) < len(SHAPE):
+            raise ValueError(
+                f"preset auto chooses {', '.join(SHAPE)}: give all of them or none, not only "
+                f"{', '.join(shape)}"
+            )
+
     @property
     def folder(self) -> Path:
         """Where everything of the run lies."""
         return Path(self.out_dir) / self.run_name
 
+    @property
+    def warmup(self) -> int:
+        """warmup_steps, or their default: what the recipes for 124M and 1558M have."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return min(round(WARMUP_SHARE * self.max_steps), MOST_WARMUP)
+
     def model_config(self, vocab_size: int | None = None) -> GPTConfig:
         """The preset's shape with this run's departures; vocab_size: the data's tokenizer's."""
-        preset = PRESETS[self.preset]
+        preset = PRESETS[self.preset if self.preset != "auto" else "gpt2"]
+        if self.preset == "auto" and self.n_embd is None:
+            raise ValueError(
+                "preset auto has no shape before its run begins: name the run's folder"
+            )
         names = ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if vocab_size is not None:

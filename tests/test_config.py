@@ -61,7 +61,7 @@ def test_shipped_configs(path):
         ("- lr", "expected `key: value`"),
         ("lr: [1", "not valid YAML"),
         ("preset: gpt3", "unknown preset 'gpt3': did you mean 'gpt2'"),
-        ("preset: xyz", "known are char"),
+        ("preset: xyz", "known are auto, char"),
         ("kind: dpo\nlr: 1e-3", "its kind is 'dpo', for `gpt2-triton dpo`"),
         ("verify: open", "verify is no option any more, leave it out: shards are always checked"),
         ("lr: .nan", "lr must be a finite number"),

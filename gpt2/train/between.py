@@ -41,7 +41,7 @@ RESUME_ME = 75  # EX_TEMPFAIL of sysexits.h: the run is saved, the same command 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly to lr over warmup_steps, then by schedule:
+    Rises linearly to lr over config.warmup steps, then by schedule:
         cosine, linear   fall from lr to min_lr at max_steps
         constant         stays at lr
         wsd              stays at lr, then falls linearly over the last fifth of max_steps
@@ -49,11 +49,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     """
     if config.lr_range_test:
         return RANGE[0] * (RANGE[1] / RANGE[0]) ** (step / max(config.max_steps - 1, 1))
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
     if config.schedule == "constant":
         return config.lr
-    start = config.warmup_steps
+    start = config.warmup
     if config.schedule == "wsd":
         start = max(start, round(config.max_steps * (1 - WSD_DECAY)))
     progress = min(max(step - start, 0) / max(config.max_steps - start, 1), 1.0)

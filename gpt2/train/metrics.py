@@ -71,11 +71,12 @@ class Metrics:
 
     def show_step(
         self, step: int, values: dict[str, float], eta_s: float,
-        predicted_ms: float | None = None, also: tuple[str, ...] = (),
+        predicted_ms: float | None = None, also: tuple[str, ...] = (), late_s: float = 0.0,
     ) -> None:  # fmt: skip
         """One line of training progress, or the live display's new state.
 
-        predicted_ms: the pre-flight's least time of a step; also: more keys of values to show.
+        predicted_ms: the pre-flight's least time of a step; also: more keys of values to show;
+        late_s: how long after max_minutes the end comes.
         """
         ms = values["train/step_ms"]
         text = (
@@ -89,7 +90,8 @@ class Metrics:
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=step, description=text)
         else:
-            self.say(f"step {step:>6}/{self.max_steps}  {text}  ETA {duration(eta_s)}")
+            late = f", {duration(late_s)} after max_minutes" if late_s >= 1 else ""
+            self.say(f"step {step:>6}/{self.max_steps}  {text}  ETA {duration(eta_s)}{late}")
 
     def say(self, text: str) -> None:
         """A line that stays on the terminal; what is not printable in it is spelled out."""

@@ -42,6 +42,7 @@ from gpt2.tokenizer import Tokenizer
 from gpt2.train.between import Due
 from gpt2.train.layouts import Layout
 from gpt2.train.metrics import duration
+from gpt2.train.minutes import most_steps
 
 KEPT_FREE = 0.1  # of a GPU's memory: fragments, NCCL's buffers, and what others may still take
 MEASURE_S = 0.02  # how long each rate is measured
@@ -116,6 +117,8 @@ def preflight(
         # AdamW reads 16 bytes a parameter and writes 12; before it the norm reads the gradients.
         step_s = rows * length * token / flops + 32 * _count(own) / bandwidth
         step_s += optimizer.flops() / flops
+        if config.max_minutes and resumed is None:
+            config = replace(config, max_steps=most_steps(config, step_s))
         steps = max(config.max_steps - first_step, 0)
         table.append((
             "time",

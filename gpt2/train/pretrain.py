@@ -14,7 +14,7 @@ import torch
 
 from gpt2 import checkpoint, dist, tokenizer
 from gpt2.cli import say
-from gpt2.config import TrainConfig, data_sources
+from gpt2.config import CHOSEN, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, find_shards, open_shards
 from gpt2.data.loader import BatchSource
 from gpt2.data.mixture import find_tokenizer, open_split
@@ -28,6 +28,7 @@ from gpt2.train.between import Interrupted, StopSignals
 from gpt2.train.lr_range import range_config, range_test
 from gpt2.train.objectives import LanguageModeling
 from gpt2.train.run_folder import LOCATIONS, RunFolder, identity_of, without_paths
+from gpt2.train.size import choose_size
 from gpt2.train.trainer import Trainer
 
 EVAL_DATA = "data/eval"  # the folder of HellaSwag's file
@@ -79,7 +80,9 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
         # One process decides, so that all go on from the same checkpoint.
         is_test = config.lr_range_test
         found = group.on_main(lambda: None if is_test else folder.find(config.resume))
-        problem = None
+        problem, chosen = None, []
+        if config.preset == "auto" and found is None:
+            config, chosen = group.on_main(lambda: choose_size(config, group))
         try:
             resumed = None if found is None else checkpoint.read_checkpoint(found.path)
             parts = make_parts(pin_start(config, resumed), group)
@@ -106,8 +109,9 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
             range_test(trainer, signals)
             return dist.stop(group)
         lines = group.on_main(lambda: folder.begin(trainer.config, identity, resumed))
-        if group.is_main and (parts.lines or lines):
-            say("\n".join([*parts.lines, *lines]))
+        lines = [*chosen, *parts.lines, *lines]
+        if group.is_main and lines:
+            say("\n".join(lines))
         try:
             trainer.run(folder if group.is_main else None, signals)
         except Interrupted:
@@ -118,11 +122,27 @@ def launch(config: TrainConfig, make_parts: MakeParts) -> None:
 
 
 def pin_start(config: TrainConfig, resumed: checkpoint.Checkpoint | None) -> TrainConfig:
-    """config with what was decided when the run began: the tokens of a step, and the very weights
-    that init_from meant: a run's folder means its newest checkpoint, and may have gone on since."""
-    if resumed is not None and config.tokens_per_step is None:
-        config = replace(config, tokens_per_step=resumed.train.get("tokens_per_step"))
-    start = (resumed.identity or {}).get("init_from") if resumed is not None else None
+    """config with what was decided when the run began: the very weights that init_from meant (a
+    run's folder means its newest checkpoint, and may have gone on since), the steps that fit
+    max_minutes, and what is not given: the step's tokens, the warm-up, and preset auto's model.
+
+    Raises ValueError where max_minutes is another, or the run began without.
+    """
+    if resumed is None:
+        return config
+    names = ["tokens_per_step", "warmup_steps", *(CHOSEN if config.preset == "auto" else ())]
+    kept = {n: resumed.train.get(n) for n in names if getattr(config, n) is None}
+    config = replace(config, **kept)
+    if config.max_minutes:
+        steps, minutes = resumed.train["max_steps"], resumed.train.get("max_minutes", 0.0)
+        if minutes != config.max_minutes:
+            raise ValueError(
+                f"max_minutes {config.max_minutes:g}: the run began with {minutes:g} and the "
+                f"max_steps {steps} that {resumed.path} has: to change its end, resume with "
+                "--max_minutes 0 and other --max_steps"
+            )
+        config = replace(config, max_steps=steps)
+    start = (resumed.identity or {}).get("init_from")
     if start and config.init_from == start["asked"] and Path(start["path"]).exists():
         return replace(config, init_from=start["path"])
     return config

@@ -35,9 +35,10 @@ from gpt2.evals.hellaswag import Example, hellaswag_accuracy
 from gpt2.lora import lora_config
 from gpt2.model import GPT
 from gpt2.tokenizer import Tokenizer
-from gpt2.train import between, guard
+from gpt2.train import between, guard, minutes
 from gpt2.train.between import Due, Interrupted, StopSignals, learning_rate
 from gpt2.train.layouts import make_layout
+from gpt2.train.metrics import duration
 from gpt2.train.objectives import Batch
 from gpt2.train.preflight import describe, preflight
 from gpt2.train.run_folder import RunFolder
@@ -74,6 +75,8 @@ class Trainer:
         self.execution = execution(group.device, config.dtype, config.compile)
         self.model.activation_checkpointing = config.activation_checkpointing
         self._set_stream()
+        self.signals = StopSignals()  # those of run(), once it has begun
+        self.started, self.spent_s = minutes.clock(), 0.0  # spent_s: by the launches before
         self.choice = None  # what a run of float32 on a CPU computes its matrix products with
         if self.execution.dtype == torch.float32 and not self.execution.compiled:
             self.choice = self.model.ops.choice
@@ -117,6 +120,7 @@ class Trainer:
         self.guard.load_state_dict(resumed.state.get("guard", {}))
         self.take_products(resumed.state.get("products") or {})
         self.offset = resumed.state.get("offset", 0)
+        self.spent_s = resumed.state.get("spent_s", 0.0)
         tokens, block_size = self.config.tokens_per_step, self.train_data.block_size
         before = resumed.train.get("tokens_per_step", tokens)
         rows = before // (resumed.state.get("block_size") or block_size)
@@ -142,7 +146,7 @@ class Trainer:
 
     def check_resources(self, resumed: checkpoint.Checkpoint | None) -> None:
         """The pre-flight (gpt2.train.preflight): raises where the run cannot fit; decides the micro
-        batch where that is auto."""
+        batch where that is auto, and max_steps where max_minutes are given."""
         self.choose_products()
         self.config, self.resources, self.predicted = preflight(
             self.config, self.objective, self.optimizer, self.train_data, self.execution,
@@ -150,6 +154,10 @@ class Trainer:
         )  # fmt: skip
         self.due = Due(self.config, self.due.has_val)
         self._divide_step()
+        if self.config.max_minutes and resumed is None:
+            self.config, line = minutes.lay_out(self)
+            self.due = Due(self.config, self.due.has_val)
+            self.resources.append(("minutes", line))
 
     def run(self, folder: RunFolder | None, signals: StopSignals) -> None:
         """Trains to max_steps, after check_resources, or until patience ends; everything it writes
@@ -191,6 +199,12 @@ class Trainer:
                 self.val_feed.close()
             if folder is not None:
                 folder.close(self.step, end)
+        if folder is not None and self.config.max_minutes:
+            say(f"took {duration(self.wall_s())} of max_minutes {self.config.max_minutes:g}")
+
+    def wall_s(self) -> float:
+        """Seconds that the run has taken, in all launches up to their checkpoints, and in this."""
+        return self.spent_s + minutes.clock() - self.started
 
     def repeat(self, to: int) -> dict[int, float]:
         """Trains to step `to` and writes nothing; the loss of each step (1, 2 ...) not skipped."""
@@ -224,10 +238,10 @@ class Trainer:
                 if not self._validate():
                     self._leave()
                 last |= group.on_main(partial(self._is_over, step))
-            if due.hellaswag(step) and not self._ask_hellaswag():
+            if due.hellaswag(step) and not self._log_hellaswag():
                 self._leave()
             if due.sample(step) or last:
-                self._sample()
+                self._log_sample()
             if last:
                 return
             if config.guard == "rollback" and (due.snapshot(step) or step == self.first_step):
@@ -380,6 +394,7 @@ class Trainer:
             state = {
                 "offset": self.offset, "block_size": self.train_data.block_size,
                 "guard": self.guard.state_dict(), "products": self.choice and self.choice.products,
+                "spent_s": self.wall_s(),
             }  # fmt: skip
             self.folder.save(
                 self.step, self.model, self.optimizer, tokenizer=self.tokenizer.to_dict(),
@@ -400,12 +415,16 @@ class Trainer:
 
     # -- what is measured and said between two steps ----------------------------------------------
 
-    def mean_losses(self) -> dict[str, float] | None:
-        """Validation over eval_steps * tokens_per_step tokens; None where a signal came."""
+    def val_rows(self) -> int:
+        """Of a validation."""
         n_rows, steps = self.val_data.n_windows, self.config.eval_steps
+        return min(n_rows, steps * self.rows_per_step) if steps else n_rows
+
+    def mean_losses(self, n_rows: int | None = None) -> dict[str, float] | None:
+        """Validation over n_rows, by default val_rows(); None where a signal came."""
         return between.mean_losses(
             self.layout, self.objective, self.val_feed, self.execution, self.group,
-            n_rows=min(n_rows, steps * self.rows_per_step) if steps else n_rows,
+            n_rows=self.val_rows() if n_rows is None else n_rows,
             micro_batch_size=self.config.micro_batch_size, stop_asked=self.is_stop_asked,
         )  # fmt: skip
 
@@ -423,13 +442,16 @@ class Trainer:
         """Whether patience ends the run; for the main process."""
         return self.folder is not None and self.folder.validated(step)
 
-    def _ask_hellaswag(self) -> bool:
-        """Logs HellaSwag's acc_norm and acc; whether it came to its end."""
-        started = time.perf_counter()
-        found = self.layout.call_model(partial(
-            hellaswag_accuracy, self.model, self.hellaswag, self.group,
+    def ask_hellaswag(self, examples: list[Example]) -> dict[str, float] | None:
+        """See gpt2.evals.hellaswag; None where a signal came."""
+        return self.layout.call_model(partial(
+            hellaswag_accuracy, self.model, examples, self.group,
             autocast=self.execution.autocast, poll=self.is_stop_asked,
         ))  # fmt: skip
+
+    def _log_hellaswag(self) -> bool:
+        """Logs HellaSwag's acc_norm and acc; whether it came to its end."""
+        started, found = time.perf_counter(), self.ask_hellaswag(self.hellaswag)
         if found is not None:
             values = {"": found["acc_norm"], "_acc": found["acc"], "_examples": found["examples"]}
             text = f"HellaSwag {found['acc_norm']:.2%} acc_norm, {found['acc']:.2%} acc"
@@ -437,9 +459,11 @@ class Trainer:
             self._tell(values, f"{text} of {found['examples']:,}", started)
         return found is not None
 
-    def _sample(self) -> None:
-        started = time.perf_counter()
-        text = between.sample_text(self.layout, self.model, self.tokenizer)
+    def sample(self) -> str:
+        return between.sample_text(self.layout, self.model, self.tokenizer)
+
+    def _log_sample(self) -> None:
+        started, text = time.perf_counter(), self.sample()
         self._tell({"sample": text}, f"sample: {text!r}", started)
 
     def _tell(self, values: dict, text: str, started: float) -> None:
@@ -474,9 +498,12 @@ class Trainer:
             flops = tokens_per_s * self.model.flops_per_token()
             values["train/mfu"] = flops / (peak * self.group.world_size)
         self.folder.log(step, values)
-        eta_s = (self.config.max_steps - step) * seconds
-        predicted = self.predicted["step_ms"]
-        self.folder.metrics.show_step(step, values, eta_s, predicted, tuple(sums)[:SHOWN])
+        eta_s, predicted = (self.config.max_steps - step) * seconds, self.predicted["step_ms"]
+        limit_s = 60 * self.config.max_minutes or math.inf
+        self.folder.metrics.show_step(
+            step, values, eta_s, predicted, tuple(sums)[:SHOWN],
+            late_s=self.wall_s() + eta_s - limit_s,
+        )  # fmt: skip
 
     def _open(self, folder: RunFolder) -> None:
         """Says what the run is, and opens what it writes."""
