@@ -281,7 +281,7 @@ def test_samples_while_training(train_config, capsys):
             dict(init_from="nowhere/at/all", n_layer=None, n_head=None, n_embd=None),
             "no such folder",
         ),
-        (dict(data="nowhere"), "prepare_data"),
+        (dict(data="nowhere"), "gpt2-triton prepare"),
     ],
 )
 def test_bad_input_ends_before_anything_is_written(train_config, changes, message):
