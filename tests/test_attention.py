@@ -88,15 +88,35 @@ def test_documents_do_not_see_each_other():
     torch.testing.assert_close(a, b, **SAME_BITS)
 
 
-def test_large_scores_do_not_overflow():
-    """Scores near 1e4: exp of them overflows; differences lose eps * 1e4, and no more."""
-    qkv = make_qkv(1, 80, 1, 16) * 70
-    largest = (qkv[:, :, 0] @ qkv[:, :, 1].mT).abs().max().item() / 4
-    assert largest > 1e4
+@pytest.mark.parametrize("scale, limit", [(10, 4e2), (15, 1e3), (70, 1e4)])
+def test_large_scores_lose_their_size_in_eps_and_no_more(scale, limit):
+    """exp of scores near 1e4 overflows; differences lose eps * 1e4."""
+    qkv = make_qkv(1, 80, 1, 16) * scale
+    largest = (qkv[:, :, 0, 0] @ qkv[:, :, 1, 0].mT).abs().max().item() / 4
+    assert largest > limit
     exact = results(reference.attention, [qkv], [1.0], torch.float64)
     for a, b in zip(out_and_dqkv(qkv), exact, strict=True):
         error = (a.double() - b).abs().max() / b.abs().max()
-        assert error < 4 * torch.finfo(torch.float32).eps * largest
+        assert error < torch.finfo(torch.float32).eps * largest
+
+
+def test_nan_stays_with_its_tile_and_the_queries_after_it():
+    qkv = make_qkv(1, 200, 1, 16)
+    qkv[0, 130, 2] = float("nan")
+    out = attention(qkv)[0, :, 0]
+    assert out[:128].isfinite().all() and out[130:].isnan().all()
+
+
+@pytest.mark.parametrize("tiny", [2.0**-24, -(2.0**-24)])
+def test_operands_reach_registers_exactly(tiny):
+    """fp16's smallest number and its largest survive the product with the identity."""
+    qkv = torch.zeros(1, 20, 3, 1, 16, dtype=torch.float16)
+    qkv[0, 3, 2], qkv[0, 4, 2] = tiny, 65504.0
+    dout = torch.zeros(1, 20, 1, 16, dtype=torch.float16)
+    dout[0, 5] = tiny
+    _, dqkv = results(attention, [qkv], [dout])
+    check_attention(qkv, dout)
+    assert dqkv.isfinite().all()
 
 
 @pytest.mark.parametrize("layout", ["heads before parts", "padded rows", "one head for all"])

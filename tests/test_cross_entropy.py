@@ -98,12 +98,15 @@ def test_all_targets_ignored(in_place, reduction):
 )  # numpy's, of log(0) and inf - inf
 @IN_PLACE
 @pytest.mark.parametrize("V", [40, 5000])
-@pytest.mark.parametrize("case", ["first tile", "all but target", "target", "everything"])
+@pytest.mark.parametrize("case", ["first tile", "groups", "all but target", "target", "everything"])
 def test_infinite_logits(case, in_place, V):
     buffer, _ = make(2, V)
     targets = torch.tensor([V - 2, V - 1])
     if case == "first tile":
         buffer[0, : V - 5] = -INF
+    elif case == "groups":  # of 8 neighbours, which share a maximum, and of 4 in the tail
+        buffer[0, : V - 16] = -INF
+        buffer[0, 20:24] = 1.0
     elif case == "all but target":
         buffer[0] = -INF
         buffer[0, targets[0]] = 2.0

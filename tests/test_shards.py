@@ -107,7 +107,7 @@ def test_damaged_npy_and_raw(tmp_path):
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(OSError, match="prepare_data"):
+    with pytest.raises(OSError, match="gpt2-triton prepare"):
         find_shards(tmp_path / "nowhere", "train")
     with pytest.raises(OSError, match="no val shards"):
         find_shards(tmp_path, "val")

@@ -1,4 +1,5 @@
-"""Shipped kernels compile ahead of time, without spills, for GPUs that are not here.
+"""Shipped kernels compile ahead of time, without spills, for GPUs that are not here, and to no more
+work than was recorded in benchmarks/results/static.json.
 
 Compiled in a process of its own: this one has TRITON_INTERPRET=1, which turns the compiler off.
 """
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 TENSOR_CORES = {"sm_80": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
@@ -30,7 +32,19 @@ def compile_report(tmp_path, arch, *options):
     return rows
 
 
+def check_work(rows, arch):
+    """Bound and issued instructions, in the model's us, are at most 5% above the recorded ones."""
+    recorded = json.loads((ROOT / "benchmarks/results/static.json").read_text())["kernels"][arch]
+    for row in (row for row in rows if row["model"]):
+        name = f"{row['op']}, {row['shape']}"
+        if known := recorded[name].get(triton.__version__):
+            for key, us in zip(("bound", "issue"), known[2:], strict=True):
+                now = row["model"][key]
+                assert now <= 1.05 * us + 0.1, f"{name}: {key} {now:.1f} us, recorded {us}"
+
+
 def check(rows, arch):
+    check_work(rows, arch)
     for row in rows:
         name = f"{row['op']} {row['shape']}"
         assert row["spill"] == 0, f"{name} spills {row['spill']} bytes on {arch}"
@@ -65,6 +79,22 @@ def test_gpt2_on_hopper(tmp_path, op, shape, n_rows):
     assert forward["flops"] == 4 * 32 * 12 * 1024**2 * 64 // 2
     assert forward["bytes"] == 32 * 1024 * 12 * (4 * 64 * 2 + 4)
     assert 65 < forward["floor_us"] < 66  # 51.5 GFLOP at 790 TFLOP/s
+    # 64-key tiles of 128 queries, of which 1/8 is beyond the diagonal, at 2048 FMA a clock
+    assert forward["model"]["tensor"] == pytest.approx(
+        32 * 12 * 72 * 128 * 64 * 64 * 2 / 2048 / (132 * 1755), rel=1e-6
+    )
+    by_name = {(row["op"], "docs" in row["shape"]): row["model"] for row in rows}
+    for op in ("attention dq", "attention dkv"):  # where every tile is masked
+        assert by_name[op, True]["bound"] <= 1.25 * by_name[op, False]["bound"]
+
+
+def test_a_regression_is_found():
+    row = {"op": "attention fwd", "shape": "B32 H12 T1024 D64 bf16"}
+    recorded = json.loads((ROOT / "benchmarks/results/static.json").read_text())["kernels"]["sm_90"]
+    _, _, bound, issue = recorded["attention fwd, B32 H12 T1024 D64 bf16"][triton.__version__]
+    check_work([row | {"model": dict(bound=bound, issue=issue)}], "sm_90")
+    with pytest.raises(AssertionError, match="issue"):
+        check_work([row | {"model": dict(bound=bound, issue=1.06 * issue)}], "sm_90")
 
 
 @pytest.mark.slow
