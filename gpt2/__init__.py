@@ -2,6 +2,7 @@
 
 model = gpt2.load_model("gpt2")
 tokens = gpt2.generate(model, [[15496, 11]], max_new_tokens=20)
+text = gpt2.load_tokenizer("gpt2").decode(tokens[0])
 """
 
 import importlib
@@ -10,8 +11,11 @@ import sys
 import types
 
 __version__ = "0.1.0"
-__all__ = ["GPT", "PRESETS", "GPTConfig", "generate", "load_model"]
-_HOMES = {"GPT": "model", "GPTConfig": "config", "PRESETS": "config", "load_model": "checkpoint"}
+_HOMES = {
+    "GPT": "model", "GPTConfig": "config", "PRESETS": "config", "load_model": "checkpoint",
+    "load_tokenizer": "checkpoint",
+}  # fmt: skip
+__all__ = [*_HOMES, "generate"]
 
 
 class _Face(types.ModuleType):

@@ -19,17 +19,27 @@ B rows of the batch, R rows in all (prompts times samples), T time, V vocabulary
 from collections.abc import Callable, Collection, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from inspect import signature
+from numbers import Integral
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gpt2.config import Sampling
+from gpt2.config import Sampling, suggest
 from gpt2.device import execution
 from gpt2.model import GPT, KVCache
 
 POLL = 8  # steps between two looks at the tokens, on a GPU; at most so many steps are in vain
 WARM_UP = 3  # steps before a capture, in which libraries allocate what they need
+PADS = "prompts of different lengths are padded and masked here: leave it out"
+ELSEWHERE = {
+    "input_ids": "the prompts come second, as lists of token ids", "attention_mask": PADS,
+    "pad_token_id": PADS, "do_sample": "temperature 0 is greedy, above 0 it samples",
+    "eos_token_id": "here it is stop_tokens, a list", "num_beams": "there is no beam search",
+    "streamer": "here it is stream, called with (row, token)", "generator": "here it is seed",
+}  # fmt: skip
+"""Arguments of transformers' generate, and what takes their place; see also config.OTHER_NAMES."""
 
 
 @dataclass
@@ -56,8 +66,12 @@ def generate(
     temperature: 0 is greedy.  top_k, top_p, min_p, repetition_penalty: see filter_logits.
     options: num_samples, stop_tokens, stop, window, seed, stream and dtype, as of complete, which
     gives log probabilities besides.
-    Returns the new tokens of each row, without the prompt and without the stop token.
+    Returns the new tokens of each row, without the prompt and without the stop token. Raises as
+    complete does, and TypeError for an option that there is not, with the one that is meant.
     """
+    known = {*signature(complete).parameters, *signature(generate).parameters} - {"options"}
+    for name in options.keys() - known:
+        raise TypeError(f"generate has no {name}: {ELSEWHERE.get(name) or suggest(name, known)}")
     sampling = Sampling(repetition_penalty, temperature, top_k, top_p, min_p)
     rows = complete(model, prompts, max_new_tokens=max_new_tokens, sampling=sampling, **options)
     return [row.tokens for row in rows]
@@ -85,9 +99,10 @@ def complete(
     Only ids that the tokenizer has (model.n_tokens) are drawn.
     dtype: of matmuls, as in gpt2.device.execution. In bfloat16 the linear layers' weights lie there
     twice meanwhile: 2 more bytes each.
-    Returns one Completion a row. Raises ValueError for empty prompts, ids beyond the vocabulary,
-    options out of range, where a prompt, or without window a prompt and max_new_tokens, do not fit
-    block_size, and where the model's logits are not finite numbers.
+    Returns one Completion a row. Raises TypeError for prompts that are no lists of ids (text, a
+    tensor), ValueError for empty prompts, ids beyond the vocabulary, options out of range, where a
+    prompt, or without window a prompt and max_new_tokens, do not fit block_size, and where the
+    model's logits are not finite numbers.
     """
     _check(model, prompts, max_new_tokens, num_samples, window)
     rows = [
@@ -392,16 +407,23 @@ def _left_pad(rows: list[list[int]], device) -> tuple[Tensor, Tensor | None, Ten
 
 def _check(model: GPT, prompts, max_new_tokens: int, num_samples: int, window: bool) -> None:
     block_size = model.config.block_size
+    others = [prompts] if not isinstance(prompts, list) else prompts
+    for wrong in (p for p in others if not isinstance(p, list)):
+        raise TypeError(
+            "prompts must be a list of lists of token ids, such as [[464, 2159], [15496]], got "
+            f"{wrong!r:.40}; gpt2.load_tokenizer(MODEL).encode(TEXT) gives those of a text, "
+            ".tolist() those of a tensor"
+        )
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token, and there must be one prompt")
     for name, value in dict(max_new_tokens=max_new_tokens, num_samples=num_samples).items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be at least 1, and whole, got {value!r}")
     for row, prompt in enumerate(prompts):
-        bad = [t for t in prompt if not 0 <= t < model.n_tokens]
+        bad = [t for t in prompt if not isinstance(t, Integral) or not 0 <= t < model.n_tokens]
         if bad:
-            raise ValueError(f"prompt {row}: token id {bad[0]} lies outside the model's vocabulary "
-                             f"of {model.n_tokens}")  # fmt: skip
+            raise ValueError(f"prompt {row}: token id {bad[0]!r} lies outside the model's "
+                             f"vocabulary of {model.n_tokens}")  # fmt: skip
     longest = max(map(len, prompts))
     room = block_size - longest
     if room < 1:

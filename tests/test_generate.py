@@ -117,10 +117,12 @@ def test_sampling_follows_the_distribution(model):
         ([[1], [2]], {"seed": [1, 2, 3]}, "seed has 3 numbers, and there are 2 rows"),
         ([], {}, "at least one token"), ([[1], []], {}, "at least one token"),
         ([[1], [65]], {}, "prompt 1: token id 65 lies outside the model's vocabulary of 65"),
-        ([[-1]], {}, "token id -1"), ([[1] * 30], {}, "at most 2 new tokens"),
+        ([[-1]], {}, "token id -1"), ([["a"]], {}, "token id 'a'"),
+        ([[1] * 30], {}, "at most 2 new tokens"),
         ([[1] * 32], {"window": True}, r"leaves no room in the .* \(block_size\) of 32"),
         *(([[1]], {name: value}, name) for name, value in [
-            ("max_new_tokens", 0), ("temperature", -1), ("temperature", math.nan), ("top_k", 0),
+            ("max_new_tokens", 0), ("max_new_tokens", 2.5), ("max_new_tokens", None),
+            ("temperature", -1), ("temperature", math.nan), ("top_k", 0),
             ("top_p", 1.5), ("min_p", 0.0), ("repetition_penalty", 0),
             ("repetition_penalty", 1e-40), ("repetition_penalty", math.nan),
         ]),
@@ -129,6 +131,25 @@ def test_sampling_follows_the_distribution(model):
 def test_bad_input(model, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, prompts, **{"max_new_tokens": 5} | options)
+
+
+@pytest.mark.parametrize(
+    "prompts, options, message",
+    [
+        ("Hello", {}, r"list of lists of token ids.*got 'Hello'.*load_tokenizer\(MODEL\).encode"),
+        (["Hello"], {}, "got 'Hello'"), ([1, 2], {}, "got 1;"), ([[1], (2,)], {}, r"got \(2,\)"),
+        (torch.tensor([[1, 2]]), {}, r"got tensor\(\[\[1, 2\]\]\).*tolist\(\) those of a tensor"),
+        ([[1]], {"attention_mask": [[1]]}, "no attention_mask: .* padded and masked here: leave"),
+        ([[1]], {"input_ids": [[1]]}, "no input_ids: the prompts come second"),
+        ([[1]], {"eos_token_id": 5}, "no eos_token_id: here it is stop_tokens, a list"),
+        ([[1]], {"max_length": 5}, "no max_length: here it is max_new_tokens"),
+        ([[1]], {"num_return_sequences": 2}, "no num_return_sequences: here it is num_samples"),
+        ([[1]], {"temprature": 1}, "no temprature: did you mean 'temperature'"),
+    ],
+)  # fmt: skip
+def test_what_is_typed_for_other_libraries_is_answered_with_ours(model, prompts, options, message):
+    with pytest.raises(TypeError, match=message):
+        generate(model, prompts, max_new_tokens=5, **options)
 
 
 def test_a_row_follows_from_its_seed_alone(model):
