@@ -15,7 +15,7 @@ from gpt2.cli import parse
 from gpt2.config import DataSource, TrainConfig, data_sources
 from gpt2.data import Mixture, TokenLoader, write_shard
 from gpt2.data.mixture import find_tokenizer, lowest_terms, shares
-from gpt2.train.pretrain import pretrain
+from gpt2.train.pretrain import open_val, pretrain
 
 from .conftest import losses
 
@@ -229,6 +229,16 @@ def test_training_on_a_mixture(train_config, shakespeare, tmp_path, capsys):
     assert "changed since the checkpoint: max_steps" in out and other not in out
     pretrain(replace(config, max_steps=8, resume="auto", run_name="later"))
     assert other in capsys.readouterr().out
+
+
+def test_a_source_without_val_among_others_is_an_error_that_says_how_to_go_on(counting, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    write_shard(bare / "train_000000.bin", np.arange(100))
+    config = TrainConfig(data=f"{counting}:1,{bare}:1")
+    with pytest.raises(OSError, match="no val split, and others have one: .*--eval_every 0") as e:
+        open_val(config, 8, (0, 1))
+    assert e.value.filename == str(bare)
 
 
 @pytest.mark.parametrize("other", [{"name": "byte"}, {"name": "char", "chars": "ac"}])

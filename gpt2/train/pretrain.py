@@ -5,6 +5,7 @@ the agreement of all ranks nothing is written and nothing is waited for, so a ra
 names its reason, and the others end with it.
 """
 
+import errno
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -191,8 +192,12 @@ def open_val(
     """The loader for validation, in shorter rows where one of block_size would not be full; None
     where the data has no such split; and what is to be said of that."""
     folders = {Path(source.path) for source in data_sources(config.data)}
-    if not any(any(list_shards(folder, "val")) for folder in folders):
+    without = [folder for folder in folders if not any(list_shards(folder, "val"))]
+    if len(without) == len(folders):
         return None, [f"{config.data}: no val split, so nothing is validated"]
+    if without:
+        remedy = "prepare it with one, or validate nothing with --eval_every 0"
+        raise OSError(errno.ENOENT, f"no val split, and others have one: {remedy}", str(without[0]))
     counts = (sum(s.n_tokens for s in open_shards(find_shards(f, "val"))) for f in folders)
     length, lines = max(min(block_size, min(counts) - 1), 1), []
     if length < block_size:
