@@ -229,4 +229,4 @@ def test_the_site_builds_without_a_warning_and_its_options_are_the_codes(tmp_pat
     for config in (TrainConfig, SFTConfig, DPOConfig, PrepareConfig, ExportConfig):
         for field in fields(config):
             assert f'<span class="pre">--{field.name}</span>' in page
-    assert "over all ranks and micro steps" in page and "524288" in page
+    assert "Over all ranks and micro steps" in page and "19073" in page
