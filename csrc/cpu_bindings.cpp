@@ -62,8 +62,7 @@ void add(pybind11::module_& m, const char* suffix) {
          });
   define("decode_linear_", [](Address x, Address w, Address bias, Address y, Size M, Size N, Size K,
                               int threads) {
-    decode_linear(at<const float>(x), at<const T>(w), at<const float>(bias), at<float>(y), M, N, K,
-                  threads);
+    decode_linear(at<const T>(x), at<const T>(w), at<const T>(bias), at<T>(y), M, N, K, threads);
   });
 }
 

@@ -32,6 +32,6 @@ void attention_backward(const T* qkv, const int32_t* start, const T* out, const 
 
 // y (M, N) = x (M, K) w (N, K)^T + bias (N) or nullptr, for a few rows; where has_decode_linear().
 template <typename T>
-void decode_linear(const float* x, const T* w, const float* bias, float* y, int64_t M, int64_t N,
-                   int64_t K, int threads);
+void decode_linear(const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K,
+                   int threads);
 bool has_decode_linear();

@@ -1,6 +1,6 @@
 // Linear layers for a decode step on a CPU, where x has a few rows only.
 //
-//     y (M, N) = x (M, K) w (N, K)^T + bias (N),   all contiguous, float32; w may be bfloat16
+//     y (M, N) = x (M, K) w (N, K)^T + bias (N),   all contiguous, float32 or all bfloat16
 //
 // Every weight is read once and used M times, so for small M the time is that of reading w. A core
 // that reads one stream of consecutive addresses gets about half of the memory's bandwidth on the
@@ -8,14 +8,15 @@
 // read as four streams that are far apart: rows n, n + N/4, n + N/2 and n + 3N/4 together. For M > 3
 // they are read again from the L1 cache for the next three rows of x.
 //
-// Each y is the sum over k in the same order whatever M is, so a row's result does not depend on
-// the other rows.
+// Each y is the sum over k in the same order whatever M is, in float32, so a row's result does not
+// depend on the other rows.
 //
 // Threads are OpenMP's. torch links libgomp.so.1 too and is loaded first, so they are its threads.
 
 #include "cpu_math.h"
 
 #include <stdexcept>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -48,7 +49,7 @@ AVX2 inline float sum(__m256 v) {
 // ROWS rows of x (apart by K) times COLUMNS rows of w (apart by far * K), into y (apart by N and
 // far).
 template <int ROWS, int COLUMNS, typename T>
-AVX2 inline void tile(const float* x, const T* w, const float* bias, float* y, int64_t N, int64_t K,
+AVX2 inline void tile(const float* x, const T* w, const T* bias, T* y, int64_t N, int64_t K,
                       int64_t far) {
   __m256 acc[ROWS][COLUMNS];
 #pragma GCC unroll 4
@@ -76,15 +77,15 @@ AVX2 inline void tile(const float* x, const T* w, const float* bias, float* y, i
       for (int64_t rest = k; rest < K; ++rest) {
         total += x[r * K + rest] * load(w + c * far * K + rest);
       }
-      y[r * N + c * far] = total + (bias ? bias[c * far] : 0.0f);
+      store(y + r * N + c * far, total + (bias ? load(bias + c * far) : 0.0f));
     }
   }
 }
 
 // All M rows of x times the rows n, n + far, ... of w.
 template <int COLUMNS, typename T>
-AVX2 void columns(const float* x, const T* w, const float* bias, float* y, int64_t M, int64_t N,
-                  int64_t K, int64_t n, int64_t far) {
+AVX2 void columns(const float* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K,
+                  int64_t n, int64_t far) {
   w += n * K;
   y += n;
   if (bias) bias += n;
@@ -97,8 +98,11 @@ AVX2 void columns(const float* x, const T* w, const float* bias, float* y, int64
 }  // namespace
 
 template <typename T>
-AVX2 void decode_linear(const float* x, const T* w, const float* bias, float* y, int64_t M,
-                        int64_t N, int64_t K, int n_threads) {
+AVX2 void decode_linear(const T* rows, const T* w, const T* bias, T* y, int64_t M, int64_t N,
+                        int64_t K, int n_threads) {
+  std::vector<float> floats(M * K);
+  for (int64_t i = 0; i < M * K; ++i) floats[i] = load(rows + i);
+  const float* x = floats.data();
   const int64_t far = N / STREAMS;
 #pragma omp parallel for num_threads(n_threads) schedule(static) if (n_threads > 1)
   for (int64_t n = 0; n < far; ++n) columns<STREAMS>(x, w, bias, y, M, N, K, n, far);
@@ -112,7 +116,7 @@ bool has_decode_linear() {
 }  // namespace
 
 template <typename T>
-void decode_linear(const float*, const T*, const float*, float*, int64_t, int64_t, int64_t, int) {
+void decode_linear(const T*, const T*, const T*, T*, int64_t, int64_t, int64_t, int) {
   throw std::runtime_error("not supported on this CPU");
 }
 
@@ -121,5 +125,5 @@ bool has_decode_linear() { return false; }
 
 template void decode_linear(const float*, const float*, const float*, float*, int64_t, int64_t,
                             int64_t, int);
-template void decode_linear(const float*, const bfloat16*, const float*, float*, int64_t, int64_t,
-                            int64_t, int);
+template void decode_linear(const bfloat16*, const bfloat16*, const bfloat16*, bfloat16*, int64_t,
+                            int64_t, int64_t, int);

@@ -222,10 +222,10 @@ def _decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | N
     n_out, n_in = weight.shape
     if x.numel() > DECODE_ROWS * n_in or not kernels.has_decode_linear():
         return None
-    x, bias = x.float().contiguous(), None if bias is None else bias.float()
+    x = x.to(weight.dtype).contiguous()
     y = x.new_empty(*x.shape[:-1], n_out)
     _call("decode_linear", weight.dtype, x, weight, bias, y, x.numel() // n_in, n_out, n_in)
-    return y.to(weight.dtype)
+    return y
 
 
 def has_onednn() -> bool:

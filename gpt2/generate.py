@@ -113,7 +113,7 @@ def complete(
     keep = max(block_size // 2, 1)  # of a full context, with window
     capacity = min(max(map(len, prompts)) + max_new_tokens, block_size)
     picker = _Picker(model, rows, sampling, _row_seeds(seed, len(rows)), max_new_tokens)
-    with _evaluating(model, dtype) as cache_dtype:
+    with evaluating(model, dtype) as cache_dtype:
         decoder = _Decoder(model, capacity, cache_dtype)
         logits = decoder.prefill(prompts, num_samples)  # (B, V)
         running = rows  # those in the batch, some of them may have ended
@@ -233,7 +233,7 @@ class _Decoder:
     def _capture(self) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """One step as a graph, and where it leaves its logits. The cache is as it was before.
 
-        The graph reads the weights that _evaluating has put into the model.
+        The graph reads the weights that evaluating has put into the model.
         """
         length, graph = self.cache.length, torch.cuda.CUDAGraph()
         side = torch.cuda.Stream()
@@ -361,11 +361,12 @@ def _row_seeds(seed: int | Sequence[int] | None, n_rows: int) -> Sequence[int]:
 
 
 @contextmanager
-def _evaluating(model: GPT, dtype: str):
+def evaluating(model: GPT, dtype: str):
     """The model without dropout, in the device's precision; gives the dtype of keys and values.
 
     Where that is bfloat16, copies take the place of the float32 weights that autocast would cast
-    for every token, as it does under inference_mode. What FSDP shares out stays as it is.
+    for every token, as it does under inference_mode; around several calls of generate, once for all
+    of them. What FSDP shares out stays as it is.
     """
     weight, was_training = model.lm_head.weight, model.training
     run = execution(weight.device, dtype)
@@ -380,7 +381,8 @@ def _evaluating(model: GPT, dtype: str):
         for layer, name, p in cast:
             setattr(layer, name, nn.Parameter(p.to(run.dtype), requires_grad=False))
         with torch.cuda.device_of(weight), run.autocast():
-            yield run.dtype if low else weight.dtype
+            # Attention of one token in bfloat16 takes torch 4 to 6 times as long on a CPU.
+            yield run.dtype if low and weight.is_cuda else weight.dtype
     finally:
         for layer, name, p in cast:
             setattr(layer, name, p)

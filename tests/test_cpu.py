@@ -293,13 +293,13 @@ def test_linear_of_few_rows(linear, n_in, n_out):
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 def test_linear_of_few_rows_with_weights_of_bfloat16(linear, x_dtype):
-    """As if the weights were float32, rounded once at the end; x as it comes under autocast."""
+    """Sums in float32, rounded once at the end; x as it comes under autocast."""
     weight, bias = torch.randn(50, 131).bfloat16(), torch.randn(50).bfloat16()
     for n_rows in (1, 5):
         x = torch.randn(n_rows, 131).to(x_dtype)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             y = linear(x, weight, bias)
-        exact = F.linear(x.double(), weight.double(), bias.double())
+        exact = F.linear(x.bfloat16().double(), weight.double(), bias.double())
         assert y.dtype == torch.bfloat16
         assert_close(y.double(), exact, rtol=2**-8, atol=1e-5)
     with torch.no_grad():

@@ -30,6 +30,7 @@ STEPS = "--max_steps 2 --warmup_steps 0 --micro_batch_size 2 --eval_every 0 --de
 # Put behind a command's own words; the last of two equal options counts.
 TINY = {
     "train": f"--n_layer 1 --n_head 2 --n_embd 32 --block_size 64 --tokens_per_step 128 {STEPS}",
+    "train auto": "--max_minutes 0.05",
     "train configs/shakespeare_char.yaml": "--max_steps 12 --save_every 4 --log_every 1",
     "sft": f"--tokens_per_step 256 {STEPS}",
     "dpo": f"--tokens_per_step 512 {STEPS}",
@@ -228,4 +229,4 @@ def test_the_site_builds_without_a_warning_and_its_options_are_the_codes(tmp_pat
     for config in (TrainConfig, SFTConfig, DPOConfig, PrepareConfig, ExportConfig):
         for field in fields(config):
             assert f'<span class="pre">--{field.name}</span>' in page
-    assert "over all ranks and micro steps" in page and "524288" in page
+    assert "Over all ranks and micro steps" in page and "19073" in page

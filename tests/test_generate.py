@@ -280,9 +280,12 @@ def test_the_copies_give_the_bits_of_autocast_and_leave_the_model(tiny, in_bfloa
     model = GPT(tiny, "torch")
     names, trained = [*model.state_dict()], dict(model.named_parameters())
     with torch.no_grad(), Execution(torch.device("cpu"), torch.bfloat16).autocast():
-        expected = module._Decoder(model, 12, torch.bfloat16).prefill(PROMPTS)
-    with torch.no_grad(), module._evaluating(model, "auto") as dtype:
-        assert model.lm_head.weight.dtype == dtype == torch.bfloat16
+        expected = module._Decoder(model, 12, torch.float32).prefill(PROMPTS)
+    with torch.no_grad(), module.evaluating(model, "auto") as dtype:
+        weight = model.lm_head.weight
+        assert (weight.dtype, dtype) == (torch.bfloat16, torch.float32)
+        with module.evaluating(model, "auto"):  # as in generate
+            assert model.lm_head.weight is weight
         assert_close(module._Decoder(model, 12, dtype).prefill(PROMPTS), expected, rtol=0, atol=0)
 
     def fail(row, tokens):

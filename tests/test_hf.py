@@ -18,6 +18,7 @@ from gpt2.data.chat import jinja
 from gpt2.export import limits
 from gpt2.tokenizer import GPT2Tokenizer
 from gpt2.train.objectives import LanguageModeling
+from gpt2.train.pretrain import pretrain
 
 ODD = GPTConfig(n_layer=3, n_head=5, n_embd=60, block_size=37, vocab_size=501)
 SMALL = GPTConfig(n_layer=1, n_head=2, n_embd=8, block_size=16, vocab_size=50257)
@@ -98,6 +99,16 @@ def test_export_loads_in_transformers(tmp_path, bias):
     assert load_tokenizer(tmp_path / "out").name == "gpt2"
     with pytest.raises(OSError):
         hf.export_hf(ours, tmp_path / "out")
+
+
+def test_what_muon_trained_is_a_gpt2(train_config, tmp_path):
+    pretrain(replace(train_config, optimizer="muon"))
+    ours = gpt2.load_model(tmp_path / "runs" / "run", kernels="torch")
+    hf.export_hf(ours, tmp_path / "out", None)
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "out")
+    idx = torch.randint(0, 65, (4, 32))
+    with torch.no_grad():
+        assert_close(theirs(idx).logits, ours(idx), rtol=1e-4, atol=1e-5)
 
 
 def openais_own(tensors):

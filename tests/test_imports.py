@@ -110,6 +110,14 @@ def test_importing_the_package_and_its_command_lines_loads_no_torch():
     assert done.stdout == "False\n"
 
 
+def test_a_model_on_a_cpu_loads_no_triton():
+    code = "import sys, gpt2; gpt2.GPT(gpt2.PRESETS['char'], {!r}); print('triton' in sys.modules)"
+    for kernels in ("auto", "torch"):
+        words = [sys.executable, "-c", code.format(kernels)]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        assert done.stdout == "False\n", kernels
+
+
 def test_nothing_is_printed_or_read_at_import():
     code = "import gpt2, gpt2.train.pretrain, gpt2.data.datasets"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

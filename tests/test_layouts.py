@@ -172,8 +172,8 @@ def test_layouts_train_alike(train_config, free_port, tmp_path, optimizer):
     for name in ("full", "mixed"):
         assert close(files(out / name, 6), files(out / "none", 6)), name
     assert equal(files(out / "again", 6), files(out / "full", 6))
-    # Two a run, at steps 3 and 6; a step that has its sample gets no other. Besides, mixed's two ends
-    # at 2 and 5.
+    # Two a run, at steps 3 and 6; a step that has its sample gets no other. Besides, mixed's two
+    # ends at 2 and 5.
     assert done.stdout.count("sample: ") == 2 * 10 - 1 + 2
     # Back to step 2, on with the batches after the poisoned one: 6 steps that count.
     assert len(losses(out / "back_none")) > 5

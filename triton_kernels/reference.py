@@ -44,12 +44,14 @@ def attention(qkv: Tensor, *, doc_start: Tensor | None = None) -> Tensor:
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of new tokens to all cached ones, themselves included: generation's attention.
 
-    q (B, H, T, D); k, v (B, H, S, D).
+    q (B, H, T, D); k, v (B, H, S, D) in the cache's dtype, in which all is computed.
     mask (B or 1, 1, T, S) bool, True = visible; None: all keys for T = 1, causal for T = S.
     Returns (B, T, H, D).
     """
     causal = mask is None and q.shape[2] > 1
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal).transpose(1, 2)
+    with torch.autocast(q.device.type, enabled=False):
+        out = F.scaled_dot_product_attention(q.to(k.dtype), k, v, mask, is_causal=causal)
+    return out.transpose(1, 2)
 
 
 def layer_norm(

@@ -110,6 +110,7 @@ def main() -> None:
     with starting():
         config = parse(ChatConfig, __doc__)
         from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
+        from gpt2.generate import evaluating
     assistant = load_assistant(
         config.model, device=config.device, kernels=config.kernels, dtype=config.dtype,
         template=config.template,
@@ -125,17 +126,17 @@ def main() -> None:
         )
     chat = Chat(config, Conversation(assistant))
     chat.conversation.set_system(config.system)
-    _ = assistant.model  # loads it before the first question
     if sys.stdin.isatty():
         import readline  # noqa: F401, gives input() its line editing
 
         note(f"{config.model}, {assistant.template}; /help lists the commands")
-    while (line := read_line()) is not None:
-        try:
-            if line.startswith("/"):
-                if not chat.command(line):
-                    break
-            elif line:
-                chat.ask(line)
-        except ValueError as error:  # of this line only
-            note(str(error))
+    with evaluating(assistant.model, assistant.dtype):  # casts its weights before the first answer
+        while (line := read_line()) is not None:
+            try:
+                if line.startswith("/"):
+                    if not chat.command(line):
+                        break
+                elif line:
+                    chat.ask(line)
+            except ValueError as error:  # of this line only
+                note(str(error))
