@@ -230,12 +230,10 @@ def run_script(main) -> None:
     except BrokenPipeError:  # of `script | head`: nobody reads on
         SafeOutput(sys.stdout).drop()
         sys.exit(141)
-    except (ValueError, OSError, ImportError, RecursionError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        text = _in_words(error)
+        if sys.flags.dev_mode or text is None:
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         complain(f"error{f' (rank {rank})' if rank else ''}: {text}")
         if rank:  # at once, without waiting for other ranks: torchrun then ends them
             with contextlib.suppress(OSError):
@@ -245,6 +243,19 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+
+
+def _in_words(error: Exception) -> str | None:
+    """An error that the user can mend; None for one that is ours."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError | RuntimeError) and not isinstance(error, RecursionError):
+        # torch has a class for a GPU's memory only.
+        if not isinstance(error, MemoryError) and not re.search("memory|Storage size", text):
+            return None
+        return f"out of memory ({text[:200].strip()}): ask for less at a time"
+    return text
 
 
 @contextlib.contextmanager

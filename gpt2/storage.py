@@ -55,7 +55,8 @@ def make(cls, values, where):
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:  # TypeError: a field is missing, or another type
-        raise ValueError(f"{where}: {error}") from error
+        words = str(error).removeprefix(f"{cls.__name__}.__init__() ")
+        raise ValueError(f"{where}: {words}") from error
 
 
 def read_shapes(path: Path) -> Found:
@@ -157,10 +158,10 @@ def write_whole(path: Path, text: str | bytes) -> None:
     try:
         temporary.write_bytes(text.encode() if isinstance(text, str) else text)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):  # on a full disk what it holds is wanted back
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def set_aside(path: Path, why: str) -> str:

@@ -13,7 +13,14 @@ from gpt2.config import (
     TrainConfig,
     suggest,
 )
-from gpt2.options import ChatConfig, CompareConfig, EvaluateConfig, ExportConfig, SampleConfig
+from gpt2.options import (
+    ChatConfig,
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    SampleConfig,
+    ShowBatchConfig,
+)
 
 EVERY = (
     TrainConfig, SFTConfig, DPOConfig, SampleConfig, ChatConfig, CompareConfig, EvaluateConfig,
@@ -182,6 +189,14 @@ def test_an_option_with_several_values_ends_at_a_recipe(tmp_path):
         (TrainConfig(), dict(lr=float("nan")), "lr must be a finite number"),
         (TrainConfig(), dict(grad_clip=float("inf")), "grad_clip must be a finite number"),
         (TrainConfig(), dict(save_every=-1), "save_every must not be negative"),
+        (TrainConfig(), dict(run_name=".."), "plain folder name"),
+        (TrainConfig(), dict(seed=2**63), r"seed must be below 2\*\*63, got 9223372036854775808"),
+        (TrainConfig(), dict(lr_range_test=True, resume="runs/a"), "runs/a, give it as init_from"),
+        (TrainConfig(preset="auto", max_minutes=1.0), dict(init_from="a"), "init_from 'a' has one"),
+        (SampleConfig(model="m"), dict(prompt=()), "prompt is empty"),
+        (SampleConfig(model="m"), dict(num_samples=10**9), r"num_samples must lie in \[1, 65536\]"),
+        (ShowBatchConfig(run="a"), dict(step=-1), "step must not be negative"),
+        (ShowBatchConfig(run="a"), dict(rows=0), "rows must be at least 1"),
         (PRESETS["gpt2"], dict(n_embd=100), "the nearest are 96 and 108"),
         (PRESETS["gpt2"], dict(n_layer=0), "n_layer must be at least 1"),
         (PRESETS["gpt2"], dict(dropout=1.0), r"dropout must lie in \[0, 1\)"),

@@ -16,11 +16,11 @@ import pytest
 from gpt2.cli import SafeOutput, printable
 from gpt2.config import TrainConfig
 from gpt2.model import GPT
-from gpt2.storage import to_json
+from gpt2.storage import to_json, write_whole
 from gpt2.tokenizer import CharTokenizer
 from gpt2.train import metrics as module
 from gpt2.train.between import sample_text
-from gpt2.train.metrics import Metrics, draw_curve, points, read_metrics
+from gpt2.train.metrics import Metrics, draw_curve, duration, points, read_metrics
 
 NAN = float("nan")
 STEP = {
@@ -293,3 +293,15 @@ def test_samples_where_the_alphabet_has_no_newline(tiny):
     layout = SimpleNamespace(call_model=lambda call: call())
     text = sample_text(layout, GPT(replace(tiny, vocab_size=3), "torch"), CharTokenizer("abc"))
     assert len(text) == 31 and set(text) <= set("abc")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError) as error:
+        write_whole(tmp_path, "text")
+    assert error.value.filename == str(tmp_path)
+    assert [*tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+
+
+def test_a_duration_has_no_end():
+    assert duration(90061) == "1 day, 1:01:01"
+    assert duration(float("inf")).endswith("17:46:40")

@@ -230,4 +230,4 @@ def draw_curve(lines: list[dict], path: str | Path, title: str, unit: str) -> No
 
 def duration(seconds: float) -> str:
     """h:mm:ss"""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, 1e13))))  # timedelta ends at 8.6e13
