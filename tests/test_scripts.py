@@ -126,7 +126,7 @@ def test_sample_errors(script, tmp_path, train_config):
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
     assert "no such folder" in one_line_error(script("sample", tmp_path / "nowhere"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+        patch.setattr(importlib.import_module("triton_kernels.attention"), "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
     assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
 
