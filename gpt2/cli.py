@@ -113,14 +113,12 @@ def read_config(path: str | Path, *classes):
     raise first
 
 
-def write_yaml(config, path: str | Path) -> None:
-    """Writes a config as a file that read_yaml takes."""
+def to_yaml(config) -> str:
+    """A config as read_yaml takes it."""
     import yaml
 
-    text = yaml.safe_dump(
-        {"kind": config.KIND, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True
-    )
-    Path(path).write_text(text, encoding="utf-8")
+    values = {"kind": config.KIND, **dataclasses.asdict(config)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _load_yaml(path: str | Path) -> dict:

@@ -87,6 +87,13 @@ def test_a_damaged_log_is_set_aside(log, tmp_path, capsys, content, left):
     assert steps(tmp_path) == [*left, 3]
 
 
+def test_a_pipe_in_place_of_the_log_is_set_aside_unread(log, tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    log(first_step=0).log(1, {"x": 3})
+    assert "not a file; set aside as metrics.jsonl.damaged" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.damaged").is_fifo() and steps(tmp_path) == [1]
+
+
 def test_no_line_no_log(log, tmp_path):
     """A folder counts as a run by its log."""
     (tmp_path / "metrics.jsonl").write_bytes(GOOD)

@@ -176,6 +176,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 def read_log(path: str | Path) -> tuple[list[dict], str]:
     """The lines of a metrics.jsonl that can be read, and what is wrong with it, "" for nothing."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            return [], f"{path}: not a file"  # reading from a pipe may never end
         content = Path(path).read_bytes()
     except FileNotFoundError:
         return [], ""

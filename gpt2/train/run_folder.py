@@ -30,7 +30,7 @@ from statistics import median_high
 import torch
 
 from gpt2 import checkpoint
-from gpt2.cli import say, write_yaml
+from gpt2.cli import say, to_yaml
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
@@ -125,7 +125,7 @@ class RunFolder:
         known = [] if self._lock is None else checkpoint.list_checkpoints(self.path)
         before = (resumed.identity if resumed is not None else None) or self._read_identity()
         lines = compare(config, resumed, before, identity) if resumed is not None else []
-        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)  # else no step is kept
         self.lock()
         if checkpoint.list_checkpoints(self.path) != known:
             raise OSError(f"{self.path}: another process has trained here meanwhile; start again")
@@ -161,7 +161,7 @@ class RunFolder:
         self.metrics = Metrics(self.path, config, description, first_step, known)
         self.say, self.log = self.metrics.say, self.metrics.log
         try:
-            write_yaml(config, self.path / "config.yaml")
+            write_whole(self.path / "config.yaml", to_yaml(config))
         except OSError as error:
             self.say(f"config.yaml is not written: {error}")
         self.receipt = Receipt(
