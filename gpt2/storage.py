@@ -164,6 +164,20 @@ def write_whole(path: Path, text: str | bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written; before the work for it is done. Raises
+    OSError where it cannot be written."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "a folder: name a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
 def set_aside(path: Path, why: str) -> str:
     """Renames what cannot be used to NAME.damaged, or .damaged.1 and so on; says so."""
     names = (f"{path.name}.damaged{f'.{n}' * (n > 0)}" for n in range(1 << 30))

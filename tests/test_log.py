@@ -16,7 +16,7 @@ import pytest
 from gpt2.cli import SafeOutput, printable
 from gpt2.config import TrainConfig
 from gpt2.model import GPT
-from gpt2.storage import to_json, write_whole
+from gpt2.storage import check_writable, to_json, write_whole
 from gpt2.tokenizer import CharTokenizer
 from gpt2.train import metrics as module
 from gpt2.train.between import sample_text
@@ -307,6 +307,17 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
         write_whole(tmp_path, "text")
     assert error.value.filename == str(tmp_path)
     assert [*tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+
+
+def test_a_file_that_is_to_be_written_is_tried_first(tmp_path):
+    (tmp_path / "file").touch()
+    for path, named in ((tmp_path, tmp_path), (tmp_path / "file" / "x", tmp_path / "file"),
+                        (Path("/proc/x"), "/proc/x")):  # fmt: skip
+        with pytest.raises(OSError) as error:
+            check_writable(path)
+        assert error.value.filename == str(named)
+    check_writable(tmp_path / "new" / "x")
+    assert [*(tmp_path / "new").iterdir()] == []
 
 
 def test_a_duration_has_no_end():
