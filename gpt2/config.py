@@ -409,12 +409,10 @@ class TrainConfig:
                 f"warmup_steps {self.warmup} must not be above max_steps {self.max_steps}: lower "
                 "it, or leave it out"
             )
-        if self.lr_range_test and self.max_minutes:
-            raise ValueError("lr_range_test has a length of its own: leave max_minutes out")
-        if self.lr_range_test and self.resume not in ("never", "auto"):
+        if self.lr_range_test and (self.max_minutes or self.resume not in ("never", "auto")):
             raise ValueError(
-                f"lr_range_test begins where the run would: to test from {self.resume}, give it as "
-                "init_from instead of resume"
+                "lr_range_test has a length and a start of its own: leave max_minutes out, and "
+                f"give a checkpoint as init_from, not as resume ({self.resume!r})"
             )
         if self.exact_reduction and self.sharding != "none":
             raise ValueError(

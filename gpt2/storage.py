@@ -165,17 +165,14 @@ def write_whole(path: Path, text: str | bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the folder of a file that is to be written; before the work for it is done. Raises
+    """Makes the folder of a file that is to be written, before the work for it is done. Raises
     OSError where it cannot be written."""
     if path.is_dir():
         raise OSError(errno.EISDIR, "a folder: name a file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.touch()
-        temporary.unlink()
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    if not path.exists():
+        write_whole(path, "")
+        path.unlink()
 
 
 def set_aside(path: Path, why: str) -> str:

@@ -238,6 +238,25 @@ def test_compare_says_what_is_wrong_before_it_generates(script, base, tmp_path, 
     assert "out.html: a folder" in one_line_error(script("compare", "--models", base, *words))
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_byte_that_is_no_utf_8_costs_a_line_in_a_terminal(base, script, monkeypatch, is_terminal):
+    class Input(io.StringIO):
+        isatty = lambda self: is_terminal  # noqa: E731
+
+        def readline(self, *_):
+            monkeypatch.setattr(Input, "readline", lambda *_: "")
+            return b"caf\xe9".decode()
+
+    monkeypatch.setattr(sys, "stdin", Input())
+    status, _, err = script("chat", base, *CPU)
+    assert "the input is not UTF-8 text" in err and status == (not is_terminal)
+
+
+def test_chat_needs_an_input(base, script, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which is closed" in one_line_error(script("chat", base, *CPU))
+
+
 def test_without_a_template_none_is_read(base, monkeypatch):
     refuse = lambda name: pytest.fail("reads the folder's template")  # noqa: E731
     monkeypatch.setattr("gpt2.assistant.load_chat_template", refuse)

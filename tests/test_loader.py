@@ -106,6 +106,14 @@ def test_all_three_formats_and_shard_borders(tmp_path, backend):
     assert x.flatten().tolist() == list(range(data.n_windows * 7)) and torch.equal(y, x + 1)
 
 
+def test_a_folder_whose_name_is_not_utf_8(tmp_path, backend):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    write_shard(folder / "a.bin", np.arange(50))
+    data = TokenLoader([folder / "a.bin"], 7, shuffle=False, backend=backend)
+    assert data.batch(0, 1)[0].tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+
+
 def test_a_sparse_shard_of_5_gib(tmp_path, backend):
     path, n_tokens = tmp_path / "train.bin", 5 * (1 << 30) // 2
     with open(path, "wb") as file:

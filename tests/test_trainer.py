@@ -263,6 +263,16 @@ def test_the_residual_stream_is_in_the_precision_that_was_asked_for(
     assert losses(Path(config.out_dir) / "run") == pytest.approx(again, rel=5e-3)
 
 
+def test_a_sample_that_cannot_be_drawn_does_not_end_training(train_config, monkeypatch, capsys):
+    def broken(_):
+        raise ValueError("the model's logits are not finite numbers")
+
+    monkeypatch.setattr(Trainer, "sample", broken)
+    pretrain(replace(train_config, max_steps=2, sample_every=1, eval_every=0))
+    assert capsys.readouterr().out.count("sample: \"(none: the model's logits are not") == 2
+    assert list_checkpoints(train_config.folder)[-1].name == "step_00000002"
+
+
 def test_samples_while_training(train_config, capsys):
     pretrain(replace(train_config, sample_every=2))
     assert capsys.readouterr().out.count("sample: ") == 3

@@ -103,12 +103,17 @@ def read_line() -> str | None:
             print()
             note("leave with /quit or Ctrl-D")
         except UnicodeDecodeError as error:
-            raise ValueError(f"the input is not UTF-8 text: {error.reason}") from None
+            words = f"the input is not UTF-8 text: {error.reason}"
+            if not is_terminal:  # what stood in the same block is lost
+                raise ValueError(words) from None
+            note(words)
 
 
 def main() -> None:
     with starting():
         config = parse(ChatConfig, __doc__)
+        if sys.stdin is None:
+            raise ValueError("chat reads its questions from standard input, which is closed")
         from gpt2.assistant import DEFAULT_TEMPLATE, Conversation, load_assistant
         from gpt2.generate import evaluating
     assistant = load_assistant(

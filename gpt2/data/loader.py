@@ -4,6 +4,7 @@ The C++ module does the work (csrc/token_loader.h describes the algorithm); Nump
 for machines without a compiler. Both give identical batches.
 """
 
+import os
 import resource
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -125,7 +126,10 @@ class TokenLoader(BatchSource):
         self.names = ("idx", "targets", "doc_start") if doc_mask else ("idx", "targets")
         make, self.backend = _select_backend(backend)
         _allow_open_files(len(self.shards))
-        self._backend = make(self.shards, block_size, seed % (1 << 64), shuffle, vocab_size)
+        shards = self.shards
+        if self.backend == "cpp":  # names as bytes: they need not be UTF-8
+            shards = [(os.fsencode(path), *rest) for path, *rest in shards]
+        self._backend = make(shards, block_size, seed % (1 << 64), shuffle, vocab_size)
         self.n_tokens: int = self._backend.n_tokens
         self.n_windows: int = self._backend.n_windows
 

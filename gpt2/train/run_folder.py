@@ -173,7 +173,6 @@ class RunFolder:
         self._copy: checkpoint.Tensors | None = None  # of what is written, 12 bytes a parameter
         self._pending: tuple[int, float, Future] | None = None  # step, held_ms, path and write_ms
         self.stopping = False  # whether the next checkpoint is the last one
-        self._told = False  # that the link to the best one does not move
         self._point_at_best()
 
     def save(
@@ -258,12 +257,8 @@ class RunFolder:
         return min(saved, key=lambda p: found[p.name], default=None)
 
     def _point_at_best(self) -> None:
-        if (best := self._best()) is None:
-            return
-        checkpoint.point_at(best, checkpoint.BEST)
-        if checkpoint.best_checkpoint(self.path) != best and not self._told:
-            self._told, link = True, best.with_name(checkpoint.BEST)
-            self.say(f"{link} cannot be made a link (is it a copy?); the best is {best.name}")
+        if best := self._best():
+            checkpoint.point_at(best, checkpoint.BEST)
 
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
@@ -296,8 +291,13 @@ class RunFolder:
         say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
         found = checkpoint.list_checkpoints(self.path)
         say(f"checkpoint: {found[-1] if found else 'none was needed'}")
-        if (best := self._best()) and best != found[-1]:
-            say(f"the best by val loss: {best.with_name(checkpoint.BEST)}, which is {best.name}")
+        if not (best := self._best()):
+            return
+        link = best.with_name(checkpoint.BEST)
+        if checkpoint.best_checkpoint(self.path) != best:
+            say(f"the best by val loss: {best}; {link} is another, and no link that could follow")
+        elif best != found[-1]:
+            say(f"the best by val loss: {link}, which is {best.name}")
 
 
 def identity_of(parts) -> dict:

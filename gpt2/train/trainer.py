@@ -463,7 +463,11 @@ class Trainer:
         return between.sample_text(self.layout, self.model, self.tokenizer)
 
     def _log_sample(self) -> None:
-        started, text = time.perf_counter(), self.sample()
+        started = time.perf_counter()
+        try:
+            text = self.sample()
+        except ValueError as error:  # of logits that are not finite, on all ranks alike
+            text = f"(none: {error})"
         self._tell({"sample": text}, f"sample: {text!r}", started)
 
     def _tell(self, values: dict, text: str, started: float) -> None:
