@@ -75,10 +75,11 @@ def describe(model: GPT, *, tokenizer: dict, train: dict, **others) -> dict:
 
 
 def write_checkpoint(
-    run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0
-) -> Path:
+    run: str | Path, step: int, tensors: Tensors, meta: dict, *, keep_last: int = 0,
+    best: Path | None = None,
+) -> Path:  # fmt: skip
     """Writes a snapshot as RUN/checkpoints/step_<step>, then deletes all but the newest keep_last
-    (0 keeps all), the best and this one; returns its path.
+    (0 keeps all), the best, also where the link is to another, and this one; returns its path.
 
     Raises OSError where there is no room or it cannot be written, ValueError for weights or moments
     that are not finite; what was there before stays.
@@ -110,7 +111,7 @@ def write_checkpoint(
         os.rename(temporary, folder)
         storage.sync(folder.parent)
         point_at(folder, "latest")
-        kept = (folder, best_checkpoint(run))
+        kept = (folder, best, best_checkpoint(run))
         for path in list_checkpoints(run)[:-keep_last] if keep_last else []:
             if path not in kept:  # renamed, so that a half deleted one is never seen
                 os.rename(path, path.with_name(f".{path.name}.tmp"))
@@ -163,10 +164,12 @@ def _tidy(folder: Path) -> None:
 def point_at(folder: Path, name: str) -> None:
     """Makes a link beside a checkpoint point at it, at once: it never points at nothing."""
     temporary = folder.with_name(f".{name}.tmp")
-    with suppress(OSError):  # a file system without links: nothing here reads it
+    with suppress(OSError):  # a file system without links, or a copy where the link was
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(folder.name, target_is_directory=True)
         os.replace(temporary, folder.with_name(name))
+    with suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def _sign(meta: dict) -> str | None:

@@ -25,6 +25,8 @@ COMMANDS = {"pretrain": "train", "sft": "sft", "dpo": "dpo"}  # by the kind of a
 RECIPES = Path(__file__).parent / "configs"
 
 
+_SWITCH = {word: "on" for word in ("true", "yes", "on")}
+_SWITCH |= {word: "off" for word in ("false", "no", "off")}
 KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 
 
@@ -90,7 +92,7 @@ def read_yaml(cls, path: str | Path) -> dict:
     values = _load_yaml(path)
     kind = values.pop("kind", None)
     if kind is not None and kind != getattr(cls, "KIND", None):
-        command = COMMANDS.get(kind, "COMMAND")
+        command = COMMANDS.get(str(kind), "COMMAND")
         raise ValueError(f"{path}: its kind is {kind!r}, for `gpt2-triton {command}`")
     return coerce(cls, values, str(path))
 
@@ -111,25 +113,39 @@ def read_config(path: str | Path, *classes):
     raise first
 
 
-def write_yaml(config, path: str | Path) -> None:
-    """Writes a config as a file that read_yaml takes."""
+def to_yaml(config) -> str:
+    """A config as read_yaml takes it."""
     import yaml
 
-    text = yaml.safe_dump(
-        {"kind": config.KIND, **dataclasses.asdict(config)}, sort_keys=False, allow_unicode=True
-    )
-    Path(path).write_text(text, encoding="utf-8")
+    values = {"kind": config.KIND, **dataclasses.asdict(config)}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _load_yaml(path: str | Path) -> dict:
-    """The content of a file, or of the recipe in the package that is meant: [configs/]NAME.yaml."""
+    """The content of a file, or of the recipe in the package that is meant: [configs/]NAME.yaml.
+
+    Its values are words, as on a command line: YAML reads 010 as 8, 190:20:30 as 685230, on as a
+    truth value. A key that stands twice is an error: YAML takes the last.
+    """
     import yaml
+
+    class Words(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise yaml.YAMLError(f"{twice[0]!r} stands twice: leave one out")
+            return super().construct_mapping(node, deep)
+
+    for kind in ("int", "float", "bool", "timestamp"):
+        Words.add_constructor(f"tag:yaml.org,2002:{kind}", Words.construct_yaml_str)
 
     path, recipe = Path(path), RECIPES / Path(path).name
     if path.parent.name in ("", "configs") and recipe.exists() and not path.exists():
         path = recipe
+    if path.exists() and not path.is_file():  # reading from a pipe or a device may never end
+        raise OSError(errno.EINVAL, "not a file: name the YAML file of a recipe", str(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Words)
     except (yaml.YAMLError, RecursionError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML: {str(error).replace(chr(10), ' ')}") from error
     if not isinstance(values, dict):
@@ -164,8 +180,7 @@ def _coerce_value(hint, value, where: str):
     """A value as its field has it, from YAML or from a word of a command line."""
     options = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        # YAML reads a bare on and off as booleans.
-        value = {"True": "on", "False": "off"}.get(str(value).capitalize(), value)
+        value = _SWITCH.get(str(value).lower(), value) if "on" in options else value
         if value not in options:
             raise ValueError(f"{where}: must be one of {', '.join(options)}, got {value!r}")
         return value
@@ -191,8 +206,8 @@ def _coerce_value(hint, value, where: str):
                 return number
             if number.is_integer():
                 return int(value if str(value).isdigit() else number)
-    if hint is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
+    if hint is bool and str(value).lower() in _SWITCH:
+        return _SWITCH[str(value).lower()] == "on"
     if type(value) is not hint:
         raise ValueError(f"{where}: must be {words}{KINDS[hint]}, got {value!r}")
     return value
@@ -213,12 +228,10 @@ def run_script(main) -> None:
     except BrokenPipeError:  # of `script | head`: nobody reads on
         SafeOutput(sys.stdout).drop()
         sys.exit(141)
-    except (ValueError, OSError, ImportError, RecursionError) as error:
-        if sys.flags.dev_mode:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        text = _in_words(error)
+        if sys.flags.dev_mode or text is None:
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.strerror:
-            text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
         complain(f"error{f' (rank {rank})' if rank else ''}: {text}")
         if rank:  # at once, without waiting for other ranks: torchrun then ends them
             with contextlib.suppress(OSError):
@@ -228,6 +241,19 @@ def run_script(main) -> None:
     except KeyboardInterrupt:
         complain("interrupted")
         sys.exit(130)
+
+
+def _in_words(error: Exception) -> str | None:
+    """An error that the user can mend; None for one that is ours."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError | RuntimeError) and not isinstance(error, RecursionError):
+        # torch has a class for a GPU's memory only.
+        if not isinstance(error, MemoryError) and not re.search("memory|Storage size", text):
+            return None
+        return f"out of memory ({text[:200].strip()}): ask for less at a time"
+    return text
 
 
 @contextlib.contextmanager

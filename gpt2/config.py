@@ -85,11 +85,13 @@ def nearest_multiples(value: int, of: int) -> str:
 
 
 def check_numbers(config, *, above_0="", at_least_0="", at_least_1="", below_1="") -> None:
-    """Raises ValueError for a field that is NaN or infinite, and for those named (with spaces
-    between) that are out of range; None and words are left alone. below_1: in [0, 1)."""
+    """Raises ValueError for a field that is NaN, infinite or beyond 64 bits, and for those named
+    (with spaces between) that are out of range; None and words are left alone. below_1: in [0, 1).
+    """
     every = " ".join(field.name for field in dataclasses.fields(config))
     rules = (
         (every, "must be a finite number", math.isfinite),
+        (every, "must be below 2**63", lambda x: isinstance(x, float) or abs(x) < 2**63),
         (above_0, "must be above 0", lambda x: x > 0),
         (at_least_0, "must not be negative", lambda x: x >= 0),
         (at_least_1, "must be at least 1", lambda x: x >= 1),
@@ -409,6 +411,11 @@ class TrainConfig:
             )
         if self.lr_range_test and self.max_minutes:
             raise ValueError("lr_range_test has a length of its own: leave max_minutes out")
+        if self.lr_range_test and self.resume not in ("never", "auto"):
+            raise ValueError(
+                f"lr_range_test begins where the run would: to test from {self.resume}, give it as "
+                "init_from instead of resume"
+            )
         if self.exact_reduction and self.sharding != "none":
             raise ValueError(
                 f"exact_reduction adds up whole gradients itself, so it needs sharding none, not "
@@ -416,10 +423,15 @@ class TrainConfig:
             )
         if self.exact_reduction and self.micro_batch_size == "auto":
             raise ValueError("exact_reduction is of one micro_batch_size: give it as a number")
-        if not self.run_name or Path(self.run_name).name != self.run_name:
+        if self.run_name in ("", "..") or Path(self.run_name).name != self.run_name:
             raise ValueError(f"run_name must be a plain folder name, got {self.run_name!r}")
 
     def _check_auto(self) -> None:
+        if self.init_from:
+            raise ValueError(
+                f"preset auto chooses a size, and init_from {self.init_from!r} has one: leave one "
+                "of them out"
+            )
         shape = [name for name in SHAPE if getattr(self, name) is not None]
         if not self.max_minutes:
             raise ValueError("preset auto chooses a size for the minutes: give max_minutes")

@@ -188,6 +188,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
             path.chmod(0o644)
             storage.sync(path)
         os.rename(temporary / folder.name if folder.suffix == ".gguf" else temporary, folder)
+    except OSError as error:  # numpy's and gguf's do not say where
+        if error.filename and error.strerror:
+            raise
+        raise OSError(error.errno or errno.EIO, f"not written ({error})", str(folder)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -5,6 +5,8 @@ from typing import Literal, get_args
 
 from gpt2.config import Kernels, Precision, Sampling, check_numbers
 
+MOST_SAMPLES = 1 << 16  # of a prompt
+
 
 @dataclass(frozen=True)
 class _Generation(Sampling):
@@ -50,6 +52,16 @@ class SampleConfig(_Generation, _OfModel):
     stop: tuple[str, ...] = ()  # end before any of these texts
     # Print each row's log probability to stderr: the model's own, before the options above.
     log_probabilities: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompt and not self.prompt_file:
+            raise ValueError("prompt is empty: give one or more, or a prompt_file")
+        if not 1 <= self.num_samples <= MOST_SAMPLES:
+            raise ValueError(
+                f"num_samples must lie in [1, {MOST_SAMPLES}], got {self.num_samples}: all are one "
+                "batch; for more, call again with another seed"
+            )
 
 
 @dataclass(frozen=True)
@@ -206,6 +218,9 @@ class ShowBatchConfig:
     rank: int = 0
     world_size: int = 1
     rows: int = 4  # print at most so many rows
+
+    def __post_init__(self):
+        check_numbers(self, at_least_0="step rank", at_least_1="world_size rows")
 
 
 @dataclass(frozen=True)

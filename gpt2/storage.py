@@ -55,7 +55,8 @@ def make(cls, values, where):
     try:
         return cls(**values)
     except (ValueError, TypeError) as error:  # TypeError: a field is missing, or another type
-        raise ValueError(f"{where}: {error}") from error
+        words = str(error).removeprefix(f"{cls.__name__}.__init__() ")
+        raise ValueError(f"{where}: {words}") from error
 
 
 def read_shapes(path: Path) -> Found:
@@ -157,10 +158,24 @@ def write_whole(path: Path, text: str | bytes) -> None:
     try:
         temporary.write_bytes(text.encode() if isinstance(text, str) else text)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):  # on a full disk what it holds is wanted back
             temporary.unlink()
-        raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder of a file that is to be written; before the work for it is done. Raises
+    OSError where it cannot be written."""
+    if path.is_dir():
+        raise OSError(errno.EISDIR, "a folder: name a file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def set_aside(path: Path, why: str) -> str:

@@ -1,5 +1,6 @@
 """Early stopping, and the checkpoint with the lowest validation loss."""
 
+import shutil
 import subprocess
 import sys
 import time
@@ -84,6 +85,26 @@ def test_patience_ends_a_run_and_a_resume_says_so(run, capsys):
     run(val, patience=3, resume="auto")
     assert "stopped early" not in capsys.readouterr().out and len(losses(folder)) == 6
     assert best_checkpoint(folder).name == "step_00000005"
+
+
+def test_the_best_outlives_the_log_and_the_link(run, capsys):
+    """A log that is gone, and a copy of the run that has followed its links."""
+    folder = run([5, 1, 4, float("nan")], max_steps=4)
+    (folder / "metrics.jsonl").unlink()
+    run([0, 0, 0, float("nan"), 3, 3, 3], resume="auto", max_steps=7, patience=4)
+    assert names(folder) == ["2", "6"] and best_checkpoint(folder).name == "step_00000002"
+    said = "stopped early: no lower val loss than 1.0000 in 4 validations (patience 4)"
+    assert said in capsys.readouterr().out
+    assert losses(folder, "val/loss") == [5, 1, 4, None, 3, 3]
+
+    best = folder / "checkpoints" / "best"
+    best.unlink()
+    shutil.copytree(best.with_name("step_00000002"), best)
+    run([0] * 6 + [2, 0.5, 2, 2], resume="auto", max_steps=10)
+    assert names(folder) == ["8", "0"] and not best.is_symlink()
+    said = f"{best} cannot be made a link (is it a copy?); the best is step_00000002"
+    assert capsys.readouterr().out.count(said) == 1
+    assert [*best.parent.glob(".*")] == []
 
 
 def test_patience_at_the_last_step_is_no_early_stop(run, capsys):

@@ -232,6 +232,10 @@ def test_compare_says_what_is_wrong_before_it_generates(script, base, tmp_path, 
         assert message in one_line_error(result)
     missing = script("compare", "--models", base, tmp_path / "nowhere", "--prompts", prompts, *CPU)
     assert "nowhere" in one_line_error(missing)
+    (tmp_path / "out.html").mkdir()
+    prompts.write_text("short")
+    words = "--prompts", prompts, "--out", tmp_path / "out", *CPU
+    assert "out.html: a folder" in one_line_error(script("compare", "--models", base, *words))
 
 
 def test_without_a_template_none_is_read(base, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt2.checkpoint import list_checkpoints
-from gpt2.cli import write_yaml
+from gpt2.cli import to_yaml
 from gpt2.train.metrics import read_metrics
 from gpt2.train.receipt import read_receipt
 
@@ -55,7 +55,7 @@ def cluster(tmp_path, train_config):
         (tools / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
         (tools / name).chmod(0o755)
     config = replace(train_config, max_steps=120, save_every=0, eval_every=0)
-    write_yaml(config, tmp_path / "run.yaml")
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
     env = os.environ | {
         "PATH": f"{tools}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "GPUS_PER_NODE": "2",
         "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": str(os.getpid()), "SLURM_NNODES": "1",

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 
@@ -12,7 +13,14 @@ from gpt2.config import (
     TrainConfig,
     suggest,
 )
-from gpt2.options import ChatConfig, CompareConfig, EvaluateConfig, ExportConfig, SampleConfig
+from gpt2.options import (
+    ChatConfig,
+    CompareConfig,
+    EvaluateConfig,
+    ExportConfig,
+    SampleConfig,
+    ShowBatchConfig,
+)
 
 EVERY = (
     TrainConfig, SFTConfig, DPOConfig, SampleConfig, ChatConfig, CompareConfig, EvaluateConfig,
@@ -41,8 +49,8 @@ def test_first_word_is_the_first_field():
         ("learning_rate: 1", "unknown key 'learning_rate': here it is lr"),
         ("warmup_step: 1", "did you mean 'warmup_steps'"),
         ("lr: fast", "lr: must be a number, got 'fast'"),
-        ("max_steps: 1.5", "max_steps: must be a whole number, got 1.5"),
-        ("bias: 1", "bias: must be True or False, got 1"),
+        ("max_steps: 1.5", "max_steps: must be a whole number, got '1.5'"),
+        ("bias: 1", "bias: must be True or False, got '1'"),
         ("schedule: step", "must be one of cosine"),
         ("- lr", "expected `key: value`"),
         ("lr: [1", "not valid YAML"),
@@ -50,13 +58,42 @@ def test_first_word_is_the_first_field():
         ("preset: xyz", "known are auto, char"),
         ("kind: dpo\nlr: 1e-3", "its kind is 'dpo', for `gpt2-triton dpo`"),
         ("verify: open", "verify is no option any more, leave it out: shards are always checked"),
-        ("lr: .nan", "lr must be a finite number"),
+        ("lr: nan", "lr must be a finite number"),
+        ("lr: 1:30.5", "lr: must be a number, got '1:30.5'"),
+        ("seed: 190:20:30", "seed: must be a whole number, got '190:20:30'"),
+        ("lr: 1\nseed: 2\nlr: 3", "not valid YAML: 'lr' stands twice: leave one out"),
+        ("data: [{path: a, weight: 1, weight: 2}]", "'weight' stands twice"),
+        ("kind: [1]", r"its kind is \['1'\]"),
     ],
 )
 def test_bad_yaml(tmp_path, text, message):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
+        parse(TrainConfig, "", [str(path)])
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("seed: 010", "seed", 10),
+        ("run_name: 2024-01-01", "run_name", "2024-01-01"),
+        ("run_name: on", "run_name", "on"),
+        ("compile: no", "compile", "off"),
+        ("doc_mask: yes", "doc_mask", True),
+        ("lr: ~", "lr", 6e-4),
+    ],
+)
+def test_a_value_in_yaml_means_what_it_means_on_the_command_line(tmp_path, text, name, value):
+    path = tmp_path / "a.yaml"
+    path.write_text(text)
+    assert getattr(parse(TrainConfig, "", [str(path)]), name) == value
+
+
+def test_a_recipe_that_is_no_file_is_refused_without_being_read(tmp_path):
+    path = tmp_path / "a.yaml"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a file"):
         parse(TrainConfig, "", [str(path)])
 
 
@@ -152,6 +189,14 @@ def test_an_option_with_several_values_ends_at_a_recipe(tmp_path):
         (TrainConfig(), dict(lr=float("nan")), "lr must be a finite number"),
         (TrainConfig(), dict(grad_clip=float("inf")), "grad_clip must be a finite number"),
         (TrainConfig(), dict(save_every=-1), "save_every must not be negative"),
+        (TrainConfig(), dict(run_name=".."), "plain folder name"),
+        (TrainConfig(), dict(seed=2**63), r"seed must be below 2\*\*63, got 9223372036854775808"),
+        (TrainConfig(), dict(lr_range_test=True, resume="runs/a"), "runs/a, give it as init_from"),
+        (TrainConfig(preset="auto", max_minutes=1.0), dict(init_from="a"), "init_from 'a' has one"),
+        (SampleConfig(model="m"), dict(prompt=()), "prompt is empty"),
+        (SampleConfig(model="m"), dict(num_samples=10**9), r"num_samples must lie in \[1, 65536\]"),
+        (ShowBatchConfig(run="a"), dict(step=-1), "step must not be negative"),
+        (ShowBatchConfig(run="a"), dict(rows=0), "rows must be at least 1"),
         (PRESETS["gpt2"], dict(n_embd=100), "the nearest are 96 and 108"),
         (PRESETS["gpt2"], dict(n_layer=0), "n_layer must be at least 1"),
         (PRESETS["gpt2"], dict(dropout=1.0), r"dropout must lie in \[0, 1\)"),

@@ -276,9 +276,13 @@ def test_a_difference_is_found_and_nothing_stays(tmp_path, monkeypatch):
     def full(model, folder):
         raise OSError(28, "No space left on device", str(folder))
 
+    def unnamed(model, folder):
+        raise OSError("8 of 9 written")
+
     for change, message in (
         (weight, "other weights"), (template, "template gives other tokens"),
         (tokenizer, "tokenizer"), (full, "No space left"),
+        (unnamed, r"not written \(8 of 9 written\): '.*out'"),
     ):  # fmt: skip
         spoil(change)
         with pytest.raises((ValueError, OSError), match=message):

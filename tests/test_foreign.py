@@ -199,6 +199,7 @@ def lie(content, weights):
         (torch_file(lambda c, w: c["model_args"].update(vocab_size=98)), "wte.weight has shape"),
         (torch_file(lambda c, w: c["model_args"].update(n_layer=3)), "missing .*h.2.attn"),
         (torch_file(lambda c, w: c["model_args"].update(bias=False)), "unknown .*attn.c_attn.bias"),
+        (torch_file(lambda c, w: c["model_args"].pop("n_layer")), "pt: missing .*'n_layer'"),
         (torch_file(lambda c, w: c["model_args"].update(n_head=3)), "multiple of n_head 3"),
         (torch_file(lambda c, w: c["model_args"].update(n_kv_head=1)), "n_kv_head cannot be 1"),
         (torch_file(lambda c, w: c["model_args"].update(n_embd=-4)), "n_embd cannot be -4"),

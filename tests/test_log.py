@@ -16,11 +16,11 @@ import pytest
 from gpt2.cli import SafeOutput, printable
 from gpt2.config import TrainConfig
 from gpt2.model import GPT
-from gpt2.storage import to_json
+from gpt2.storage import check_writable, to_json, write_whole
 from gpt2.tokenizer import CharTokenizer
 from gpt2.train import metrics as module
 from gpt2.train.between import sample_text
-from gpt2.train.metrics import Metrics, draw_curve, points, read_metrics
+from gpt2.train.metrics import Metrics, draw_curve, duration, points, read_metrics
 
 NAN = float("nan")
 STEP = {
@@ -85,6 +85,13 @@ def test_a_damaged_log_is_set_aside(log, tmp_path, capsys, content, left):
     assert "set aside as metrics.jsonl.damaged.1" in capsys.readouterr().out
     assert aside.is_dir() if content is None else aside.read_bytes() == content
     assert steps(tmp_path) == [*left, 3]
+
+
+def test_a_pipe_in_place_of_the_log_is_set_aside_unread(log, tmp_path, capsys):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    log(first_step=0).log(1, {"x": 3})
+    assert "not a file; set aside as metrics.jsonl.damaged" in capsys.readouterr().out
+    assert (tmp_path / "metrics.jsonl.damaged").is_fifo() and steps(tmp_path) == [1]
 
 
 def test_no_line_no_log(log, tmp_path):
@@ -293,3 +300,26 @@ def test_samples_where_the_alphabet_has_no_newline(tiny):
     layout = SimpleNamespace(call_model=lambda call: call())
     text = sample_text(layout, GPT(replace(tiny, vocab_size=3), "torch"), CharTokenizer("abc"))
     assert len(text) == 31 and set(text) <= set("abc")
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError) as error:
+        write_whole(tmp_path, "text")
+    assert error.value.filename == str(tmp_path)
+    assert [*tmp_path.parent.glob(f".{tmp_path.name}*")] == []
+
+
+def test_a_file_that_is_to_be_written_is_tried_first(tmp_path):
+    (tmp_path / "file").touch()
+    for path, named in ((tmp_path, tmp_path), (tmp_path / "file" / "x", tmp_path / "file"),
+                        (Path("/proc/x"), "/proc/x")):  # fmt: skip
+        with pytest.raises(OSError) as error:
+            check_writable(path)
+        assert error.value.filename == str(named)
+    check_writable(tmp_path / "new" / "x")
+    assert [*(tmp_path / "new").iterdir()] == []
+
+
+def test_a_duration_has_no_end():
+    assert duration(90061) == "1 day, 1:01:01"
+    assert duration(float("inf")).endswith("17:46:40")

@@ -152,7 +152,7 @@ def test_a_run_that_gets_slower_keeps_its_steps_and_says_when_it_ends(
 
 def test_max_minutes_that_cannot_be_met_are_refused(timed, clock):
     clock(2.0)
-    with pytest.raises(ValueError, match="max_minutes 0.6 holds 6 steps of 2.00 s, a schedule"):
+    with pytest.raises(ValueError, match="max_minutes 0.6 holds 6 steps of 2 s .*a schedule"):
         pretrain(timed)
     assert not list_checkpoints(timed.folder)
     slow = replace(timed, tokens_per_step=1 << 26, max_minutes=0.001)

@@ -661,6 +661,7 @@ DEEP = b"[" * 100_000 + b"]" * 100_000
         ("a.jsonl", "\ufeff{}".encode("utf-16"), "UTF-16, not JSON: convert it first .iconv"),
         ("a.jsonl", b'{"text": "\0"}', "binary, not JSON: byte 10 is NUL"),
         ("a.jsonl", b"PAR1....", "a parquet file, not JSON: use --parquet"),
+        ("a.txt", b"{\\rtf1 Hello}", "a document with a layout, not text: convert it first"),
         ("a.txt", b"text\n" * 99 + b"\0", "binary, not text: byte 495 is NUL"),
         ("a.txt", "\u00e9".encode() * 500 + b"\xe9", "not UTF-8 text, byte 1000 is 0xe9; convert"),
         ("a.txt", b'{"text": "x"}\n{"text": "y"}\n', "JSON, not text: use --jsonl"),
@@ -833,6 +834,11 @@ def test_network_that_fails_at_once_or_later(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="Salesforce/wikitext: the hub cannot be reached .*--parquet"):
         make(tmp_path, name="wikitext2")
     assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError, match="file: no data set of the hub .* name it with --text, --json"
+    ):
+        prepare(PrepareConfig(hf=str(tmp_path / "file"), out=str(tmp_path / "out")))
     path = write_jsonl(tmp_path / "t", texts(300))
     calls, commits = local_hub(monkeypatch, {"train": path}), iter("123")
     monkeypatch.setattr("gpt2.data.sources.hub_commit", lambda repo, revision: next(commits))

@@ -13,6 +13,7 @@ import pytest
 
 from gpt2 import checkpoint
 from gpt2.checkpoint import list_checkpoints
+from gpt2.cli import read_config
 from gpt2.config import TrainConfig
 from gpt2.data.loader import TokenLoader
 from gpt2.data.prepare import prepare
@@ -64,6 +65,18 @@ def test_two_launches_on_a_folder_that_is_not_there_yet(config, tmp_path):
         first.begin(config, {}, None)
         with pytest.raises(OSError, match="is training here"):
             second.begin(config, {}, None)
+
+
+def test_what_is_in_the_way_is_replaced_or_named_before_step_0(config):
+    config.folder.mkdir(parents=True)
+    os.mkfifo(config.folder / "config.yaml")
+    (config.folder / "checkpoints").touch()
+    with pytest.raises(FileExistsError, match="checkpoints"):
+        pretrain(config)
+    assert not (config.folder / "metrics.jsonl").exists()
+    (config.folder / "checkpoints").unlink()
+    pretrain(config)
+    assert read_config(config.folder / "config.yaml", TrainConfig) == config
 
 
 def test_names_that_are_not_ours_are_left_alone(config):

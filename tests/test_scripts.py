@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from gpt2.cli import run_script
 from gpt2.data import find_shards, open_shards, write_shard
@@ -51,6 +52,15 @@ TRAIN = (
     "--warmup_steps", 0, "--tokens_per_step", 128, "--micro_batch_size", 2, "--eval_every", 0,
     "--device", "cpu",
 )  # fmt: skip
+
+
+def test_memory_that_is_not_there_is_one_line_and_a_fault_of_ours_is_not(capsys):
+    with pytest.raises(SystemExit):
+        run_script(lambda: torch.empty(1 << 60))
+    found = capsys.readouterr().err
+    assert found.startswith("error: out of memory (") and found.count("\n") == 1
+    with pytest.raises(RuntimeError, match="shapes"):
+        run_script(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
 
 
 def test_own_text_in_three_lines(script, tmp_path):
@@ -116,7 +126,7 @@ def test_sample_errors(script, tmp_path, train_config):
     assert "at least one token" in one_line_error(script("sample", run, "--prompt", ""))
     assert "no such folder" in one_line_error(script("sample", tmp_path / "nowhere"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["triton_kernels.attention"], "INTERPRETED", False)
+        patch.setattr(importlib.import_module("triton_kernels.attention"), "INTERPRETED", False)
         triton = script("sample", run, "--kernels", "triton", "--device", "cpu")
     assert "'triton' cannot run: the Triton kernels need a CUDA GPU" in one_line_error(triton)
 

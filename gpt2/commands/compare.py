@@ -29,8 +29,10 @@ def main() -> None:
     with starting():
         config = parse(CompareConfig, __doc__)
         from gpt2.assistant import load_assistant
+        from gpt2.storage import check_writable
     prompts = read_prompts(config.prompts)
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
+    for ending in ("md", "html"):
+        check_writable(Path(f"{config.out}.{ending}"))
     heads, columns = ["prompt"], [prompts]
     assistants = [load_assistant(n, device=config.device, kernels=config.kernels,
                                  dtype=config.dtype)

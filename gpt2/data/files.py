@@ -148,6 +148,8 @@ def check_kind(path: Path, wanted: str) -> bytes:
         (head[257:262] == b"ustar", "a tar archive", "unpack it first, and name the folder"),
         (head.startswith((b"\xff\xfe", b"\xfe\xff")), "UTF-16",
          "convert it first (iconv -f UTF-16 -t UTF-8)"),
+        (head.startswith((b"%PDF", b"{\\rtf", b"%!PS")), "a document with a layout",
+         "convert it first (pdftotext, pandoc)"),
         (head.startswith(b"PAR1"), "a parquet file", "use --parquet, or name it .parquet"),
         (b"\0" in head, "binary", f"byte {head.find(0)} is NUL"),
         (text and _has_suffix(path, TABLE_SUFFIXES), "a table",

@@ -336,6 +336,11 @@ def hub_commit(repo: str, revision: str | None = None) -> str:
 
 def _unreachable(name: str, error: Exception) -> OSError:
     reason = str(error).strip().split("\n")[0]
+    if Path(name).exists():
+        return OSError(
+            f"{name}: no data set of the hub ({reason}); what lies here is not of save_to_disk: "
+            "name it with --text, --jsonl or --parquet"
+        )
     return OSError(
         f"{name}: the hub cannot be reached ({reason}); check the name and the network (and "
         "HF_HUB_OFFLINE), or fetch its files elsewhere and name them (prepare: --parquet or "

@@ -22,7 +22,7 @@ from gpt2.evals.perplexity import detokenize, perplexity, validation_loss
 from gpt2.evals.table import table
 from gpt2.model import GPT
 from gpt2.options import EvaluateConfig
-from gpt2.storage import write_whole
+from gpt2.storage import check_writable, write_whole
 from gpt2.tokenizer import Tokenizer
 
 # What the numbers of an example are called in a line of --samples.
@@ -45,11 +45,16 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         step, recorded, path = None, {}, Path(f"evaluation_{Path(config.model).name}.json")
     path = Path(config.out) if config.out else path
 
+    def check() -> None:
+        find()  # downloads once; the others find what is there
+        for name in filter(None, (path, config.samples)):
+            check_writable(Path(name))
+
     def find() -> dict[str, Path]:
         names = [task for task in config.tasks if task != "val"]
         return {name: find_file(name, config.data_dir, tokenizer) for name in names}
 
-    group.on_main(find)  # downloads once; the others find what is there
+    group.on_main(check)
     paths = find()
     model = checkpoint.load_model(config.model, group.device, config.kernels)
     model.eval().requires_grad_(False)
@@ -85,7 +90,6 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
         "torch": torch.__version__, "kernels": model.ops.name, "tokenizer": tokenizer.name,
         "results": results,
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1) + "\n")
     print(f"results: {path}")
     if config.samples:
@@ -93,7 +97,6 @@ def evaluate(config: EvaluateConfig, group: Distributed) -> None:
             json.dumps(dict(zip(SAMPLES[task], values, strict=True), task=task, number=n)) + "\n"
             for task, found in samples.items() for n, values in sorted(found.items())
         ]  # fmt: skip
-        Path(config.samples).parent.mkdir(parents=True, exist_ok=True)
         write_whole(Path(config.samples), "".join(lines))
         print(f"samples: {config.samples}, {len(lines):,} examples")
 

@@ -58,7 +58,8 @@ def range_test(trainer: Trainer, signals: StopSignals) -> None:
     lowest = smooth.index(min(smooth)) if smooth else 0
     if lowest == 0:
         raise ValueError(
-            f"no lr of {len(lrs)} steps up to {max(lrs, default=0):.1e} lowers the loss"
+            f"no lr of {len(lrs)} steps up to {max(lrs, default=0):.1e} lowers the loss: raise "
+            f"max_steps (up to {STEPS}), or look at the data"
         )
     what = f"--lr {lrs[lowest]:.1e}, where the smoothed loss is lowest"
     say(f"lr range test: {len(lrs)} steps up to lr {lrs[-1]:.1e}; suggested: {what}")

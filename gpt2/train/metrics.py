@@ -28,11 +28,15 @@ class Metrics:
     """Writes to the run folder and the terminal; only the main process has one.
 
     first_step: the step a resumed run starts from; lines of later steps, from before the
-    interruption, are dropped. Attribute lines: what was logged.
+    interruption, are dropped. known: lines of which the log may have lost some. Attribute lines:
+    what was logged.
     Raises as start_trackers does.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, description: dict, first_step: int):
+    def __init__(
+        self, folder: Path, config: TrainConfig, description: dict, first_step: int,
+        known: list[dict] = (),
+    ):  # fmt: skip
         self.path, self.max_steps = folder / "metrics.jsonl", config.max_steps
         self.n_failed, self.bar = 0, None  # writes since the last one that worked
         # First, so that a start that one of them refuses leaves no log, which is what makes a run.
@@ -42,6 +46,8 @@ class Metrics:
         if damage:
             self.say(set_aside(self.path, damage))
         self.lines = [line for line in lines if line["step"] <= first_step]
+        self.lines += [line for line in known if not self.logged(line["step"], "val/loss")]
+        self.lines.sort(key=lambda line: line["step"])
         self._rewrite()
 
     def log(self, step: int, values: dict) -> None:
@@ -170,6 +176,8 @@ def read_metrics(path: str | Path) -> list[dict]:
 def read_log(path: str | Path) -> tuple[list[dict], str]:
     """The lines of a metrics.jsonl that can be read, and what is wrong with it, "" for nothing."""
     try:
+        if Path(path).exists() and not Path(path).is_file():
+            return [], f"{path}: not a file"  # reading from a pipe may never end
         content = Path(path).read_bytes()
     except FileNotFoundError:
         return [], ""
@@ -230,4 +238,4 @@ def draw_curve(lines: list[dict], path: str | Path, title: str, unit: str) -> No
 
 def duration(seconds: float) -> str:
     """h:mm:ss"""
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, 1e13))))  # timedelta ends at 8.6e13

@@ -94,8 +94,8 @@ def lay_out(trainer) -> tuple[TrainConfig, str]:
 def _check(config: TrainConfig, steps: int, step_s: float) -> int:
     if steps < LEAST_STEPS:
         raise ValueError(
-            f"max_minutes {config.max_minutes:g} holds {max(steps, 0)} steps of {step_s:.2f} s, a "
-            f"schedule needs {LEAST_STEPS}: raise it, lower tokens_per_step "
-            f"{config.tokens_per_step}, or take a smaller model"
+            f"max_minutes {config.max_minutes:g} holds {max(steps, 0)} steps of {step_s:.2g} s and "
+            f"what comes between, a schedule needs {LEAST_STEPS}: raise it, lower tokens_per_step "
+            f"{config.tokens_per_step} or eval_steps, or take a smaller model"
         )
     return steps

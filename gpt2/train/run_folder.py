@@ -30,7 +30,7 @@ from statistics import median_high
 import torch
 
 from gpt2 import checkpoint
-from gpt2.cli import say, write_yaml
+from gpt2.cli import say, to_yaml
 from gpt2.config import TrainConfig
 from gpt2.dist import Distributed
 from gpt2.model import GPT
@@ -54,6 +54,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path, self.run_id, self.identity = Path(path), "", {}
+        self.val: list[tuple[int, float | None]] = []  # step, loss, as the checkpoint has them
         self._lock = None
 
     def __enter__(self) -> "RunFolder":
@@ -124,11 +125,12 @@ class RunFolder:
         known = [] if self._lock is None else checkpoint.list_checkpoints(self.path)
         before = (resumed.identity if resumed is not None else None) or self._read_identity()
         lines = compare(config, resumed, before, identity) if resumed is not None else []
-        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)  # else no step is kept
         self.lock()
         if checkpoint.list_checkpoints(self.path) != known:
             raise OSError(f"{self.path}: another process has trained here meanwhile; start again")
         own = resumed is not None and resumed.path.parent.parent.resolve() == self.path.resolve()
+        self.val = resumed.state.get("val", []) if own else []
         if not (own and self.run_id):
             self.run_id = (resumed.run_id if own else None) or uuid.uuid4().hex
         self.identity = identity
@@ -155,10 +157,11 @@ class RunFolder:
         """Opens log and receipt. facts, predicted: see gpt2.train.receipt."""
         self.config, self.reported = config, time.monotonic()
         description = asdict(config) | {"run_id": self.run_id}
-        self.metrics = Metrics(self.path, config, description, first_step)
+        known = [{"step": step, "val/loss": loss} for step, loss in self.val]
+        self.metrics = Metrics(self.path, config, description, first_step, known)
         self.say, self.log = self.metrics.say, self.metrics.log
         try:
-            write_yaml(config, self.path / "config.yaml")
+            write_whole(self.path / "config.yaml", to_yaml(config))
         except OSError as error:
             self.say(f"config.yaml is not written: {error}")
         self.receipt = Receipt(
@@ -170,6 +173,7 @@ class RunFolder:
         self._copy: checkpoint.Tensors | None = None  # of what is written, 12 bytes a parameter
         self._pending: tuple[int, float, Future] | None = None  # step, held_ms, path and write_ms
         self.stopping = False  # whether the next checkpoint is the last one
+        self._told = False  # that the link to the best one does not move
         self._point_at_best()
 
     def save(
@@ -177,6 +181,7 @@ class RunFolder:
         tokenizer: dict, state: dict, chat_template: str | None,
     ) -> None:  # fmt: skip
         """Copies a checkpoint's tensors, starts writing it and returns. Raises what wait raises."""
+        state = state | {"val": self._val()}  # a log may be lost, and says which is the best
         meta = checkpoint.describe(
             model, tokenizer=tokenizer, train=asdict(self.config), state=state,
             chat_template=chat_template, run_id=self.run_id, identity=self.identity,
@@ -185,11 +190,13 @@ class RunFolder:
         self.wait()  # for the one before: its copy is written over
         self._copy = checkpoint.snapshot(model, optimizer, self._copy)
         held_ms = (time.perf_counter() - started) * 1e3
-        self._pending = step, held_ms, self._writer.submit(self._write, step, meta)
+        self._pending = step, held_ms, self._writer.submit(self._write, step, meta, self._best())
 
-    def _write(self, step: int, meta: dict) -> tuple[Path, float]:
+    def _write(self, step: int, meta: dict, best: Path | None) -> tuple[Path, float]:
         started, keep_last = time.perf_counter(), self.config.keep_last
-        path = checkpoint.write_checkpoint(self.path, step, self._copy, meta, keep_last=keep_last)
+        path = checkpoint.write_checkpoint(
+            self.path, step, self._copy, meta, keep_last=keep_last, best=best
+        )
         return path, (time.perf_counter() - started) * 1e3
 
     def poll(self) -> None:
@@ -230,8 +237,7 @@ class RunFolder:
         """After a validation was logged: whether patience ends the run with it."""
         if self._pending is None:  # else when that checkpoint is written
             self._point_at_best()
-        found = [line["val/loss"] for line in self.metrics.lines if "val/loss" in line]
-        found = [math.inf if loss is None else loss for loss in found]  # null: not finite
+        found = [math.inf if loss is None else loss for _, loss in self._val()]
         since, patience = len(found) - 1 - found.index(min(found)), self.config.patience
         self.stopping = 0 < patience <= since and step < self.config.max_steps
         if self.stopping:
@@ -241,12 +247,23 @@ class RunFolder:
             )
         return self.stopping
 
-    def _point_at_best(self) -> None:
-        """Links the checkpoint with the lowest validation loss, of those that are there."""
+    def _val(self) -> list[tuple[int, float | None]]:
+        """Step and loss of each validation; None: not finite."""
+        return [(x["step"], x["val/loss"]) for x in self.metrics.lines if "val/loss" in x]
+
+    def _best(self) -> Path | None:
+        """The checkpoint with the lowest validation loss, of those that are there."""
         found = {f"step_{step:08d}": loss for step, loss in points(self.metrics.lines, "val/loss")}
         saved = [p for p in checkpoint.list_checkpoints(self.path) if p.name in found]
-        if saved:
-            checkpoint.point_at(min(saved, key=lambda p: found[p.name]), checkpoint.BEST)
+        return min(saved, key=lambda p: found[p.name], default=None)
+
+    def _point_at_best(self) -> None:
+        if (best := self._best()) is None:
+            return
+        checkpoint.point_at(best, checkpoint.BEST)
+        if checkpoint.best_checkpoint(self.path) != best and not self._told:
+            self._told, link = True, best.with_name(checkpoint.BEST)
+            self.say(f"{link} cannot be made a link (is it a copy?); the best is {best.name}")
 
     def close(self, step: int, end: str) -> None:
         """Waits for the last checkpoint and draws the report; end: how the launch ended."""
@@ -279,7 +296,7 @@ class RunFolder:
         say(f"loss curve: {self.path / 'loss.png'}, report: {self.path / 'report.html'}")
         found = checkpoint.list_checkpoints(self.path)
         say(f"checkpoint: {found[-1] if found else 'none was needed'}")
-        if (best := checkpoint.best_checkpoint(self.path)) and best != found[-1]:
+        if (best := self._best()) and best != found[-1]:
             say(f"the best by val loss: {best.with_name(checkpoint.BEST)}, which is {best.name}")
 
 
