@@ -44,7 +44,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+# Not this folder: transformers, which Liger imports, would take kernels.py for the package kernels.
+sys.path[:] = [str(ROOT), *(p for p in sys.path if p != str(ROOT / "benchmarks"))]
 
 from benchmarks import common  # noqa: E402
 

@@ -8,6 +8,7 @@ against the Makefile and setup.py.
 
 import importlib
 import io
+import itertools
 import json
 import lzma
 import re
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ STEPS = "--max_steps 2 --warmup_steps 0 --micro_batch_size 2 --eval_every 0 --de
 # Put behind a command's own words; the last of two equal options counts.
 TINY = {
     "train": f"--n_layer 1 --n_head 2 --n_embd 32 --block_size 64 --tokens_per_step 128 {STEPS}",
-    "train auto": "--max_minutes 0.05",
+    "train auto": "--max_minutes 0.02",
     "train configs/shakespeare_char.yaml": "--max_steps 12 --save_every 4 --log_every 1",
     "sft": f"--tokens_per_step 256 {STEPS}",
     "dpo": f"--tokens_per_step 512 {STEPS}",
@@ -78,6 +80,8 @@ def run_command(words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["gpt2-triton", *words])
         patch.setattr(sys, "stdin", io.StringIO("Who goes there?\n"))  # of a chat
+        # Of max_minutes: each look takes 10 ms.
+        patch.setattr("gpt2.train.minutes.clock", partial(next, itertools.count(0, 0.01)))
         gpt2.commands.main()
 
 

@@ -154,7 +154,8 @@ ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
     },
     "sm_100": {  # accumulators live in tensor memory, and 128 rows fill a tcgen05 instruction
         "fwd": {128: {_ANY: _t(128, 64, 8, 3)}},
-        "dq": {128: {_ANY: _t(128, 64, 8, 2)}},
+        # D = 32: 8 warps spill with documents.
+        "dq": {32: {_ANY: _t(128, 64, 4, 2)}, 128: {_ANY: _t(128, 64, 8, 2)}},
         "dkv": {128: {_ANY: _t(64, 128, 8, 2)}},
     },
     "sm_120": {  # 99 KB of shared memory, mma.sync
@@ -173,7 +174,7 @@ ATTENTION: dict[str, dict[str, dict[int, dict[int, AttentionTiles]]]] = {
 ATTENTION_FP32: dict[str, dict[int, dict[int, AttentionTiles]]] = {
     "fwd": {128: {_ANY: _t(32, 16, 4, 2)}},
     "dq": {128: {_ANY: _t(32, 16, 4, 2)}},
-    "dkv": {128: {_ANY: _t(16, 16, 4, 2)}},
+    "dkv": {128: {_ANY: _t(16, 16, 4, 1)}},
 }
 
 

@@ -32,6 +32,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 56em; margin: 2em auto; padding: 0 1em; }
 th, td { text-align: left; vertical-align: top; padding: .25em 1em .25em 0; font-weight: normal;
          border-bottom: 1px solid #ddd; overflow-wrap: anywhere; }
+td:first-child { min-width: 6em; }
 pre { background: #f4f4f2; padding: .8em; white-space: pre-wrap; overflow-wrap: anywhere; }
 img { max-width: 100%; }
 """
