@@ -426,10 +426,7 @@ class TrainConfig:
 
     def _check_auto(self) -> None:
         if self.init_from:
-            raise ValueError(
-                f"preset auto chooses a size, and init_from {self.init_from!r} has one: leave one "
-                "of them out"
-            )
+            raise ValueError(f"preset auto: init_from {self.init_from!r} has a size: leave one out")
         shape = [name for name in SHAPE if getattr(self, name) is not None]
         if not self.max_minutes:
             raise ValueError("preset auto chooses a size for the minutes: give max_minutes")

@@ -5,8 +5,6 @@ from typing import Literal, get_args
 
 from gpt2.config import Kernels, Precision, Sampling, check_numbers
 
-MOST_SAMPLES = 1 << 16  # of a prompt
-
 
 @dataclass(frozen=True)
 class _Generation(Sampling):
@@ -57,11 +55,8 @@ class SampleConfig(_Generation, _OfModel):
         super().__post_init__()
         if not self.prompt and not self.prompt_file:
             raise ValueError("prompt is empty: give one or more, or a prompt_file")
-        if not 1 <= self.num_samples <= MOST_SAMPLES:
-            raise ValueError(
-                f"num_samples must lie in [1, {MOST_SAMPLES}], got {self.num_samples}: all are one "
-                "batch; for more, call again with another seed"
-            )
+        if not 1 <= self.num_samples <= 65536:
+            raise ValueError(f"num_samples must lie in [1, 65536], got {self.num_samples}")
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ def test_an_option_with_several_values_ends_at_a_recipe(tmp_path):
         (TrainConfig(), dict(run_name=".."), "plain folder name"),
         (TrainConfig(), dict(seed=2**63), r"seed must be below 2\*\*63, got 9223372036854775808"),
         (TrainConfig(), dict(lr_range_test=True, resume="runs/a"), "as init_from, not as resume"),
-        (TrainConfig(preset="auto", max_minutes=1.0), dict(init_from="a"), "init_from 'a' has one"),
+        (TrainConfig(preset="auto", max_minutes=1.0), dict(init_from="a"), "'a' has a size"),
         (SampleConfig(model="m"), dict(prompt=()), "prompt is empty"),
         (SampleConfig(model="m"), dict(num_samples=10**9), r"num_samples must lie in \[1, 65536\]"),
         (ShowBatchConfig(run="a"), dict(step=-1), "step must not be negative"),
