@@ -28,14 +28,14 @@ from gpt2.config import DPOConfig, SFTConfig, TrainConfig
 from gpt2.options import ExportConfig, PrepareConfig
 
 ROOT = Path(__file__).parent.parent
-STEPS = "--max_steps 2 --warmup_steps 0 --micro_batch_size 2 --eval_every 0 --device cpu"
+STEPS = "--max_steps 2 --warmup_steps 0 --micro_batch_size 2 --device cpu"
 # Put behind a command's own words; the last of two equal options counts.
 TINY = {
     "train": f"--n_layer 1 --n_head 2 --n_embd 32 --block_size 64 --tokens_per_step 128 {STEPS}",
     "train auto": "--max_minutes 0.02",
     "train configs/shakespeare_char.yaml": "--max_steps 12 --save_every 4 --log_every 1",
     "sft": f"--tokens_per_step 256 {STEPS}",
-    "dpo": f"--tokens_per_step 512 {STEPS}",
+    "dpo": f"--tokens_per_step 512 --eval_every 0 {STEPS}",
     "sample": "--max_new_tokens 4 --device cpu",
     "chat": "--max_new_tokens 4 --device cpu",
     "compare": "--max_new_tokens 4 --device cpu",
