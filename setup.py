@@ -34,7 +34,7 @@ DEV = [
 WARNINGS = ["-O3", "-Wall", "-Wextra"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it has no kernel (csrc)
 
-CPU_KERNELS = ["cpu_bindings", "cpu_kernels", "cpu_attention", "decode_linear"]
+CPU_KERNELS = ["cpu_bindings", "cpu_kernels", "cpu_attention", "decode"]
 
 setup(
     name="gpt2-triton",

@@ -204,7 +204,6 @@ INLINE void backward_head(const T* qkv, const int32_t* start, const T* out, cons
     }
 }
 
-// One function for each level of x86-64, and one for whatever else there is.
 #define HEAD(SUFFIX, TARGET, P)                                                                  \
   template <typename T>                                                                          \
   TARGET void forward_##SUFFIX(const T* qkv, const int32_t* start, T* out, float* lse,           \
@@ -221,21 +220,8 @@ typedef Product<8, 2> Lanes8;
 typedef Product<16, 4> Lanes16;
 HEAD(any, , Lanes4)
 #if HAS_LEVELS
-HEAD(v3, __attribute__((target("arch=x86-64-v3"))), Lanes8)
-HEAD(v4, __attribute__((target("arch=x86-64-v4"))), Lanes16)
-
-int level() {
-  static const int found = __builtin_cpu_supports("x86-64-v4")   ? 4
-                           : __builtin_cpu_supports("x86-64-v3") ? 3
-                                                                 : 1;
-  return found;
-}
-#define BEST(NAME, ...)                          \
-  if (level() == 4) NAME##_v4(__VA_ARGS__);      \
-  else if (level() == 3) NAME##_v3(__VA_ARGS__); \
-  else NAME##_any(__VA_ARGS__);
-#else
-#define BEST(NAME, ...) NAME##_any(__VA_ARGS__);
+HEAD(v3, V3, Lanes8)
+HEAD(v4, V4, Lanes16)
 #endif
 
 }  // namespace

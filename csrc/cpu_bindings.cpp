@@ -60,9 +60,12 @@ void add(pybind11::module_& m, const char* suffix) {
                               at<const T>(dout), at<const float>(lse), at<T>(dqkv), B, length, H,
                               D, threads);
          });
-  define("decode_linear_", [](Address x, Address w, Address bias, Address y, Size M, Size N, Size K,
-                              int threads) {
-    decode_linear(at<const T>(x), at<const T>(w), at<const T>(bias), at<T>(y), M, N, K, threads);
+  define("decode_", [](Address weights, Address x, Address cache, Address start, Address logits,
+                       Size n_layer, Size B, Size H, Size C, Size capacity, Size length,
+                       Size n_classes, int threads) {
+    decode<T>(at<const void* const>(weights), at<float>(x), at<float>(cache),
+              at<const int32_t>(start), at<float>(logits), n_layer, B, H, C, capacity, length,
+              n_classes, threads);
   });
 }
 
@@ -73,5 +76,4 @@ PYBIND11_MODULE(_cpu_kernels, m) {
   add<float>(m, "float32");
   add<bfloat16>(m, "bfloat16");
   m.def("keep_memory", &keep_memory);
-  m.def("has_decode_linear", &has_decode_linear, "Whether this CPU has AVX2 and FMA.");
 }

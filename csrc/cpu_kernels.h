@@ -1,4 +1,4 @@
-// The operations of gpt2/cpu.py that are in C++; see cpu_kernels.cpp and decode_linear.cpp.
+// The operations of gpt2/cpu.py that are in C++; each file says what it has.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,12 @@ void attention_backward(const T* qkv, const int32_t* start, const T* out, const 
                         const float* lse, T* dqkv, int64_t B, int64_t length, int64_t H, int64_t D,
                         int threads);
 
-// y (M, N) = x (M, K) w (N, K)^T + bias (N) or nullptr, for a few rows; where has_decode_linear().
+// One token for each of B rows: all of GPT-2 after the embedding x (B, C), which it overwrites;
+// logits (B, n_classes). weights: for each block ln_1, c_attn, c_proj, ln_2, c_fc, c_proj, and then
+// ln_f and the head, the addresses of weight and bias (or nullptr) of each; T are the matrices and
+// their biases, the norms are float. cache (n_layer, 2, B, H, capacity, D) has length tokens and gets
+// this one; start (B): the first that a row sees, or nullptr: 0.
 template <typename T>
-void decode_linear(const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K,
-                   int threads);
-bool has_decode_linear();
+void decode(const void* const* weights, float* x, float* cache, const int32_t* start, float* logits,
+            int64_t n_layer, int64_t B, int64_t H, int64_t C, int64_t capacity, int64_t length,
+            int64_t n_classes, int threads);

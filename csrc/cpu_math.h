@@ -13,6 +13,26 @@
 #define HAS_LEVELS 0
 #define VERSIONS
 #endif
+
+// Of a function whose vectors have a width of their own there is NAME_any, and on x86-64 besides one
+// for each level, V3 NAME_v3 and V4 NAME_v4; BEST calls the processor's.
+#if HAS_LEVELS
+#define V3 __attribute__((target("arch=x86-64-v3")))
+#define V4 __attribute__((target("arch=x86-64-v4")))
+inline int level() {
+  static const int found = __builtin_cpu_supports("x86-64-v4")   ? 4
+                           : __builtin_cpu_supports("x86-64-v3") ? 3
+                                                                 : 1;
+  return found;
+}
+#define BEST(NAME, ...)                          \
+  if (level() == 4) NAME##_v4(__VA_ARGS__);      \
+  else if (level() == 3) NAME##_v3(__VA_ARGS__); \
+  else NAME##_any(__VA_ARGS__);
+#else
+#define BEST(NAME, ...) NAME##_any(__VA_ARGS__);
+#endif
+
 #define INLINE inline __attribute__((always_inline))
 
 INLINE float load(const float* p) { return *p; }

@@ -14,17 +14,21 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from triton_kernels import reference
 
+if TYPE_CHECKING:
+    from gpt2.model import GPT, KVCache
+
 LOGITS = 1 << 24  # that many at a time, 64 MB: 333 rows of GPT-2's vocabulary
-DECODE_ROWS = 16  # up to so many rows the C++ linear layer is faster; see docs/LOG.md
+DECODE_ROWS = 32  # up to so many rows a decode step is C++; see docs/LOG.md
 LARGE = 1 << 20  # entries of an embedding from which on its gradient is better sparse
 SMALL = 1 << 22  # multiplications; a product of fewer is not timed
 TIMED_ROWS, TIMED_SIZE = 1024, 5 << 30  # at most so many rows and multiplications in a timed call
@@ -164,26 +168,19 @@ class Choice:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """F.linear."""
-        if not self._applies(x, weight, bias):
+        if not self.products or not self._applies(x, weight, bias):
             return F.linear(x, weight, bias)
         if not torch.is_grad_enabled():
-            y = _decode_linear(x, weight, bias) if self.cpp else None
-            return self.of("forward", weight)(x, weight, bias) if y is None else y
-        if not self.products:
-            return F.linear(x, weight, bias)
+            return self.of("forward", weight)(x, weight, bias)
         return _Linear.apply(x, weight, bias, self)
 
     def _applies(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-        """Whether this is a plain product of float32, or without gradients of a weight that is
-        bfloat16; of anything else F.linear says what comes out, or what is wrong."""
+        """Whether this is a plain product of float32; of anything else F.linear says what comes
+        out, or what is wrong."""
         tensors = (x, weight) if bias is None else (x, weight, bias)
-        casts = torch.is_autocast_enabled("cpu")
-        if weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
-            of_one_kind = all(t.dtype == torch.bfloat16 for t in tensors[0 if not casts else 1 :])
-        else:
-            of_one_kind = not casts and all(t.dtype == torch.float32 for t in tensors)
         return (
-            of_one_kind
+            not torch.is_autocast_enabled("cpu")
+            and all(t.dtype == torch.float32 for t in tensors)
             and _takes(*tensors)
             and all(t.layout == torch.strided for t in tensors)
             and weight.dim() == 2
@@ -215,17 +212,6 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             dbias = rows.sum(0)
         return dx, dweight, dbias, None
-
-
-def _decode_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The product for the few rows of a decode step; None where they are more, or cannot be."""
-    n_out, n_in = weight.shape
-    if x.numel() > DECODE_ROWS * n_in or not kernels.has_decode_linear():
-        return None
-    x = x.to(weight.dtype).contiguous()
-    y = x.new_empty(*x.shape[:-1], n_out)
-    _call("decode_linear", weight.dtype, x, weight, bias, y, x.numel() // n_in, n_out, n_in)
-    return y
 
 
 def has_onednn() -> bool:
@@ -425,3 +411,43 @@ class _LossSum(torch.autograd.Function):
         dx = None if dx is None else dx.mul_(dloss.to(dx.dtype))
         dw = None if dw is None else dw.mul_(dloss).to(ctx.weight_dtype)
         return (dx, dw, *[None] * 5)
+
+
+# -- generation ------------------------------------------------------------------------------------
+
+
+def decoder(model: "GPT") -> Callable | None:
+    """A function that appends a token to at most DECODE_ROWS rows, in one call of C++.
+
+    (cache, token (B,), doc_start (B, 1) or None) -> logits (B, V) float32, as the model's forward,
+    with all activations in float32. It holds as long as the weights stay where they are. None for
+    what csrc/decode.cpp does not know: adapters, the exact GELU, or weights of other kinds.
+    """
+    c, dtype = model.config, model.lm_head.weight.dtype
+    wte, wpe, *layers = (m for m in model.modules() if m._parameters)  # in the order of csrc
+
+    def is_known(module: nn.Module) -> bool:
+        expected = dtype if isinstance(module, nn.Linear) else torch.float32
+        parameters = list(module.parameters(recurse=False))
+        return _takes(*parameters) and all(
+            p.dtype == expected and p.is_contiguous() for p in parameters
+        )
+
+    is_plain = len(layers) == 6 * c.n_layer + 2 and not c.exact_gelu
+    if model.ops.name != "cpp" or not is_plain or not all(map(is_known, [wte, wpe, *layers])):
+        return None
+    pairs = [(layer.weight, layer.bias) for layer in layers]
+    weights = torch.tensor([0 if p is None else p.data_ptr() for pair in pairs for p in pair])
+
+    def decode(cache: "KVCache", token: Tensor, doc_start: Tensor | None) -> Tensor:
+        position = cache.length if doc_start is None else cache.length - doc_start[:, 0]
+        x = wte.weight[token] + wpe.weight[position]  # (B, C)
+        logits = x.new_empty(len(x), c.vocab_size)
+        _call(
+            "decode", dtype, weights, x, cache.keys_values, doc_start, logits, c.n_layer, len(x),
+            c.n_head, c.n_embd, cache.capacity, cache.length, c.vocab_size,
+        )  # fmt: skip
+        cache.advance(1)
+        return logits
+
+    return decode

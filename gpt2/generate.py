@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gpt2 import cpu
 from gpt2.config import Sampling, suggest
 from gpt2.device import execution
 from gpt2.model import GPT, KVCache
@@ -192,6 +193,7 @@ class _Decoder:
         self.shape = capacity, self.device, dtype, self.pace.fixed
         # FSDP gathers between its blocks, on streams of its own, so such a step is not captured.
         self.captures = self.pace.captured and all(map(_is_whole, model.parameters()))
+        self.decode = cpu.decoder(model)
 
     def prefill(self, rows: list[list[int]], repeat: int = 1) -> Tensor:
         """Runs rows of any lengths into an empty cache, then has each `repeat` times."""
@@ -216,6 +218,8 @@ class _Decoder:
 
     def step(self, token: Tensor) -> Tensor:
         """Appends token (B,) to the rows."""
+        if self.decode is not None and len(token) <= cpu.DECODE_ROWS:
+            return self.decode(self.cache, token, self.doc_start)
         self.token.copy_(token[:, None])
         if not self.captures:
             return self._run(self.token, self.doc_start)

@@ -20,7 +20,7 @@ TESTS = ["test_loader.py", "test_shards.py", "test_mixture.py", "test_fuzz.py", 
 MODULES = {
     "_token_loader": ["bindings.cpp", "token_loader.cpp"],
     "_cpu_kernels": [f"{name}.cpp" for name in (
-        "cpu_bindings", "cpu_kernels", "cpu_attention", "decode_linear",
+        "cpu_bindings", "cpu_kernels", "cpu_attention", "decode",
     )],
 }  # fmt: skip
 # Training on the sanitized interpreter takes minutes and tests nothing of csrc/; bus errors of

@@ -1,14 +1,18 @@
 """The operations of a CPU against torch's, with float64 as the judge."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from gpt2 import cpu
-from gpt2.config import GPTConfig
+from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.cpu import DECODE_ROWS, Choice
-from gpt2.model import GPT
+from gpt2.generate import evaluating
+from gpt2.lora import add_lora, merge
+from gpt2.model import GPT, KVCache
 from gpt2.ops import select_ops
 from tests.kernel_rule import DEEP, results
 from triton_kernels import reference
@@ -265,51 +269,6 @@ def test_which_kernels_a_cpu_takes(monkeypatch):
         select_ops("cpp", "cuda")
 
 
-@pytest.fixture
-def linear():
-    if not cpu.kernels or not cpu.kernels.has_decode_linear():
-        pytest.skip("gpt2._cpu_kernels is not built, or AVX2 is missing here")
-    return Choice(True).linear
-
-
-@pytest.mark.parametrize("n_in, n_out", [(8, 4), (17, 9), (768, 50), (64, 3), (5, 1)])
-def test_linear_of_few_rows(linear, n_in, n_out):
-    """Torch's numbers, and a row does not depend on those beside it."""
-    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
-    for n_rows in range(1, DECODE_ROWS + 1):
-        x = torch.randn(n_rows, 1, n_in)
-        with torch.inference_mode():
-            y = linear(x, weight, bias)
-            exact = F.linear(x.double(), weight.double(), bias.double())
-            assert_close(y.double(), exact, rtol=1e-5, atol=1e-4)
-            assert all(torch.equal(linear(x[r], weight, bias), y[r]) for r in range(n_rows))
-            assert_close(linear(x, weight) + bias, y)
-            two = linear(x.expand(n_rows, 2, n_in), weight, bias)
-            assert_close(two[:, 1], y[:, 0], rtol=1e-5, atol=1e-4)
-    weight.requires_grad_()
-    linear(x, weight, bias).sum().backward()
-    assert_close(weight.grad, x.sum(0).expand(n_out, n_in))
-
-
-@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_linear_of_few_rows_with_weights_of_bfloat16(linear, x_dtype):
-    """Sums in float32, rounded once at the end; x as it comes under autocast."""
-    weight, bias = torch.randn(50, 131).bfloat16(), torch.randn(50).bfloat16()
-    for n_rows in (1, 5):
-        x = torch.randn(n_rows, 131).to(x_dtype)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            y = linear(x, weight, bias)
-        exact = F.linear(x.bfloat16().double(), weight.double(), bias.double())
-        assert y.dtype == torch.bfloat16
-        assert_close(y.double(), exact, rtol=2**-8, atol=1e-5)
-    with torch.no_grad():
-        if x_dtype == torch.bfloat16:
-            assert torch.equal(linear(x, weight, bias), y)
-        else:
-            with pytest.raises(RuntimeError, match="dtype"):  # torch's own
-                linear(x, weight, bias)
-
-
 UNUSUAL = {
     "bias too short": ((1, 8), (64, 8), torch.zeros(4)),
     "bias of bfloat16": ((1, 8), (64, 8), torch.zeros(64).bfloat16()),
@@ -324,8 +283,9 @@ UNUSUAL = {
 
 
 @pytest.mark.parametrize("x, weight, bias", UNUSUAL.values(), ids=UNUSUAL)
-def test_unusual_linear_layers_are_torchs(linear, x, weight, bias):
+def test_unusual_linear_layers_are_torchs(x, weight, bias):
     """Results and errors."""
+    linear = Choice(True, {"64x8 forward": "onednn", "3x8 forward": "onednn"}).linear
 
     def of(function):
         try:
@@ -339,3 +299,50 @@ def test_unusual_linear_layers_are_torchs(linear, x, weight, bias):
         assert_close(ours, theirs)
     else:
         assert ours == theirs
+
+
+@needs_cpp
+@DTYPE
+@pytest.mark.parametrize("n_embd, n_head, bias", [(32, 2, True), (48, 3, False), (20, 2, True)])
+def test_a_decode_step_is_the_models_forward(n_embd, n_head, bias, dtype):
+    """Rows padded on the left; and none depends on how many there are beside it."""
+    config = GPTConfig(
+        vocab_size=70, block_size=32, n_layer=3, n_head=n_head, n_embd=n_embd, bias=bias
+    )
+    model = GPT(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0.0, 0.3)
+        parameter.data = parameter.to(dtype).float()
+    idx, padding = torch.randint(0, 70, (DECODE_ROWS, 20)), torch.arange(DECODE_ROWS) % 7
+    start = torch.minimum(torch.arange(20), padding[:, None]).int()
+    found = {}
+    with torch.no_grad():
+        right = model(idx, doc_start=start)[:, 12:]
+        prompts = KVCache(config, DECODE_ROWS, 24, "cpu", torch.float32)
+        model.hidden(idx[:, :12], cache=prompts, doc_start=start[:, :12])
+        with evaluating(model, cpu.DTYPES[dtype]):
+            step = cpu.decoder(model)
+            for n in (DECODE_ROWS, *range(1, 9)):
+                cache = KVCache(config, n, 24, "cpu", torch.float32)
+                cache.keys_values.copy_(prompts.keys_values[:, :, :n])
+                cache.length = 12
+                first = start[:n, 19:].contiguous()
+                steps = [step(cache, idx[:n, t], first) for t in range(12, 20)]
+                found[n] = torch.stack(steps, 1)
+                assert cache.length == 20
+                assert torch.equal(found[n], found[DECODE_ROWS][:n])
+    assert_close(found[DECODE_ROWS], right, rtol=0, atol=1e-5)
+
+
+@needs_cpp
+@pytest.mark.parametrize("change, has_one", [
+    (lambda m: m, True),
+    (lambda m: add_lora(m, LoRAConfig(rank=2)), False),
+    (lambda m: merge(add_lora(m, LoRAConfig(rank=2))), True),
+    (lambda m: m.to(torch.float64), False),
+    (lambda m: m.to(torch.bfloat16), False),
+], ids="plain adapters merged float64 bfloat16".split())  # fmt: skip
+def test_which_models_have_a_decode_step(tiny, change, has_one):
+    assert (cpu.decoder(change(GPT(tiny))) is not None) == has_one
+    assert cpu.decoder(GPT(tiny, "torch")) is None
+    assert cpu.decoder(GPT(replace(tiny, exact_gelu=True))) is None
