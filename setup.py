@@ -5,7 +5,9 @@ They are optional: without a C++ compiler the install goes on, gpt2.data uses it
 gpt2.cpu torch's operations.
 """
 
+import hashlib
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import find_packages, setup
@@ -34,6 +36,10 @@ DEV = [
 WARNINGS = ["-O3", "-Wall", "-Wextra"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it has no kernel (csrc)
 
+# Both modules know what they were built from, see gpt2.storage.check_built.
+SOURCES = sorted(p for p in Path(__file__).parent.glob("csrc/*") if p.suffix in (".cpp", ".h"))
+DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+BUILT = {"depends": [str(p) for p in SOURCES], "define_macros": [("SOURCES", f'"{DIGEST}"')]}
 CPU_KERNELS = ["cpu_bindings", "cpu_kernels", "cpu_attention", "decode"]
 
 setup(
@@ -49,7 +55,7 @@ setup(
         Pybind11Extension(
             "gpt2._token_loader",
             ["csrc/bindings.cpp", "csrc/token_loader.cpp"],
-            depends=["csrc/token_loader.h"],
+            **BUILT,
             cxx_std=17,
             extra_compile_args=WARNINGS,
             optional=True,
@@ -57,7 +63,7 @@ setup(
         Pybind11Extension(
             "gpt2._cpu_kernels",
             [f"csrc/{name}.cpp" for name in CPU_KERNELS],
-            depends=["csrc/cpu_kernels.h", "csrc/cpu_math.h"],
+            **BUILT,
             cxx_std=17,
             extra_compile_args=[*WARNINGS, *OPENMP],
             extra_link_args=OPENMP,

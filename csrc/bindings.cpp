@@ -51,6 +51,7 @@ void prefetch(const TokenLoader& loader, const Array<int64_t>& samples) {
 
 PYBIND11_MODULE(_token_loader, m) {
   m.doc() = "Memory-mapped token windows; see csrc/token_loader.h.";
+  m.attr("sources") = SOURCES;
 
   // std::invalid_argument is ValueError already.
   py::register_exception_translator([](std::exception_ptr p) {

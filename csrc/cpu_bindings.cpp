@@ -73,6 +73,7 @@ void add(pybind11::module_& m, const char* suffix) {
 
 PYBIND11_MODULE(_cpu_kernels, m) {
   m.doc() = "Kernels for CPUs; see csrc/cpu_kernels.h.";
+  m.attr("sources") = SOURCES;
   add<float>(m, "float32");
   add<bfloat16>(m, "bfloat16");
   m.def("keep_memory", &keep_memory);

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from gpt2.device import NOT_BUILT, check_built
 from triton_kernels import reference
-
-if TYPE_CHECKING:
-    from gpt2.model import GPT, KVCache
 
 LOGITS = 1 << 24  # that many at a time, 64 MB: 333 rows of GPT-2's vocabulary
 DECODE_ROWS = 32  # up to so many rows a decode step is C++; see docs/LOG.md
@@ -38,13 +35,15 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 try:
     from gpt2 import _cpu_kernels as kernels
+
+    check_built(kernels)
 except ImportError:
     kernels = None
 
 
 def why_not() -> str:
     """Empty where the C++ operations can run, else the reason why they cannot."""
-    return "" if kernels else "gpt2._cpu_kernels is not built: it takes a C++ compiler (setup.py)"
+    return "" if kernels else f"gpt2._cpu_kernels {NOT_BUILT}"
 
 
 def _call(name: str, dtype: torch.dtype, *arguments) -> None:
@@ -416,8 +415,8 @@ class _LossSum(torch.autograd.Function):
 # -- generation ------------------------------------------------------------------------------------
 
 
-def decoder(model: "GPT") -> Callable | None:
-    """A function that appends a token to at most DECODE_ROWS rows, in one call of C++.
+def decoder(model: nn.Module) -> Callable | None:
+    """For a GPT, a function that appends a token to at most DECODE_ROWS rows, in one call of C++.
 
     (cache, token (B,), doc_start (B, 1) or None) -> logits (B, V) float32, as the model's forward,
     with all activations in float32. It holds as long as the weights stay where they are. None for
@@ -439,7 +438,7 @@ def decoder(model: "GPT") -> Callable | None:
     pairs = [(layer.weight, layer.bias) for layer in layers]
     weights = torch.tensor([0 if p is None else p.data_ptr() for pair in pairs for p in pair])
 
-    def decode(cache: "KVCache", token: Tensor, doc_start: Tensor | None) -> Tensor:
+    def decode(cache, token: Tensor, doc_start: Tensor | None) -> Tensor:
         position = cache.length if doc_start is None else cache.length - doc_start[:, 0]
         x = wte.weight[token] + wpe.weight[position]  # (B, C)
         logits = x.new_empty(len(x), c.vocab_size)

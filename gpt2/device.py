@@ -3,6 +3,7 @@
 Whoever needs one of the three asks an Execution, so that no two parts of a run can differ in it.
 """
 
+import hashlib
 import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -32,6 +33,21 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"  # where the package lies in a checkout
+NOT_BUILT = (
+    "is not built, or from other sources than lie here: install a C++17 compiler and run "
+    "`pip install -e .` again"
+)
+
+
+def check_built(module) -> None:
+    """Raises ImportError where a C++ module is not what the sources in a checkout are: it may take
+    its arguments in another order, and they are addresses."""
+    sources = sorted(path for path in CSRC.glob("*") if path.suffix in (".cpp", ".h"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    if sources and getattr(module, "sources", None) != digest:
+        raise ImportError(f"{module.__name__} {NOT_BUILT}")
 
 
 def select_device(device: str = "auto", local_rank: int = 0) -> torch.device:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pybind11
 
+from gpt2 import _token_loader
+
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ["test_loader.py", "test_shards.py", "test_mixture.py", "test_fuzz.py", "test_cpu.py"]
 MODULES = {
@@ -47,7 +49,10 @@ def main() -> int:
     compiler = os.environ.get("CXX", "g++")
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [compiler, "-std=c++17", "-O1", "-g", "-shared", "-fPIC", *FLAGS, *includes]
+        command = [
+            compiler, "-std=c++17", "-O1", "-g", "-shared", "-fPIC", *FLAGS, *includes,
+            f'-DSOURCES="{_token_loader.sources}"',
+        ]  # fmt: skip
         modules = {}
         for name, sources in MODULES.items():
             path = f"{folder}/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -10,6 +10,8 @@ from torch.testing import assert_close
 from gpt2 import cpu
 from gpt2.config import GPTConfig, LoRAConfig
 from gpt2.cpu import DECODE_ROWS, Choice
+from gpt2.data.loader import _select_backend
+from gpt2.device import check_built
 from gpt2.generate import evaluating
 from gpt2.lora import add_lora, merge
 from gpt2.model import GPT, KVCache
@@ -267,6 +269,20 @@ def test_which_kernels_a_cpu_takes(monkeypatch):
         select_ops("cpp")
     with pytest.raises(ValueError, match="they are for a CPU"):
         select_ops("cpp", "cuda")
+
+
+@needs_cpp
+def test_a_module_of_other_sources_is_none(monkeypatch, tmp_path):
+    """After `git pull`, say: its functions may take other arguments."""
+    check_built(cpu.kernels)
+    monkeypatch.setattr("gpt2.device.CSRC", tmp_path)
+    check_built(cpu.kernels)  # as in a wheel, where there are no sources
+    (tmp_path / "decode.cpp").write_text("// changed")
+    with pytest.raises(ImportError, match="_cpu_kernels is not built, or from other sources"):
+        check_built(cpu.kernels)
+    with pytest.raises(ImportError, match="_token_loader is not built, or from other sources"):
+        _select_backend("cpp")
+    assert _select_backend("auto")[1] == "numpy"
 
 
 UNUSUAL = {

@@ -288,7 +288,7 @@ sys.modules["gpt2._token_loader"] = None
 assert TokenLoader(sys.argv[1], 16).backend == "numpy"
 TokenLoader(sys.argv[1], 16, backend="cpp")"""
     done = run(code, counting / "train_000000.bin")
-    assert "ImportError: the C++ token loader was not built: install a C++17" in done.stderr
+    assert "ImportError: gpt2._token_loader is not built, or" in done.stderr
 
 
 def test_ten_billion_tokens_in_100_shards_take_no_memory(tmp_path, backend):

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpt2.data.integrity import Verifier, identity
 from gpt2.data.numpy_backend import NumpyBackend
 from gpt2.data.shards import open_shards
+from gpt2.device import NOT_BUILT, check_built
 
 FINISH_S = 10.0  # how long the end of a run waits for a check of its data
 SPARE_FILES = 256  # open files that are left to the rest of the process
@@ -207,13 +208,11 @@ def _select_backend(name: str):
         try:
             from gpt2 import _token_loader
 
+            check_built(_token_loader)
             return _token_loader.TokenLoader, "cpp"
         except ImportError as error:
             if name == "cpp":
-                raise ImportError(
-                    "the C++ token loader was not built: install a C++17 compiler and run "
-                    "`pip install -e .` again, or use backend='numpy'"
-                ) from error
+                raise ImportError(f"gpt2._token_loader {NOT_BUILT}, or use numpy") from error
     return NumpyBackend, "numpy"
 
 
