@@ -10,7 +10,8 @@ compared with. The table has, with mean and range over the seeds,
     loss            validation loss at the end
     equal tokens    validation loss where the shortest recipe ends
     equal time      validation loss after the time that the fastest recipe takes, by each recipe's
-                    median step in this run; validation and saving are not counted
+                    fastest log_every steps of all seeds, since other work on the machine only adds
+                    to them; validation and saving are not counted
     multiplier      how much sooner it reaches the end of the first recipe, in tokens and in time:
                     that recipe's whole length over where this one's curve has its final loss, or
                     1 over it where this one ends above. It is a lower bound where lr falls: a run
@@ -41,7 +42,7 @@ TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "train_gpt2.py"
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses of a run: after `tokens`, `loss`; step_ms is its median step."""
+    """Validation losses of a run: after `tokens`, `loss`; step_ms of its fastest steps."""
 
     tokens: np.ndarray
     loss: np.ndarray
@@ -64,7 +65,7 @@ def read_curve(folder: Path) -> Curve:
     if len(points) < 2 or None in (loss for _, loss in points):
         raise ValueError(f"{folder}: needs two or more validations with finite losses: {points}")
     steps, losses = map(np.array, zip(*points, strict=True))
-    step_ms = statistics.median(line["train/step_ms"] for line in lines if "train/step_ms" in line)
+    step_ms = min(line["train/step_ms"] for line in lines if "train/step_ms" in line)
     return Curve(steps * n, losses, n, step_ms)
 
 
@@ -99,8 +100,8 @@ def train(name: str, common_options: str, options: str, seed: int, out: Path) ->
 def compare(curves: dict[str, list[Curve]]) -> dict[str, dict[str, list[float]]]:
     """The figures of the table: for each recipe and column one number a seed."""
     tokens = min(c.tokens[-1] for runs in curves.values() for c in runs)
-    step_s = {name: statistics.median(c.step_ms for c in runs) for name, runs in curves.items()}
-    time = {  # the curves of one recipe all have its median step
+    step_s = {name: min(c.step_ms for c in runs) for name, runs in curves.items()}
+    time = {  # the curves of one recipe all have its fastest step
         name: [c.tokens / c.tokens_per_step * step_s[name] / 1e3 for c in runs]
         for name, runs in curves.items()
     }
