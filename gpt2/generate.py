@@ -8,7 +8,8 @@ A row's tokens follow from its prompt, its seed and the options alone, to roundi
 depend on the rows beside it. So each row draws from random numbers of its own, and with `window`
 each row's context is cut when that row fills it.
 
-On a CPU a step sees the part of the cache that is in use, and rows that have ended leave the batch.
+On a CPU a step sees the part of the cache that is in use, and rows that have ended leave the batch;
+up to gpt2.cpu.DECODE_ROWS rows of a plain model it is one call of C++ (csrc/decode.cpp).
 On a GPU it sees all of the cache under a mask, which makes all steps the same operations on the
 same memory; they are captured once in a CUDA graph and replayed. The host reads the tokens of POLL
 steps at a time, so it does not wait for the device in between.
