@@ -9,9 +9,8 @@ compared with. The table has, with mean and range over the seeds,
 
     loss            validation loss at the end
     equal tokens    validation loss where the shortest recipe ends
-    equal time      validation loss after the time that the fastest recipe takes, by each recipe's
-                    fastest log_every steps of all seeds, since other work on the machine only adds
-                    to them; validation and saving are not counted
+    equal time      validation loss after the time that the fastest recipe takes, by a step of each
+                    recipe, timed in turns at the end; validation and saving are not counted
     multiplier      how much sooner it reaches the end of the first recipe, in tokens and in time:
                     that recipe's whole length over where this one's curve has its final loss, or
                     1 over it where this one ends above. It is a lower bound where lr falls: a run
@@ -26,6 +25,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,20 +38,18 @@ from benchmarks import common  # noqa: E402
 from gpt2.config import TrainConfig  # noqa: E402
 
 TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "train_gpt2.py"
+ROUNDS = 3  # of timing, each of some steps
+SHORT = ["--max_steps", "16", "--warmup_steps", "0", "--max_minutes", "0", "--log_every", "4",
+         "--eval_every", "0", "--save_every", "0"]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses of a run: after `tokens`, `loss`; step_ms of its fastest steps."""
+    """Validation losses of a run: after `steps`, which are `tokens`, `loss`."""
 
+    steps: np.ndarray
     tokens: np.ndarray
     loss: np.ndarray
-    tokens_per_step: int
-    step_ms: float
-
-    @property
-    def seconds(self) -> np.ndarray:
-        return self.tokens / self.tokens_per_step * self.step_ms / 1e3
 
 
 def read_curve(folder: Path) -> Curve:
@@ -60,13 +58,15 @@ def read_curve(folder: Path) -> Curve:
     Raises ValueError where it has fewer than two validations, or a loss that is not finite.
     """
     n = yaml.safe_load((folder / "config.yaml").read_text())["tokens_per_step"]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = [(line["step"], line["val/loss"]) for line in lines if "val/loss" in line]
+    points = [(line["step"], line["val/loss"]) for line in read_log(folder) if "val/loss" in line]
     if len(points) < 2 or None in (loss for _, loss in points):
         raise ValueError(f"{folder}: needs two or more validations with finite losses: {points}")
     steps, losses = map(np.array, zip(*points, strict=True))
-    step_ms = min(line["train/step_ms"] for line in lines if "train/step_ms" in line)
-    return Curve(steps * n, losses, n, step_ms)
+    return Curve(steps, steps * n, losses)
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def reached(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
@@ -86,25 +86,32 @@ def multiplier(x: np.ndarray, loss: np.ndarray, base_x: np.ndarray, base: np.nda
     return reached(base_x, base, loss[-1]) / float(x[-1])
 
 
-def train(name: str, common_options: str, options: str, seed: int, out: Path) -> Curve:
-    """Runs a recipe with a seed, or what is left of it, and returns its curve."""
-    run_name = f"{name}_{seed}"
-    own = ["--seed", str(seed), "--run_name", run_name, "--out_dir", str(out / "runs")]
-    words = [*shlex.split(common_options), *shlex.split(options), *own, "--resume", "auto"]
+def train(words: list[str], out_dir: Path, run_name: str) -> Path:
+    """Runs train_gpt2.py, or what is left of the run, and returns its folder."""
+    words = [*words, "--run_name", run_name, "--out_dir", str(out_dir), "--resume", "auto"]
     done = subprocess.run([sys.executable, TRAIN, *words], stdout=subprocess.DEVNULL)
     if done.returncode:
         raise ValueError(f"{run_name}: train_gpt2.py ended with status {done.returncode}")
-    return read_curve(out / "runs" / run_name)
+    return out_dir / run_name
 
 
-def compare(curves: dict[str, list[Curve]]) -> dict[str, dict[str, list[float]]]:
+def time_steps(recipes: dict[str, list[str]]) -> dict[str, float]:
+    """Seconds of a step of each recipe: the fastest of some, since other work only adds to them."""
+    found: dict[str, list[float]] = {name: [] for name in recipes}
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(ROUNDS):
+            for name, words in recipes.items():
+                done = train([*words, *SHORT], Path(folder), f"{name}_{i}")
+                found[name] += [x["train/step_ms"] for x in read_log(done) if "train/step_ms" in x]
+    return {name: min(times) / 1e3 for name, times in found.items()}
+
+
+def compare(
+    curves: dict[str, list[Curve]], step_s: dict[str, float]
+) -> dict[str, dict[str, list[float]]]:
     """The figures of the table: for each recipe and column one number a seed."""
     tokens = min(c.tokens[-1] for runs in curves.values() for c in runs)
-    step_s = {name: min(c.step_ms for c in runs) for name, runs in curves.items()}
-    time = {  # the curves of one recipe all have its fastest step
-        name: [c.tokens / c.tokens_per_step * step_s[name] / 1e3 for c in runs]
-        for name, runs in curves.items()
-    }
+    time = {name: [c.steps * step_s[name] for c in runs] for name, runs in curves.items()}
     seconds = min(t[-1] for times in time.values() for t in times)
     first, found = next(iter(curves)), {}
     for name, runs in curves.items():
@@ -117,7 +124,7 @@ def compare(curves: dict[str, list[Curve]]) -> dict[str, dict[str, list[float]]]
                 multiplier(c.tokens, c.loss, base.tokens, base.loss) for c, _, base, _ in of_all
             ],
             "multiplier, time": [multiplier(t, c.loss, bt, b.loss) for c, t, b, bt in of_all],
-            "step ms": [step_s[name]],
+            "step ms": [step_s[name] * 1e3],
         }
     return found
 
@@ -136,17 +143,16 @@ def table(found: dict[str, dict[str, list[float]]], options: dict[str, str]) -> 
     return common.markdown_table(["recipe", *columns], rows) + "\n\n" + "\n".join(lines)
 
 
-def draw(path: Path, curves: dict[str, list[Curve]]) -> None:
+def draw(path: Path, curves: dict[str, list[Curve]], step_s: dict[str, float]) -> None:
     """Mean loss of each recipe against tokens and time, shaded from lowest to highest seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     last = [c.loss[-1] for runs in curves.values() for c in runs]
-    for one, x, label in zip(axes, ("tokens", "seconds"), ("tokens", "seconds of training steps"),
-                             strict=True):  # fmt: skip
+    for one, label in zip(axes, ("tokens", "seconds of training steps"), strict=True):
         for name, runs in curves.items():
-            at = np.median([getattr(c, x) for c in runs], axis=0)
+            at = runs[0].tokens if label == "tokens" else runs[0].steps * step_s[name]
             losses = np.array([c.loss for c in runs])
             (line,) = one.plot(at, losses.mean(0), label=name)
             one.fill_between(at, losses.min(0), losses.max(0), color=line.get_color(), alpha=0.25)
@@ -166,18 +172,20 @@ def main() -> None:
     recipes = {name.strip(): words for name, _, words in (r.partition(":") for r in args.recipe)}
     if len(recipes) < len(args.recipe):
         parser.error("two recipes have one name")
+    all_words = {name: shlex.split(f"{args.common} {words}") for name, words in recipes.items()}
     curves: dict[str, list[Curve]] = {name: [] for name in recipes}
     for seed in args.seeds:
-        for name, words in recipes.items():
-            curves[name].append(curve := train(name, args.common, words, seed, args.out))
+        for name, words in all_words.items():
+            run = train([*words, "--seed", str(seed)], args.out / "runs", f"{name}_{seed}")
+            curves[name].append(curve := read_curve(run))
             print(f"{name}, seed {seed}: {curve.loss[-1]:.4f}", flush=True)
-    found = compare(curves)
+    found = compare(curves, step_s := time_steps(all_words))
     text = f"`{args.common}`\n\n" + table(found, recipes)
     print(f"\n{text}")
-    raw = {name: [[c.tokens.tolist(), c.loss.tolist(), c.step_ms] for c in runs]
+    raw = {name: [[c.tokens.tolist(), c.loss.tolist()] for c in runs]
            for name, runs in curves.items()}  # fmt: skip
     common.write_results(args.out, "recipes", text, {"found": found, "curves": raw})
-    draw(args.out / "recipes.png", curves)
+    draw(args.out / "recipes.png", curves, step_s)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The recipes in configs/: each parses, builds and fits, and its comment and docs are right."""
 
+import json
 import math
 import re
 import shlex
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.recipes import compare, read_curve
 from gpt2.cli import parse
 from gpt2.config import DPOConfig, FineTuneConfig, SFTConfig, TrainConfig
 from gpt2.data import prepare as preparing
@@ -174,3 +176,27 @@ def test_rows_counted_in_a_comment_are_those_of_the_real_data(name, file, shared
     )
     assert f"{len(train):,} conversations" in comment(path)
     assert f"{rows.n_windows:,} rows" in comment(path)
+
+
+def test_how_much_sooner_a_recipe_is(tmp_path):
+    """One whose steps have half the tokens, take twice as long and do as much, and more."""
+    for name, tokens, losses in (("base", 100, [9, 7, 5]), ("fast", 50, [9, 5, 3])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(f"tokens_per_step: {tokens}")
+        log = [{"step": 10 * i, "val/loss": loss} for i, loss in enumerate(losses)]
+        log.insert(1, {"step": 5, "train/step_ms": 1.0})
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))
+    curves = {name: [read_curve(tmp_path / name)] for name in ("base", "fast")}
+    found = compare(curves, {"base": 0.1, "fast": 0.2})
+    base, fast = found["base"], found["fast"]
+    assert (base["loss"], fast["loss"]) == ([5.0], [3.0])
+    assert base["equal tokens"] == [7.0] and fast["equal tokens"] == [3.0]  # after 1,000
+    assert base["equal time"] == [5.0] and fast["equal time"] == [5.0]  # after 2 s
+    assert fast["multiplier, tokens"] == [4.0] and fast["multiplier, time"] == [1.0]
+    assert base["multiplier, tokens"] == base["multiplier, time"] == [1.0]
+    slow = compare({"fast": curves["fast"], "base": curves["base"]}, {"base": 0.1, "fast": 0.1})
+    assert slow["base"]["multiplier, tokens"] == [0.25]  # its end is the fast one's after 500
+    (tmp_path / "base" / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="needs two or more validations"):
+        read_curve(tmp_path / "base")
