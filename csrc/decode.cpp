@@ -19,8 +19,12 @@
 namespace {
 
 constexpr int STREAMS = 4;
-constexpr int64_t AHEAD = 512;        // bytes that each stream is prefetched ahead
-constexpr int64_t LITTLE = 1 << 15;  // multiplications that are not worth a second thread
+constexpr int64_t AHEAD = 512;  // bytes that each stream is prefetched ahead
+
+// So many of the threads as have work of 2^15 multiplications each: waking one takes microseconds.
+int crew(int64_t work, int threads) {
+  return int(std::clamp<int64_t>(work >> 15, 1, threads));
+}
 
 // y (M, N) [+]= x (M, K) w (N, K)^T + bias (N)
 template <typename T>
@@ -120,7 +124,7 @@ PART(v4, V4, 16, 4)
 
 template <typename T>
 void linear(const Linear<T>& a, int threads) {
-  const int n = a.M * a.N * a.K < LITTLE ? 1 : threads;
+  const int n = crew(a.M * a.N * a.K, threads);
 #pragma omp parallel for num_threads(n) schedule(static) if (n > 1)
   for (int i = 0; i < n; ++i) {
     BEST(part, a, i, n)
@@ -187,7 +191,7 @@ void decode(const void* const* weights, float* x, float* cache, const int32_t* s
     float *keys = cache + 2 * layer * size, *values = keys + size;  // (B, H, capacity, D)
     norm();
     product(h.data(), wide.data(), 3 * C, C, false);
-    const int n = B * C * length < LITTLE ? 1 : threads;
+    const int n = crew(2 * B * C * length, threads);
 #pragma omp parallel for num_threads(n) schedule(static) if (n > 1)
     for (int64_t i = 0; i < B * H; ++i) {
       const float* q = wide.data() + i / H * 3 * C + i % H * D;
@@ -200,7 +204,7 @@ void decode(const void* const* weights, float* x, float* cache, const int32_t* s
     product(h.data(), x, C, C, true);
     norm();
     product(h.data(), wide.data(), 4 * C, C, false);
-    gelu(wide.data(), wide.data(), 4 * B * C, 4 * B * C < LITTLE ? 1 : threads);
+    gelu(wide.data(), wide.data(), 4 * B * C, crew(64 * B * C, threads));
     product(wide.data(), x, C, 4 * C, true);
   }
   norm();
