@@ -36,7 +36,7 @@ DEV = [
 WARNINGS = ["-O3", "-Wall", "-Wextra"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []  # elsewhere it has no kernel (csrc)
 
-# Both modules know what they were built from, see gpt2.storage.check_built.
+# Both modules know what they were built from, see gpt2.device.check_built.
 SOURCES = sorted(p for p in Path(__file__).parent.glob("csrc/*") if p.suffix in (".cpp", ".h"))
 DIGEST = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 BUILT = {"depends": [str(p) for p in SOURCES], "define_macros": [("SOURCES", f'"{DIGEST}"')]}

@@ -1,11 +1,12 @@
 """The operations of a model on a CPU: torch's, and those of csrc/ where they are faster.
 
-Attention, GELU and what follows the head's logits are C++ (csrc/cpu_kernels.h) on float32 and
-bfloat16, wherever the module is built; torch's operations are the fallback, and the oracle of the
-tests. The matrix products of float32 have two homes in torch: F.linear goes to a BLAS (MKL, which
-is slow on some processors), while bfloat16 goes to oneDNN, which has float32 products too. Which is
-faster depends on processor and shape, so choose() times both once, before a run's first step. The
-choice is part of the run: it lies in its checkpoints and its receipt.
+Attention, GELU, what follows the head's logits, and a token of generation are C++
+(csrc/cpu_kernels.h) on float32 and bfloat16, wherever the module is built; torch's operations are
+the fallback, and the oracle of the tests. The matrix products of float32 have two homes in torch:
+F.linear goes to a BLAS (MKL, which is slow on some processors), while bfloat16 goes to oneDNN,
+which has float32 products too. Which is faster depends on processor and shape, so choose() times
+both once, before a run's first step. The choice is part of the run: it lies in its checkpoints and
+its receipt.
 
 N rows, C channels, V vocabulary; B, T, H, D as in gpt2.model.
 """
